@@ -1,8 +1,81 @@
-"""One run as frozen dataclasses: the JSON block, the YAML overlay and --set, validated together."""
+"""One run as frozen dataclasses.
+
+Precedence: defaults < the JSON file's "glide_ds" block < the YAML overlay (what the phases share)
+< --set key=value. What DeepSpeed names itself (batch sizes, ZeRO, precision, clipping, optimizer,
+scheduler) stays in its own part of the JSON, and only there. Everything is checked here, before any
+GPU is taken; what depends on the world size is checked by `batch_arithmetic`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import dataclasses
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from glide_ds.types import ConfigError, GlideConfig
+
+BLOCK = "glide_ds"
+
+PRESETS: dict[str, Callable[[], GlideConfig]] = {
+    "base": lambda: GlideConfig.published("base"),
+    "upsample": lambda: GlideConfig.published("upsample"),
+    "base-inpaint": lambda: GlideConfig.published("base-inpaint"),
+    "upsample-inpaint": lambda: GlideConfig.published("upsample-inpaint"),
+    "tiny": lambda: GlideConfig(
+        image_size=32,
+        text_ctx=24,
+        xf_width=64,
+        xf_layers=3,
+        xf_heads=2,
+        model_channels=32,
+        num_res_blocks=1,
+        channel_mult=(1, 2, 3),
+        attention_ds=(2, 4),
+        num_head_channels=32,
+        dropout=0.0,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the run lives. The same directory again continues it."""
+
+    dir: str = "runs/default"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which GLIDE, and where its weights come from."""
+
+    preset: str = "base"  # base | upsample | base-inpaint | upsample-inpaint | tiny
+    weights: str = "auto"  # a file | openai | random | builtin:tiny; the parent phase's checkpoint goes first
+    schedule: str = "auto"  # squaredcos_cap_v2 | linear; auto: as published for the kind
+    architecture: GlideConfig = field(default_factory=GlideConfig)  # departures from the preset
+
+    def __post_init__(self) -> None:
+        _one_of("model.preset", self.preset, PRESETS)
+        _one_of("model.schedule", self.schedule, ("auto", "squaredcos_cap_v2", "linear"))
+        if self.architecture.clip_dim is not None:
+            raise ConfigError(
+                f"model.architecture.clip_dim = {self.architecture.clip_dim} is not yours to set: it follows "
+                "from clip.model and from the phase; remove it"
+            )
+
+    @property
+    def noise_schedule(self) -> str:
+        if self.schedule != "auto":
+            return self.schedule
+        return "linear" if self.architecture.upsamples else "squaredcos_cap_v2"
 
 
 @dataclass(frozen=True)
@@ -29,13 +102,440 @@ class ClipConfig:
     """The frozen encoder whose embeddings condition the adapter."""
 
     model: str = "ViT-L/14"  # as users write it, or builtin:tiny
-    weights: str = "openai"  # open_clip's tag, a local file, or builtin
+    weights: str = "openai"  # open_clip's tag or a local file; builtin:tiny brings its own
     source: str = "text"  # text | image: which embedding trains the adapter
-    drop: float = 0.1  # probability that CLIP alone is dropped
-    tokens: int = 8
+    drop: float = 0.1  # probability that CLIP alone is dropped (jointly with the caption: data.drop_both)
+
+    def __post_init__(self) -> None:
+        _one_of("clip.source", self.source, ("text", "image"))
+        _in_range("clip.drop", self.drop, 0, 1)
+
+
+@dataclass(frozen=True)
+class LrScale:
+    """Each role's learning rate as a multiple of the optimizer's `lr`."""
+
+    adapter: float = 1.0
+    gates: float = 1.0
+    unet: float = 1.0
+    text: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What one phase optimises, for how long."""
+
+    phase: str = "full"  # base | adapter_only | adapter_gates | full
+    steps: int = 1000  # the phase's total, counted over all resumes
+    seed: int = 0
+    scope: str = "all"  # what phase base trains: all | unet | text
+    loss: str = "mse"  # mse | hybrid: hybrid adds the variational bound for the variance channels
+    vb_weight: float = 0.001  # of the variational bound (bits per dimension) in the hybrid loss
+    lr_scale: LrScale = field(default_factory=LrScale)
+    adapter_clipping: float = 0.5  # gradient norm threshold of adapter and gates; the rest: gradient_clipping
+    gate_offset: float = 10.0  # the scheduled part of every gate's logit, reached at the end of gate_warmup
+    gate_warmup: int = 0  # steps; 0 sets the offset at once
+    kl_weight: float = 0.0  # of the Gaussian KL to the CLIP-off pass
+    kl_every: int = 100  # steps between two KL terms
+    checkpointing: bool = True  # recompute activations in the backward pass
+    tf32: bool = True
+
+    def __post_init__(self) -> None:
+        _one_of("train.phase", self.phase, ("base", "adapter_only", "adapter_gates", "full"))
+        _one_of("train.scope", self.scope, ("all", "unet", "text"))
+        _one_of("train.loss", self.loss, ("mse", "hybrid"))
+        for name in ("steps", "kl_every"):
+            _in_range(f"train.{name}", getattr(self, name), 1)
+        for name in ("seed", "vb_weight", "adapter_clipping", "gate_warmup", "kl_weight"):
+            _in_range(f"train.{name}", getattr(self, name), 0)
+        if self.phase != "base" and self.scope != "all":
+            raise ConfigError(
+                f"train.scope = {self.scope!r} belongs to phase base; phase {self.phase!r} fixes what trains. "
+                "Remove train.scope or set train.phase=base"
+            )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run's state is written, and how much of it is kept."""
+
+    every: int = 500  # steps
+    keep: int = 2  # committed checkpoints per phase; 0 keeps all
+
+    def __post_init__(self) -> None:
+        _in_range("checkpoint.every", self.every, 1)
+        _in_range("checkpoint.keep", self.keep, 0)
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What a person sees while the run goes on."""
+
+    every: int = 10  # steps between two lines of metrics.jsonl
+    tensorboard: bool = True
+    samples_every: int = 1000  # steps between two sample grids; 0 draws none
+    sample_prompts: tuple[str, ...] = ()  # empty: captions of the run's own data
+    samples: int = 8  # pictures per grid where the prompts come from the data
+    sample_steps: int = 50
+    guidance: float = 3.0
+
+    def __post_init__(self) -> None:
+        for name in ("every", "samples", "sample_steps"):
+            _in_range(f"log.{name}", getattr(self, name), 1)
+        _in_range("log.samples_every", self.samples_every, 0)
+
+
+class BatchArithmetic(NamedTuple):
+    """How the global batch is split: global_batch = micro_batch * accumulation * world_size."""
+
+    global_batch: int
+    micro_batch: int
+    accumulation: int
+    world_size: int
 
 
 @dataclass(frozen=True)
 class Config:
+    """One phase of one run: DeepSpeed's own part and ours."""
+
+    deepspeed: Mapping[str, Any] = field(default_factory=dict)
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     clip: ClipConfig = field(default_factory=ClipConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def uses_clip(self) -> bool:
+        return self.train.phase != "base"
+
+    def batch_arithmetic(self, world_size: int) -> BatchArithmetic:
+        """Split `train_batch_size` over the ranks.
+
+        The micro-batch is the largest divisor of a rank's share that does not exceed
+        `train_micro_batch_size_per_gpu`. Raises ConfigError naming the nearest sizes that divide.
+        """
+        total = self.deepspeed["train_batch_size"]
+        if total % world_size:
+            below = total // world_size * world_size
+            nearest = [size for size in (below, below + world_size) if size]
+            raise ConfigError(
+                f"train_batch_size {total} can't be split evenly over {world_size} ranks; "
+                f"use {' or '.join(map(str, nearest))}, or another number of ranks"
+            )
+        share = total // world_size
+        most = self.deepspeed.get("train_micro_batch_size_per_gpu", share)
+        micro = max(size for size in range(1, min(most, share) + 1) if share % size == 0)
+        return BatchArithmetic(total, micro, share // micro, world_size)
+
+    def to_json(self) -> dict[str, Any]:
+        """The file that gives this value again: DeepSpeed's part with our block inside."""
+        block = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "deepspeed"}
+        del block["model"]["architecture"]["clip_dim"]
+        return {**json.loads(json.dumps(self.deepspeed)), BLOCK: block}
+
+
+# What DeepSpeed reads at the top level of its JSON and this trainer lets through.
+DEEPSPEED_KEYS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "optimizer",
+    "scheduler",
+    "gradient_clipping",
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "bf16",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "communication_data_type",
+    "comms_logger",
+    "flops_profiler",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "memory_breakdown",
+    "dump_state",
+)
+REFUSED_KEYS = {
+    "fp16": "GLIDE overflows in fp16; remove it (fp32 with TF32 is the default) or use bf16",
+    "amp": "apex is not supported; remove it or use bf16",
+    "torch_autocast": "precision is fp32 (TF32) or bf16; remove it or use bf16",
+    "gradient_accumulation_steps": "it follows from train_batch_size, train_micro_batch_size_per_gpu and the "
+    "number of ranks; remove it",
+    "activation_checkpointing": "that section belongs to DeepSpeed's reentrant checkpointing, which loses "
+    "gradients here; remove it and use train.checkpointing in the glide_ds block",
+    "tensorboard": "the trainer writes its own; remove it and use log.tensorboard in the glide_ds block",
+}
+OPTIMIZERS = ("AdamW", "AdamW8bit")
+SCHEDULERS: dict[str, tuple[str, ...]] = {
+    "WarmupCosineLR": ("total_num_steps", "warmup_num_steps", "warmup_min_ratio", "cos_min_ratio"),
+    "WarmupLR": ("warmup_num_steps",),
+}
+
+
+def load_config(
+    path: str | Path, overlay: str | Path | None = None, sets: Sequence[str] = ()
+) -> tuple[Config, ...]:
+    """Read one --ds_config file with the YAML overlay and the --set values on top.
+
+    A file of ours holds one phase; a run.json holds every phase of its run, in order.
+    Raises ConfigError with key, value, nearest known key and remedy.
+    """
+    whole = _read_json(Path(path))
+    documents = list(whole["phases"].values()) if "phases" in whole else [whole]
+    layers = [(f"--config {overlay}", _read_yaml(Path(overlay)))] if overlay else []
+    layers += [(f"--set {item}", _parse_set(item)) for item in sets]
+    return tuple(_resolve(str(path), document, layers) for document in documents)
+
+
+def _resolve(path: str, document: Mapping[str, Any], layers: list[tuple[str, dict[str, Any]]]) -> Config:
+    deepspeed = {key: value for key, value in document.items() if key != BLOCK}
+    block: dict[str, Any] = {}
+    sections = [f.name for f in fields(Config) if f.name != "deepspeed"]
+    _merge(block, document.get(BLOCK, {}), path, sections)
+    for where, layer in layers:
+        for key, value in layer.items():
+            target = block if key in sections else deepspeed
+            _merge(target, {key: value}, where, (*sections, *DEEPSPEED_KEYS))
+    _check_deepspeed(deepspeed, path)
+    preset = block.get("model", {}).get("preset", ModelConfig.preset)
+    _one_of("model.preset", preset, PRESETS)
+    architecture = dataclasses.asdict(PRESETS[preset]())
+    block.setdefault("model", {})
+    block["model"]["architecture"] = architecture | block["model"].get("architecture", {})
+    config = _build(Config, block | {"deepspeed": deepspeed}, "")
+    _check_conflicts(config)
+    return config
+
+
+def _merge(into: dict[str, Any], layer: Any, where: str, known: Sequence[str] = ()) -> None:
+    """Lay `layer` over `into`; the types of the dataclasses are checked later, by `_build`."""
+    if not isinstance(layer, Mapping):
+        raise ConfigError(f"{where}: expected a mapping of keys to values, found {layer!r}")
+    for key, value in layer.items():
+        if known and key not in known:
+            reason = REFUSED_KEYS.get(key)
+            raise ConfigError(
+                f"{where}: {key!r} can't be set here: {reason}"
+                if reason
+                else f"{where}: unknown key {key!r}{_nearest(key, known)}; correct or remove it"
+            )
+        if isinstance(value, Mapping):
+            inner = into.setdefault(key, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"{where}: {key!r} holds the single value {inner!r}, not a section")
+            into[key] = dict(inner)
+            _merge(into[key], value, where)
+        else:
+            into[key] = value
+
+
+def _check_deepspeed(deepspeed: dict[str, Any], path: str) -> None:
+    for key in deepspeed:
+        if key in REFUSED_KEYS:
+            raise ConfigError(f"{path}: {key!r} can't be set: {REFUSED_KEYS[key]}")
+        if key not in DEEPSPEED_KEYS:
+            raise ConfigError(
+                f"{path}: unknown key {key!r}{_nearest(key, (*DEEPSPEED_KEYS, BLOCK))}; correct or remove it"
+            )
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu"):
+        value = deepspeed.get(key)
+        if (value is None and key == "train_batch_size") or (
+            value is not None and (not _is_int(value) or value < 1)
+        ):
+            raise ConfigError(f"{path}: {key} = {value!r}; give a positive whole number")
+    _check_section(
+        deepspeed, path, "optimizer", dict.fromkeys(OPTIMIZERS, ("lr", "betas", "eps", "weight_decay"))
+    )
+    _check_section(deepspeed, path, "scheduler", SCHEDULERS)
+    rate = deepspeed["optimizer"]["params"].get("lr")
+    if not isinstance(rate, int | float) or not rate > 0:
+        raise ConfigError(f"{path}: optimizer.params.lr = {rate!r}; give a positive number")
+    stage = deepspeed.get("zero_optimization", {}).get("stage", 0)
+    if stage != 2:
+        raise ConfigError(
+            f"{path}: zero_optimization.stage = {stage!r}; clipping by role and checkpoints are built on "
+            "stage 2: set it to 2"
+        )
+    clipping = deepspeed.get("gradient_clipping", 0)
+    if not isinstance(clipping, int | float) or clipping < 0:
+        raise ConfigError(f"{path}: gradient_clipping = {clipping!r}; give a number, 0 for none")
+
+
+def _check_section(deepspeed: dict[str, Any], path: str, name: str, known: Mapping[str, Sequence[str]]) -> None:
+    """An optimizer or scheduler section: a known type with known parameters."""
+    section = deepspeed.get(name)
+    if not isinstance(section, Mapping) or section.get("type") not in known:
+        raise ConfigError(
+            f'{path}: {name} = {json.dumps(section)}; give {{"type": …, "params": {{…}}}} with type '
+            f"{' or '.join(known)}"
+        )
+    accepted = known[section["type"]]
+    for key in section.get("params", {}):
+        if key not in accepted:
+            raise ConfigError(
+                f"{path}: unknown key {name}.params.{key}{_nearest(key, accepted)}; "
+                f"{section['type']} takes {', '.join(accepted)}"
+            )
+    deepspeed[name] = {"type": section["type"], "params": dict(section.get("params", {}))}
+
+
+def _check_conflicts(config: Config) -> None:
+    train, architecture = config.train, config.model.architecture
+    total = config.deepspeed["scheduler"]["params"].get("total_num_steps")
+    if total is not None and total < train.steps:
+        raise ConfigError(
+            f"scheduler.params.total_num_steps = {total} is less than train.steps = {train.steps}: the last "
+            f"{train.steps - total} steps would train at the lowest learning rate; remove it (it defaults to "
+            "train.steps) or raise it"
+        )
+    if train.gate_warmup > train.steps:
+        raise ConfigError(
+            f"train.gate_warmup = {train.gate_warmup} is longer than train.steps = {train.steps}: the gates "
+            "would never open fully; lower it"
+        )
+    if config.clip.source == "image" and architecture.inpaints:
+        raise ConfigError("clip.source = 'image' shows an inpaint model what it should fill in; use 'text'")
+    if architecture.inpaints:
+        raise ConfigError(
+            f"model.preset = {config.model.preset!r}: inpaint models can be loaded and sampled but not yet "
+            "trained (no masks are drawn); use base or upsample"
+        )
+
+
+def _build(cls: Any, values: Mapping[str, Any], where: str) -> Any:
+    """A dataclass from plain values, with keys and types checked."""
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in fields(cls)]
+    made = {}
+    for key, value in values.items():
+        name = f"{where}{key}"
+        if key not in hints or key not in names:
+            raise ConfigError(f"unknown key {name!r}{_nearest(key, names)}; correct or remove it")
+        hint = hints[key]
+        if is_dataclass(hint):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{name} = {value!r} should be a section with the keys {_keys(hint)}")
+            made[key] = _build(hint, value, f"{name}.")
+        else:
+            made[key] = _coerce(name, value, hint)
+    return cls(**made)
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for option in arguments:
+            try:
+                return _coerce(name, value, option)
+            except ConfigError:
+                continue
+    elif origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(_coerce(name, item, arguments[0]) for item in value)
+    elif isinstance(origin, type) and issubclass(origin, Mapping):
+        if isinstance(value, Mapping):
+            return dict(value)
+    elif hint is float:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    wanted = getattr(hint, "__name__", None) or str(hint)
+    raise ConfigError(f"{name} = {value!r} has the wrong type; give a value of type {wanted}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    text = _read_text(path, "--ds_config")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        line = text.splitlines()[error.lineno - 1].strip() if text.strip() else ""
+        raise ConfigError(
+            f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}: "
+            f"{line!r}; correct it"
+        ) from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds {type(value).__name__}, not an object with DeepSpeed's keys")
+    return value
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    text = _read_text(path, "--config")
+    try:
+        value = yaml.load(text, _YamlLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}; correct it") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds {type(value).__name__}, not keys and values")
+    return value
+
+
+def _read_text(path: Path, option: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        near = sorted(p.name for p in path.parent.glob(f"*{path.suffix}")) if path.parent.is_dir() else []
+        beside = f"; {path.parent} holds {', '.join(near)}" if near else ""
+        raise ConfigError(f"{option} {path} can't be read ({error.strerror}){beside}") from error
+
+
+def _parse_set(item: str) -> dict[str, Any]:
+    key, equals, text = item.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {item}: give key=value, such as --set train.steps=1000")
+    try:
+        # A brace pattern such as {000..007}.tar is a shard name, not YAML's inline mapping.
+        value = text if re.match(r"\{\d+\.\.", text) else yaml.load(text, _YamlLoader)
+    except yaml.YAMLError:
+        value = text
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return typing.cast(dict[str, Any], value)
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as the number people mean (YAML 1.1 wants 1.0e-4)."""
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d+(?:\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(dataclasses.asdict(value)))
+
+
+def _keys(cls: Any) -> str:
+    return ", ".join(f.name for f in fields(cls))
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f" (nearest known: {close[0]!r})" if close else f" (known: {', '.join(known)})"
+
+
+def _one_of(name: str, value: object, options: Any) -> None:
+    if value not in options:
+        raise ConfigError(f"{name} = {value!r}; choose one of {', '.join(options)}")
+
+
+def _in_range(name: str, value: float, low: float, high: float | None = None) -> None:
+    if value < low or (high is not None and value > high):
+        limit = f"between {low} and {high}" if high is not None else f"at least {low}"
+        raise ConfigError(f"{name} = {value}; give a number {limit}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def with_changes(config: Config, **sections: Mapping[str, Any]) -> Config:
+    """A copy with fields of its sections replaced, checked like a fresh one."""
+    return replace(
+        config, **{name: replace(getattr(config, name), **changes) for name, changes in sections.items()}
+    )
