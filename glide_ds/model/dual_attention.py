@@ -1,0 +1,50 @@
+"""Attention that also reads CLIP tokens, through keys, values and a softmax of their own.
+
+h = attn(text, image) + g * attn_clip(q, clip tokens), g = sigmoid(logit + offset): additive, as IP-Adapter
+(arXiv 2308.06721, equation 5), so an opening gate takes nothing away from the caption.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glide_ds.model.unet import AttentionBlock, Context
+
+CLOSED_LOGIT = -10.0  # sigmoid = 4.5e-5; the schedule's offset opens the gate, or the optimizer does
+
+
+def new_gate() -> nn.Parameter:
+    """The logit of a closed gate, [1]."""
+    return nn.Parameter(torch.full((1,), CLOSED_LOGIT))
+
+
+def gate_value(logit: Tensor, offset: Tensor) -> Tensor:
+    """How far a gate stands open, between 0 and 1, in fp32 at least."""
+    wide = torch.promote_types(logit.dtype, torch.float32)
+    return torch.sigmoid(logit.to(wide) + offset.to(wide))
+
+
+class DualAttention(AttentionBlock):
+    """AttentionBlock plus gated cross-attention to CLIP tokens.
+
+    The value half of `clip_kv` starts at zero, weight and bias: a fresh block computes exactly what the plain
+    block does, at any gate. Keys start random, so that values receive a gradient from the first step.
+    """
+
+    def __init__(self, channels: int, head_channels: int, text_width: int, clip_width: int) -> None:
+        super().__init__(channels, head_channels, text_width)
+        self.clip_kv = nn.Linear(clip_width, 2 * channels)
+        self.clip_gate = new_gate()
+        with torch.no_grad():
+            for parameter in self.clip_kv.parameters():
+                parameter.unflatten(0, (self.heads, 2, head_channels))[:, 1].zero_()
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        h = super()._attend(q, k, v, context)
+        if context.clip is None or context.clip_gate_offset is None:
+            return h
+        clip_k, clip_v = self._split_heads(self.clip_kv(context.clip), 2)
+        gate = gate_value(self.clip_gate, context.clip_gate_offset).to(h.dtype)
+        return h + gate * F.scaled_dot_product_attention(q, clip_k, clip_v)

@@ -1,0 +1,178 @@
+"""GLIDE: text transformer and UNet under the published names, CLIP conditioning as an addition.
+
+B samples, S image side, T caption tokens, W text width, D CLIP embedding width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glide_ds.model.clip_adapter import ClipAdapter
+from glide_ds.model.dual_attention import DualAttention
+from glide_ds.model.layers import LayerNorm
+from glide_ds.model.text import TextEncoding, Transformer
+from glide_ds.model.unet import AttentionBlock, Context, UNet, timestep_embedding
+from glide_ds.tokenizer import N_VOCAB
+from glide_ds.types import ConfigError, GlideConfig, GlideError
+
+_NORM_GROUPS = 32
+_EMBEDDING_STD = 0.01  # of the positional and padding embeddings; the published code leaves them undefined
+
+
+def create_model(config: GlideConfig) -> Glide:
+    """A freshly initialised model. Raises ConfigError if the sizes do not fit together."""
+    _check(config)
+    return Glide(config)
+
+
+class Glide(UNet):
+    """The denoiser. Its state_dict has OpenAI's names; whatever CLIP adds has `clip` in its name.
+
+    `checkpointing` recomputes each residual, attention and transformer block in the backward pass instead of
+    keeping its activations: in training only, and with identical gradients.
+    """
+
+    def __init__(self, config: GlideConfig) -> None:
+        super().__init__(config, _input_channels(config), lambda channels: _attention(config, channels))
+        self.checkpointing = False
+        width = config.xf_width
+        self.transformer = Transformer(width, config.xf_layers, config.xf_heads)
+        self.final_ln = LayerNorm(width)
+        self.token_embedding = nn.Embedding(N_VOCAB, width)
+        self.positional_embedding = nn.Parameter(torch.randn(config.text_ctx, width) * _EMBEDDING_STD)
+        self.padding_embedding = nn.Parameter(torch.randn(config.text_ctx, width) * _EMBEDDING_STD)
+        self.transformer_proj = nn.Linear(width, self.emb_width)
+        if config.clip_dim is not None:
+            self.clip_adapter = ClipAdapter(config.clip_dim, width, config.clip_tokens)
+            self.clip_gate_offset: Tensor
+            self.register_buffer("clip_gate_offset", torch.zeros(()))
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        tokens: Tensor | None = None,
+        mask: Tensor | None = None,
+        low_res: Tensor | None = None,
+        inpaint_image: Tensor | None = None,
+        inpaint_mask: Tensor | None = None,
+        clip_embedding: Tensor | None = None,
+        clip_drop: Tensor | None = None,
+        text: TextEncoding | None = None,
+    ) -> Tensor:
+        """Predict noise and variance of x_t.
+
+        x [B, 3, S, S]: x_t; timesteps [B] of the original process.
+        tokens int64 [B, T] and mask bool [B, T]: the caption; or `text`, what encode_text returned for it.
+        low_res [B, 3, S/4, S/4]: for upsamplers.
+        inpaint_image [B, 3, S, S] and inpaint_mask [B, 1, S, S], 1 = known; neither = nothing is known.
+        clip_embedding [B, D], of any length: None leaves CLIP out, which is plain GLIDE.
+        clip_drop bool [B]: rows that use the null embedding instead.
+
+        Returns [B, 6, S, S] in the dtype of x: epsilon, then the interpolation weights of the log variance.
+        Raises GlideError if an input is missing or this kind of model has no use for it.
+        """
+        checkpointing = self._checkpoints_now()
+        text = text if text is not None else self.encode_text(tokens, mask)
+        context = Context(text.tokens, *self._clip_context(clip_embedding, clip_drop))
+        dtype = self.positional_embedding.dtype
+        sinusoids = timestep_embedding(
+            timesteps, self.config.model_channels, torch.promote_types(dtype, torch.float32)
+        )
+        emb = self.time_embed(sinusoids.to(dtype)) + text.pooled
+        image = self._input_image(x, low_res, inpaint_image, inpaint_mask).to(dtype)
+        return self.denoise(image, emb, context, checkpointing).to(x.dtype)
+
+    def encode_text(self, tokens: Tensor | None, mask: Tensor | None) -> TextEncoding:
+        """Run the text transformer on tokens int64 [B, T] and mask bool [B, T] (False = padding)."""
+        if tokens is None or mask is None:
+            raise GlideError(
+                "the model was called without a caption, which GLIDE always reads; pass tokens and mask "
+                "(tokenizer.encode(['']) is the empty caption), or text"
+            )
+        h = self.token_embedding(tokens) + self.positional_embedding
+        h = torch.where(mask[..., None], h, self.padding_embedding)
+        h = self.final_ln(self.transformer(h, self._checkpoints_now()))
+        return TextEncoding(pooled=self.transformer_proj(h[:, -1]), tokens=h)
+
+    def _checkpoints_now(self) -> bool:
+        return self.checkpointing and self.training and torch.is_grad_enabled()
+
+    def _clip_context(
+        self, embedding: Tensor | None, drop: Tensor | None
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        if embedding is None:
+            return None, None
+        if self.config.clip_dim is None:
+            raise GlideError(
+                "clip_embedding was given to a model without CLIP layers, which would ignore it; "
+                f"create the model with clip_dim={embedding.shape[-1]}"
+            )
+        if embedding.shape[-1] != self.config.clip_dim:
+            raise GlideError(
+                f"clip_embedding is {embedding.shape[-1]} wide, the adapter reads {self.config.clip_dim}; "
+                "use the CLIP encoder the model was made for, or create the model with that clip_dim"
+            )
+        if drop is None:
+            drop = torch.zeros(len(embedding), dtype=torch.bool, device=embedding.device)
+        return self.clip_adapter(embedding, drop, self.clip_gate_offset), self.clip_gate_offset
+
+    def _input_image(
+        self, x: Tensor, low_res: Tensor | None, inpaint_image: Tensor | None, inpaint_mask: Tensor | None
+    ) -> Tensor:
+        """Concatenate x, known pixels, their mask and the enlarged low-resolution image, as published."""
+        parts = [x]
+        _check_inputs(self.config, low_res, inpaint_image, inpaint_mask)
+        if inpaint_image is not None and inpaint_mask is not None:
+            known = inpaint_mask.to(x.dtype)
+            parts += [inpaint_image * known, known]
+        elif self.config.inpaints:
+            parts += [torch.zeros_like(x), torch.zeros_like(x[:, :1])]
+        if low_res is not None:
+            parts.append(F.interpolate(low_res, x.shape[-2:], mode="bilinear", align_corners=False))
+        return torch.cat(parts, dim=1) if len(parts) > 1 else x
+
+
+def _attention(config: GlideConfig, channels: int) -> AttentionBlock:
+    if config.clip_dim is None:
+        return AttentionBlock(channels, config.num_head_channels, config.xf_width)
+    return DualAttention(channels, config.num_head_channels, config.xf_width, clip_width=config.xf_width)
+
+
+def _input_channels(config: GlideConfig) -> int:
+    return 3 + 4 * config.inpaints + 3 * config.upsamples
+
+
+def _check_inputs(
+    config: GlideConfig, low_res: Tensor | None, inpaint_image: Tensor | None, inpaint_mask: Tensor | None
+) -> None:
+    if config.upsamples != (low_res is not None):
+        problem = "needs low_res [B, 3, S/4, S/4]" if config.upsamples else "has no use for low_res"
+        raise GlideError(f"a model of kind {config.kind!r} {problem}; check which model is being called")
+    if (inpaint_image is None) != (inpaint_mask is None):
+        raise GlideError("inpaint_image and inpaint_mask go together; pass both, or neither for all unknown")
+    if inpaint_image is not None and not config.inpaints:
+        raise GlideError(
+            f"a model of kind {config.kind!r} has no use for inpaint_image; use {config.kind}-inpaint"
+        )
+
+
+def _check(config: GlideConfig) -> None:
+    for mult in config.channel_mult:
+        channels = mult * config.model_channels
+        if channels % _NORM_GROUPS:
+            raise ConfigError(
+                f"model_channels {config.model_channels} times channel_mult {mult} is {channels}, which "
+                f"GroupNorm cannot divide into {_NORM_GROUPS} groups; choose a multiple of {_NORM_GROUPS}"
+            )
+        if channels % config.num_head_channels:
+            raise ConfigError(
+                f"{channels} channels cannot be divided into heads of num_head_channels="
+                f"{config.num_head_channels}; choose a divisor"
+            )
+    if config.xf_width % config.xf_heads:
+        raise ConfigError(
+            f"xf_width {config.xf_width} cannot be divided into xf_heads={config.xf_heads}; choose a divisor"
+        )
