@@ -212,8 +212,7 @@ def coverage(kind: str, dx: NDArray[np.float32], dy: NDArray[np.float32], radius
     if kind == "cross":
         arm = radius * CROSS_ARM
         row_arm, column_arm = _span(row, arm), _span(column, arm)
-        union = _span(row, radius) * column_arm + row_arm * _span(column, radius) - row_arm * column_arm
-        return np.clip(union, 0, 1)
+        return _span(row, radius) * column_arm + row_arm * _span(column, radius) - row_arm * column_arm
     if kind == "triangle":  # apex on top, base and height both the diameter
         sides = (2 * np.abs(column) - row - radius) * np.float32(5**-0.5)
         return np.clip(0.5 - sides, 0, 1) * np.clip(0.5 + radius - row, 0, 1)
@@ -227,8 +226,8 @@ def coverage(kind: str, dx: NDArray[np.float32], dy: NDArray[np.float32], radius
 
 
 def _span(offset: NDArray[np.float32], half: float) -> NDArray[np.float32]:
-    """The part of the unit pixels at `offset` that lies within [-half, half]."""
-    return np.clip(0.5 + half - np.abs(offset), 0, min(1.0, 2 * half))
+    """The part of the unit pixels at `offset` that lies within [-half, half]; half >= 0.5."""
+    return np.clip(0.5 + half - np.abs(offset), 0, 1)
 
 
 def render(scene: Scene, size: int = 32) -> NDArray[np.uint8]:
