@@ -138,13 +138,7 @@ def test_two_objects_of_one_colour_are_both_checked():
 
 
 def test_components_follow_bends_and_diagonals_but_no_gaps():
-    drawing = """
-        #....#.
-        #....#.
-        .####..
-        ......#
-        ##.#..#
-    """.split()
+    drawing = ["#....#.", "#....#.", ".####..", "......#", "##.#..#"]
     # Squares only: two free rows below.
     mask = np.array([[c == "#" for c in row] for row in [*drawing, "." * 7, "." * 7]])
     parts = list(judging._components(mask))
