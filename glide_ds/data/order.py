@@ -1,0 +1,185 @@
+"""Which sample when: pure functions from (seed, epoch, fingerprint, batch number) to sample ids.
+
+Nothing here knows about worker processes, nor keeps a shuffle buffer, so any number of ranks and
+workers, and a run resumed anywhere, read the same samples in the same global batches.
+
+An epoch's order is made in three steps, each computable at any single position:
+
+1. The shards are permuted and laid end to end: the deck.
+2. The deck is cut into `lanes` equal spans, and positions deal over them in turn: position p reads lane
+   p mod lanes. Where the world size divides `lanes` and the batch, a lane belongs to one rank, which
+   therefore opens only its own lanes' shards.
+3. Each lane is shuffled in windows of consecutive samples by a keyed Feistel permutation (Luby & Rackoff
+   1988, cycle-walking as in Black & Rogaway 2002), evaluated per position: no table, no state.
+
+Quality: a set of up to `window` samples (65,536) in fewer than 16 shards is one window, hence shuffled over
+its whole length. Beyond that, at least `window` samples from `lanes` (or more) shards mix at any time,
+and the shards meet in another order every epoch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glide_ds.types import DataError
+
+Ints = NDArray[np.int64]
+Words = NDArray[np.uint64]
+
+WINDOW = 1 << 16
+# Divisible by the world sizes in use at each scale; 3072 = 3 * 1024.
+LANES = (1, 2, 4, 8, 24, 120, 720, 3072)
+SHARDS_PER_LANE = 8
+FEISTEL_ROUNDS = 6
+
+
+def mix(*values: int | Ints | Words) -> Words:
+    """Hash integers, or arrays of them broadcast together, to uniform 64-bit words (splitmix64's finaliser)."""
+    state = np.zeros(np.broadcast_shapes(*(np.shape(v) for v in values)) or (1,), np.uint64)
+    for value in values:
+        word = np.uint64(value & 0xFFFFFFFFFFFFFFFF) if isinstance(value, int) else np.asarray(value)
+        state = (state ^ word.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state ^= state >> np.uint64(31)
+    return state
+
+
+def uniform(*values: int | Ints | Words) -> NDArray[np.float64]:
+    """Hash integers to float64 in [0, 1)."""
+    return (mix(*values) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def permute(index: Ints, size: Ints, key: Words) -> Ints:
+    """Map each index in [0, size) to its place under the permutation of [0, size) that `key` names.
+
+    All three broadcast. A balanced Feistel network permutes the next even power of two; values that fall
+    outside are walked on along their cycle until they fall inside, which keeps it a bijection.
+    """
+    index, size, key = np.broadcast_arrays(index, size, key)
+    bits = np.ceil(np.log2(np.maximum(size, 2)) / 2).astype(np.uint64)
+    out = index.astype(np.uint64)
+    todo = np.arange(out.size)
+    limit = size.astype(np.uint64)
+    while todo.size:
+        out[todo] = _feistel(out[todo], bits[todo], key[todo])
+        todo = todo[out[todo] >= limit[todo]]
+    return out.astype(np.int64)
+
+
+def _feistel(value: Words, bits: Words, key: Words) -> Words:
+    low_mask = (np.uint64(1) << bits) - np.uint64(1)
+    left, right = value >> bits, value & low_mask
+    for round_number in range(FEISTEL_ROUNDS):
+        left, right = right, left ^ (mix(key, round_number, right) & low_mask)
+    return (left << bits) | right
+
+
+def default_lanes(shards: int) -> int:
+    """How many lanes a set of that many shards is read in: a property of the set, never of the run."""
+    return max(lanes for lanes in LANES if lanes == 1 or lanes * SHARDS_PER_LANE <= shards)
+
+
+class Draw(NamedTuple):
+    """The slots of a global batch: which sample, in which of its set's epochs, and whether it only pads."""
+
+    ids: Ints
+    epochs: Ints
+    padding: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """The order of one data set of `sizes[i]` samples per shard, read in global batches of `batch` samples.
+
+    `tail="drop"` leaves the last samples of an epoch's order out where they fill no batch; `"pad"` fills
+    the last batch with the epoch's first samples, marked as padding.
+    """
+
+    sizes: Ints
+    batch: int
+    seed: int
+    fingerprint: int
+    shuffle: bool = True
+    tail: str = "drop"
+    window: int = WINDOW
+    lanes: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.lanes:
+            object.__setattr__(self, "lanes", default_lanes(len(self.sizes)))
+        if self.samples < (self.batch if self.tail == "drop" else 1):
+            raise DataError(
+                f"the data has {self.samples} samples, fewer than one global batch of {self.batch}, so an "
+                f"epoch would hold no batch; lower train_batch_size to {max(self.samples, 1)} or less, add "
+                "shards, or set data.tail=pad"
+            )
+
+    @property
+    def samples(self) -> int:
+        return int(self.sizes.sum())
+
+    @property
+    def batches_per_epoch(self) -> int:
+        if self.tail == "pad":
+            return -(-self.samples // self.batch)
+        return self.samples // self.batch
+
+    def draw(self, number: int, slots: Ints) -> Draw:
+        """The samples of global batch `number` at the given slots. Costs the same at any number."""
+        epoch, batch = divmod(number, self.batches_per_epoch)
+        position = batch * self.batch + slots
+        padding = position >= self.samples
+        ids = self.ids(epoch, position % self.samples)
+        return Draw(ids, np.full(len(slots), epoch, np.int64), padding)
+
+    def ids(self, epoch: int, position: Ints) -> Ints:
+        """Sample ids at positions of one epoch's order; a bijection of [0, samples)."""
+        if not self.shuffle:
+            return np.asarray(position, np.int64)
+        key = int(mix(self.seed, self.fingerprint, epoch)[0])
+        return self._deck(key).sample(self._shuffled(key, np.asarray(position, np.int64)))
+
+    def _shuffled(self, key: int, position: Ints) -> Ints:
+        """Positions of the epoch to places in the deck."""
+        lane, step = position % self.lanes, position // self.lanes
+        short, extra = divmod(self.samples, self.lanes)
+        start = lane * short + np.minimum(lane, extra)
+        length = short + (lane < extra)
+        window = -(-self.window // self.lanes)
+        first = step // window * window
+        width = np.minimum(window, length - first)
+        return start + first + permute(step - first, width, mix(key, lane, first))
+
+    def _deck(self, key: int) -> _Deck:
+        return _deck(self, key)
+
+
+class _Deck(NamedTuple):
+    """Shards laid end to end in an epoch's order."""
+
+    ends: Ints  # place in the deck where each shard of the order ends
+    shift: Ints  # sample id minus place in the deck, per shard of the order
+
+    def sample(self, place: Ints) -> Ints:
+        return place + self.shift[np.searchsorted(self.ends, place, side="right")]
+
+
+@lru_cache(maxsize=4)
+def _deck(order: Order, key: int) -> _Deck:
+    # Sorting hashes is a permutation that needs no generator whose stream a numpy release could change.
+    turn = np.argsort(mix(key, np.arange(len(order.sizes))), kind="stable")
+    first = np.cumsum(order.sizes) - order.sizes
+    ends = np.cumsum(order.sizes[turn])
+    return _Deck(ends, first[turn] - (ends - order.sizes[turn]))
+
+
+def micro_slots(micro: int, micro_batch: int, rank: int, world_size: int) -> Ints:
+    """The slots of a rank's micro-batch number `micro`: a run of those congruent to rank modulo world_size."""
+    turn = np.arange(micro * micro_batch, (micro + 1) * micro_batch, dtype=np.int64)
+    return turn * world_size + rank
