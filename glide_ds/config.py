@@ -38,7 +38,7 @@ PRESETS: dict[str, Callable[[], GlideConfig]] = {
         xf_heads=2,
         model_channels=32,
         num_res_blocks=1,
-        channel_mult=(1, 2, 3),
+        channel_mult=(1, 2, 2),
         attention_ds=(2, 4),
         num_head_channels=32,
         dropout=0.0,
@@ -93,8 +93,25 @@ class DataConfig:
     min_side: int = 2  # pictures with a shorter side are skipped
     max_pixels: int = 64_000_000  # larger pictures are skipped undecoded: decompression bombs
     max_bad_fraction: float = 0.5  # a larger share of unusable samples stops the run
+    tail: str = "drop"  # what an epoch's last, partial batch becomes: drop | pad (with the epoch's first)
+    damaged_shards: str = "stop"  # stop | salvage: train on the members of a damaged tar that are whole
+    index_dir: str | None = None  # where shard indexes lie; none: beside the shards, or in the user's cache
     shapes_samples: int = 50_000  # size of the built-in set's epoch
     trace: bool = False  # write RUN/trace/rank*.jsonl
+
+    def __post_init__(self) -> None:
+        _one_of("data.crop", self.crop, ("center", "pad"))
+        _one_of("data.tail", self.tail, ("drop", "pad"))
+        _one_of("data.damaged_shards", self.damaged_shards, ("stop", "salvage"))
+        for name in ("flip", "drop_caption", "drop_both", "max_bad_fraction"):
+            _in_range(f"data.{name}", getattr(self, name), 0, 1)
+        for name, least in (("workers", 0), ("min_side", 1), ("max_pixels", 1), ("shapes_samples", 1)):
+            _in_range(f"data.{name}", getattr(self, name), least)
+        if self.drop_caption + self.drop_both > 1:
+            raise ConfigError(
+                f"data.drop_caption={self.drop_caption} and data.drop_both={self.drop_both} add up to more than "
+                "1, but a sample is dropped in one way only; lower one of them"
+            )
 
 
 @dataclass(frozen=True)

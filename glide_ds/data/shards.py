@@ -1,0 +1,545 @@
+"""Tar shards by URL pattern, and an index of each: where every sample's members lie, without unpacking.
+
+A sample is a run of tar members that share a key, as in WebDataset: `dir/000123.jpg` and `dir/000123.txt`
+are the members `jpg` and `txt` of the sample `dir/000123`. The index of `x.tar` is `x.tar.index`, beside it
+or, where that place is read-only, in a cache folder. It is written once and read in one piece.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from braceexpand import braceexpand
+from numpy.typing import NDArray
+
+from glide_ds.types import DataError
+
+BLOCK = 512
+MAGIC = b"glide_ds index 1\n"
+OPEN_FILES = 64
+OPEN_INDEXES = 256
+
+
+# ---- URLs
+
+
+def is_remote(url: str) -> bool:
+    return "://" in url and not url.startswith("file://")
+
+
+def local_path(url: str) -> str:
+    return url.removeprefix("file://")
+
+
+def expand(patterns: str | Sequence[str]) -> list[str]:
+    """Expand brace patterns, globs, folders and lists of them to shard URLs, in the given order.
+
+    Raises DataError naming the pattern, and the nearest existing files, where one matches nothing or where
+    a local shard it names does not exist.
+    """
+    wanted = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    urls = [url for pattern in wanted for url in _expand_one(pattern)]
+    if not urls:
+        raise DataError("data.shards is empty: name tar files, a brace pattern, or builtin:shapes")
+    if doubled := [url for url, count in Counter(urls).items() if count > 1]:
+        raise DataError(
+            f"data.shards names {doubled[0]} more than once ({len(doubled)} such shards), so its samples would "
+            "be read twice an epoch; name each shard once"
+        )
+    return urls
+
+
+def _expand_one(pattern: str) -> list[str]:
+    try:
+        urls = list(braceexpand(pattern))
+    except ValueError as error:
+        raise DataError(f"data.shards pattern {pattern!r} has unbalanced braces; close them") from error
+    if pattern == "" or not urls:
+        raise DataError("data.shards has an empty pattern: name tar files, or builtin:shapes")
+    found = [match for url in urls for match in _matches(url)]
+    missing = [path for path in found if not is_remote(path) and not os.path.isfile(local_path(path))]
+    if not found or missing:
+        raise DataError(_missing_message(pattern, missing or urls, len(found) - len(missing), len(urls)))
+    return found
+
+
+def _matches(url: str) -> list[str]:
+    if is_remote(url):
+        return [url]
+    path = local_path(url)
+    if os.path.isdir(path):
+        return sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
+    if glob.has_magic(path) and not os.path.exists(path):
+        return sorted(glob.glob(path))
+    return [path]
+
+
+def _missing_message(pattern: str, missing: list[str], found: int, total: int) -> str:
+    near = nearest_files(local_path(missing[0]))
+    example = "" if missing[0] == pattern else f" (the first is {missing[0]})"
+    if found:
+        fact = f"data.shards pattern {pattern!r}: {len(missing)} of {total} shards do not exist{example}"
+    else:
+        fact = f"data.shards pattern {pattern!r} matches no file{example}"
+    hint = f"the nearest existing are {', '.join(near)}" if near else "no tar file lies in or near that folder"
+    return f"{fact}; {hint}. Correct the pattern, or use data.shards=builtin:shapes to try without data"
+
+
+def nearest_files(path: str, count: int = 3) -> list[str]:
+    """The existing tar files most like a missing path, in its folder or the nearest folder that exists."""
+    folder = os.path.dirname(os.path.abspath(path))
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    tars = sorted(glob.glob(os.path.join(glob.escape(folder), "*.tar")))
+    tars = tars or sorted(glob.glob(os.path.join(glob.escape(folder), "*", "*.tar")))[:1000]
+    return difflib.get_close_matches(os.path.abspath(path), tars, n=count, cutoff=0.0)
+
+
+# ---- reading
+
+
+class FileReader:
+    """Reads byte ranges of local files, keeping the last few open. Made anew in each worker process."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[str, int] = OrderedDict()
+        self._process = os.getpid()
+
+    def read(self, url: str, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes, or OSError or EOFError."""
+        data = os.pread(self._descriptor(url), size, offset)
+        if len(data) != size:
+            raise EOFError(f"{url} ends after {offset + len(data)} bytes, {offset + size} expected")
+        return data
+
+    def size(self, url: str) -> int:
+        return os.stat(local_path(url)).st_size
+
+    def _descriptor(self, url: str) -> int:
+        if self._process != os.getpid():  # a fork must not close its parent's files
+            self._open, self._process = OrderedDict(), os.getpid()
+        descriptor = self._open.pop(url, None)
+        if descriptor is None:
+            descriptor = os.open(local_path(url), os.O_RDONLY)
+            if len(self._open) >= OPEN_FILES:
+                os.close(self._open.popitem(last=False)[1])
+        self._open[url] = descriptor
+        return descriptor
+
+
+# ---- scanning a tar
+
+
+class Member(NamedTuple):
+    name: str
+    offset: int  # of the data
+    size: int
+
+
+@dataclass
+class Scan:
+    """The regular files of a tar, and what is wrong with it."""
+
+    size: int
+    members: list[Member] = field(default_factory=list)
+    damage: list[str] = field(default_factory=list)
+
+
+def scan_tar(read: Callable[[int, int], bytes], size: int) -> Scan:
+    """List a tar's members from its headers (ustar, GNU and pax names), checking every header's checksum.
+
+    `read(offset, count)` returns exactly that many bytes. Where a header is damaged, the scan goes on at
+    the next valid one, so `damage` says what is lost and `members` has everything that is not.
+    """
+    scan = Scan(size)
+    offset, long_name = 0, ""
+    pax: dict[str, str] = {}
+    finished = False
+    while offset + BLOCK <= size:
+        header = read(offset, BLOCK)
+        if not header.strip(b"\0"):
+            finished = True
+            break
+        if not _valid(header):
+            following = _resync(read, offset + BLOCK, size)
+            scan.damage.append(f"bytes {offset} to {following} are no tar header and no member")
+            offset, long_name, pax = following, "", {}
+            continue
+        kind, count = header[156:157], _number(header[124:136])
+        if "size" in pax:
+            count = int(pax["size"])
+        start, padded = offset + BLOCK, -(-count // BLOCK) * BLOCK
+        if start + count > size:
+            name = pax.get("path") or long_name or _name(header)
+            scan.damage.append(
+                f"it ends at byte {size}, inside the member {name!r} that ends at {start + count}"
+            )
+            finished = True
+            break
+        if kind == b"L":
+            long_name = read(start, count).rstrip(b"\0").decode("utf-8", "replace")
+        elif kind == b"x":
+            pax = _pax(read(start, count))
+        elif kind in b"0\0" and len(kind):
+            scan.members.append(Member(pax.get("path") or long_name or _name(header), start, count))
+            long_name, pax = "", {}
+        elif kind not in (b"g", b"K"):
+            long_name, pax = "", {}
+        offset = start + padded
+    if not finished:
+        scan.damage.append(
+            f"it ends at byte {size} without an end mark: it was cut off or is still being written"
+        )
+    return scan
+
+
+def _valid(header: bytes) -> bool:
+    try:
+        stated = _number(header[148:156])
+    except ValueError:
+        return False
+    return stated == sum(header) - sum(header[148:156]) + 8 * 32 and header[0] != 0
+
+
+def _number(text: bytes) -> int:
+    if text[0] & 0x80:  # GNU's base 256, for sizes of 8 GiB and more
+        return int.from_bytes(bytes([text[0] & 0x7F]) + text[1:], "big")
+    return int(text.strip(b" \0") or b"0", 8)
+
+
+def _name(header: bytes) -> str:
+    name = header[:100].split(b"\0", 1)[0]
+    if header[257:263] == b"ustar\0" and header[345]:
+        name = header[345:500].split(b"\0", 1)[0] + b"/" + name
+    return name.decode("utf-8", "replace")
+
+
+def _pax(data: bytes) -> dict[str, str]:
+    pairs = re.findall(rb"\d+ (path|size)=([^\n]*)\n", data)
+    return {key.decode(): value.decode("utf-8", "replace") for key, value in pairs}
+
+
+def _resync(read: Callable[[int, int], bytes], offset: int, size: int) -> int:
+    while offset + BLOCK <= size:
+        header = read(offset, BLOCK)
+        if not header.strip(b"\0") or (header[257:262] == b"ustar" and _valid(header)):
+            return offset
+        offset += BLOCK
+    return size
+
+
+# ---- the index
+
+
+@dataclass(frozen=True)
+class IndexHead:
+    """What is known of a shard without reading its index's tables."""
+
+    samples: int
+    members: int
+    tar_size: int
+    mtime_ns: int
+    key_hash: str  # of all sample keys in order
+    fingerprint: str  # of the keys and where every member lies
+    extensions: tuple[str, ...]
+    duplicates: int  # samples whose key an earlier sample of the shard has
+    damage: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class ShardIndex:
+    """One shard's samples: members of sample i are rows first[i] to first[i + 1] of the other tables."""
+
+    head: IndexHead
+    first: NDArray[np.uint32]  # [samples + 1]
+    blocks: NDArray[np.uint32]  # [members], offset of the data in blocks of 512 bytes
+    sizes: NDArray[np.uint32]  # [members], in bytes
+    kinds: NDArray[np.uint8]  # [members], number of the extension in head.extensions
+
+    def members(self, sample: int) -> list[tuple[str, int, int]]:
+        """(extension, offset, size) of each member of a sample."""
+        rows = range(int(self.first[sample]), int(self.first[sample + 1]))
+        return [
+            (self.head.extensions[self.kinds[row]], int(self.blocks[row]) * BLOCK, int(self.sizes[row]))
+            for row in rows
+        ]
+
+    def to_bytes(self) -> bytes:
+        head = json.dumps(asdict(self.head), sort_keys=True).encode() + b"\n"
+        tables = (self.first, self.blocks, self.sizes, self.kinds)
+        body = head + b"".join(table.tobytes() for table in tables)
+        return MAGIC + hashlib.blake2b(body, digest_size=16).digest() + body
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> ShardIndex:
+        """Raises ValueError where the bytes are no whole, undamaged index."""
+        start = len(MAGIC) + 16
+        digest = hashlib.blake2b(data[start:], digest_size=16).digest()
+        if not data.startswith(MAGIC) or data[len(MAGIC) : start] != digest:
+            raise ValueError("no index, or a damaged one")
+        end = data.index(b"\n", start)
+        stored = json.loads(data[start:end])
+        stored |= {name: tuple(stored[name]) for name in ("extensions", "damage")}
+        head = IndexHead(**stored)
+        tables, offset = [], end + 1
+        for dtype, count in (("u4", head.samples + 1), *(("u4", head.members),) * 2, ("u1", head.members)):
+            tables.append(np.frombuffer(data, dtype, count, offset))
+            offset += tables[-1].nbytes
+        return cls(head, *tables)
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """A member's name as (key, extension) after WebDataset's rule, or None where it belongs to no sample."""
+    folder, _, base = name.rpartition("/")
+    stem, dot, extension = base.partition(".")
+    if not stem or not dot or base.startswith(("._", "__")):
+        return None
+    return (f"{folder}/{stem}" if folder else stem), extension.lower()
+
+
+def build_index(scan: Scan, mtime_ns: int = 0) -> ShardIndex:
+    """Group a scan's members into samples. An extension that repeats under one key starts a new sample."""
+    keys: list[str] = []
+    first: list[int] = []
+    blocks: list[int] = []
+    sizes: list[int] = []
+    kinds: list[int] = []
+    extensions: dict[str, int] = {}
+    seen: set[str] = set()
+    for name, offset, size in scan.members:
+        if (parts := split_name(name)) is None:
+            continue
+        key, extension = parts
+        if not keys or key != keys[-1] or extension in seen:
+            keys.append(key)
+            first.append(len(blocks))
+            seen = set()
+        seen.add(extension)
+        blocks.append(offset // BLOCK)
+        sizes.append(min(size, 2**32 - 1))
+        kinds.append(min(extensions.setdefault(extension, len(extensions)), 255))
+    first.append(len(blocks))
+    tables = (
+        np.array(first, np.uint32),
+        np.array(blocks, np.uint32),
+        np.array(sizes, np.uint32),
+        np.array(kinds, np.uint8),
+    )
+    key_hash = hashlib.blake2b("\n".join(keys).encode(), digest_size=16).hexdigest()
+    names = tuple(extensions)[:256]
+    digest = hashlib.blake2b(f"{key_hash} {names}".encode(), digest_size=16)
+    for table in tables:
+        digest.update(table.tobytes())
+    head = IndexHead(
+        samples=len(keys),
+        members=len(blocks),
+        tar_size=scan.size,
+        mtime_ns=mtime_ns,
+        key_hash=key_hash,
+        fingerprint=digest.hexdigest(),
+        extensions=names,
+        duplicates=len(keys) - len(set(keys)),
+        damage=tuple(scan.damage),
+    )
+    return ShardIndex(head, *tables)
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Write a file so that a reader, or a kill at any instant, sees all of it or none."""
+    folder = os.path.dirname(os.path.abspath(path))
+    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glide_ds"
+
+
+def index_paths(url: str, index_dir: str | None) -> list[Path]:
+    """Where a shard's index may lie, the preferred place first."""
+    absolute = url if is_remote(url) else os.path.abspath(local_path(url))
+    name = f"{hashlib.blake2b(absolute.encode(), digest_size=8).hexdigest()}-{os.path.basename(absolute)}.index"
+    if index_dir:
+        return [Path(index_dir) / name]
+    cached = cache_folder() / "index" / name
+    return [cached] if is_remote(url) else [Path(f"{absolute}.index"), cached]
+
+
+def _read_only(folder: Path) -> bool:
+    # root may write anywhere, yet a folder without any write permission says it is not to be written.
+    return folder.is_dir() and (not folder.stat().st_mode & 0o222 or not os.access(folder, os.W_OK))
+
+
+def load_index(url: str, index_dir: str | None = None) -> ShardIndex | None:
+    """A shard's stored index, or None where there is none or it is damaged and must be made again."""
+    for path in index_paths(url, index_dir):
+        try:
+            return ShardIndex.from_bytes(path.read_bytes())
+        except FileNotFoundError:
+            continue
+        except (ValueError, KeyError, TypeError):
+            return None
+    return None
+
+
+def store_index(url: str, index: ShardIndex, index_dir: str | None = None) -> Path:
+    """Write a shard's index to the first of its places that can be written."""
+    for path in index_paths(url, index_dir):
+        if _read_only(path.parent):
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, index.to_bytes())
+        return path
+    raise DataError(f"no place to write the index of {url}; set data.index_dir to a folder that can be written")
+
+
+def scan_shard(url: str) -> ShardIndex:
+    """Read a local shard's headers and make its index."""
+    path = local_path(url)
+    with open(path, "rb") as file:
+        if file.read(2) == b"\x1f\x8b":
+            raise DataError(f"shard {url} is gzip-compressed, so no sample can be read alone; gunzip it first")
+        status = os.fstat(file.fileno())
+
+        def read(offset: int, size: int) -> bytes:
+            return os.pread(file.fileno(), size, offset)
+
+        return build_index(scan_tar(read, status.st_size), status.st_mtime_ns)
+
+
+def open_index(url: str, index_dir: str | None = None) -> ShardIndex:
+    """A shard's index, made and stored where missing. Raises DataError where it no longer fits its tar."""
+    index = load_index(url, index_dir)
+    status = os.stat(local_path(url))
+    if index is not None and index.head.tar_size != status.st_size:
+        raise DataError(
+            f"shard {url} has {status.st_size} bytes, its index was made for {index.head.tar_size}: the tar "
+            "was truncated or replaced. Restore it, or run `glide-ds prepare index --force` to accept it"
+        )
+    if index is not None and index.head.mtime_ns == status.st_mtime_ns:
+        return index
+    fresh = scan_shard(url)
+    if index is not None and index.head.fingerprint != fresh.head.fingerprint:
+        raise DataError(
+            f"shard {url} changed since its index was made (same size, other members). Restore it, or run "
+            "`glide-ds prepare index --force` to accept it as it is"
+        )
+    store_index(url, fresh, index_dir)
+    return fresh
+
+
+# ---- a set of shards
+
+
+class ShardSet:
+    """The samples of many shards under one numbering, 0 to samples - 1, in the order of the shards."""
+
+    def __init__(self, urls: Sequence[str], heads: Sequence[IndexHead], index_dir: str | None = None) -> None:
+        self.urls = list(urls)
+        self.sizes = np.array([head.samples for head in heads], np.int64)
+        self.ends = np.cumsum(self.sizes)
+        self.duplicates = sum(head.duplicates for head in heads)
+        self.damaged = [(url, note) for url, head in zip(urls, heads, strict=True) for note in head.damage]
+        digest = hashlib.blake2b("".join(head.fingerprint for head in heads).encode(), digest_size=8)
+        self.fingerprint = digest.hexdigest()
+        self._index_dir = index_dir
+        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
+        self._reader = FileReader()
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """(shard number, sample's number in that shard)."""
+        shard = int(np.searchsorted(self.ends, sample, side="right"))
+        return shard, sample - int(self.ends[shard] - self.sizes[shard])
+
+    def read(self, sample: int) -> dict[str, bytes]:
+        """A sample's members by extension. Raises OSError or EOFError where the shard cannot give them."""
+        shard, row = self.locate(sample)
+        url, members = self.urls[shard], self._index(shard).members(row)
+        if len(members) == 1:
+            extension, offset, size = members[0]
+            return {extension: self._reader.read(url, offset, size)}
+        # One read takes the image and its caption, which lie side by side.
+        start = members[0][1]
+        data = self._reader.read(url, start, members[-1][1] + members[-1][2] - start)
+        return {extension: data[offset - start : offset - start + size] for extension, offset, size in members}
+
+    def name(self, sample: int) -> str:
+        """A sample as a person finds it: shard and key."""
+        shard, row = self.locate(sample)
+        offset = self._index(shard).members(row)[0][1]
+        try:
+            name = _name(self._reader.read(self.urls[shard], offset - BLOCK, BLOCK))
+        except (OSError, EOFError):
+            name = f"sample {row}"
+        return f"{self.urls[shard]} {name}"
+
+    def _index(self, shard: int) -> ShardIndex:
+        index = self._indexes.get(shard)
+        if index is None:
+            index = load_index(self.urls[shard], self._index_dir)
+            if index is None:
+                raise DataError(f"the index of {self.urls[shard]} vanished during the run; start it again")
+            if len(self._indexes) >= OPEN_INDEXES:
+                self._indexes.popitem(last=False)
+            self._indexes[shard] = index
+        return index
+
+
+def open_shards(
+    patterns: str | Sequence[str],
+    index_dir: str | None = None,
+    *,
+    salvage: bool = False,
+    part: tuple[int, int] = (0, 1),
+) -> ShardSet:
+    """Open shards by pattern, making the indexes that are missing.
+
+    `part` = (rank, world size) lets several processes begin with different shards, so that together they
+    scan each missing one about once. Damaged tars raise DataError unless `salvage` takes what is left.
+    """
+    urls = expand(patterns)
+    heads: dict[int, IndexHead] = {}
+    begin = part[0] * len(urls) // part[1]
+    for number in (*range(begin, len(urls)), *range(begin)):
+        heads[number] = open_index(urls[number], index_dir).head
+    shards = ShardSet(urls, [heads[number] for number in range(len(urls))], index_dir)
+    if shards.damaged and not salvage:
+        raise DataError(_damage_message(shards.damaged))
+    if not len(shards):
+        raise DataError(
+            f"the {len(urls)} shards of {patterns!r} hold no sample: no member is named KEY.EXTENSION"
+        )
+    return shards
+
+
+def _damage_message(damaged: list[tuple[str, str]]) -> str:
+    names = "; ".join(f"{url}: {note}" for url, note in damaged[:5])
+    more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
+    return (
+        f"{len({url for url, _ in damaged})} shard(s) are damaged, so samples would be missing: {names}{more}. "
+        "Fetch them again, or set data.damaged_shards=salvage to train on the members that are whole"
+    )

@@ -1,0 +1,88 @@
+"""Tar shards and images for the data tests, made where they are needed."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from glide_ds.config import DataConfig
+from glide_ds.data import Source, build_source
+
+
+def encoded(pixels: np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, kind, **options)
+    return out.getvalue()
+
+
+def photo(seed: int, height: int = 48, width: int = 40) -> np.ndarray:
+    """A smooth random picture without borders: uint8 [height, width, 3]."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 5, 3), np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def sample(number: int, **extra: bytes) -> dict[str, bytes]:
+    return {"jpg": encoded(photo(number), "JPEG", quality=90), "txt": f"photo {number}".encode(), **extra}
+
+
+def write_tar(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for key, members in samples:
+            for extension, data in members.items():
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def write_shards(folder: Path, sizes: Iterable[int]) -> str:
+    """Shards of photos, `sizes[i]` in shard i, captioned "photo NUMBER" in order. Returns their pattern."""
+    number = 0
+    count = 0
+    for count, size in enumerate(sizes):
+        members = [(f"{n:06d}", sample(n)) for n in range(number, number + size)]
+        write_tar(folder / f"s-{count:03d}.tar", members)
+        number += size
+    return f"{folder}/s-{{000..{count:03d}}}.tar"
+
+
+def json_bytes(**record: Any) -> bytes:
+    return json.dumps(record).encode()
+
+
+def source(
+    shards: str,
+    *,
+    batch: int = 8,
+    micro: int | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+    seed: int = 0,
+    size: int = 16,
+    low_res: bool = False,
+    **data: Any,
+) -> Source:
+    data = {"workers": 0, **data}
+    return build_source(
+        DataConfig(shards=shards, **data),
+        image_size=size,
+        context_length=12,
+        global_batch=batch,
+        micro_batch=micro or batch // ranks,
+        rank=rank,
+        world_size=ranks,
+        seed=seed,
+        low_res=low_res,
+    )
+
+
+def take(source: Source, batches: int, start: int = 0) -> list[Any]:
+    iterator = source.batches(start)
+    return [next(iterator) for _ in range(batches)]

@@ -1,0 +1,194 @@
+"""Shards are found by pattern, indexed exactly, and never shortened in silence."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+from data_kit import sample, write_shards, write_tar
+
+from glide_ds.data.shards import (
+    BLOCK,
+    ShardIndex,
+    expand,
+    load_index,
+    open_shards,
+    scan_shard,
+    split_name,
+    store_index,
+)
+from glide_ds.types import DataError
+
+
+def test_patterns(tmp_path: Path) -> None:
+    pattern = write_shards(tmp_path, [1, 1, 1])
+    names = [str(tmp_path / f"s-{n:03d}.tar") for n in range(3)]
+    assert expand(pattern) == names
+    assert expand([names[2], names[0]]) == [names[2], names[0]]
+    assert expand(str(tmp_path)) == names
+    assert expand(f"{tmp_path}/*.tar") == names
+    assert expand(f"file://{names[0]}") == names[:1]
+    assert expand("s3://b/{0..2}.tar") == ["s3://b/0.tar", "s3://b/1.tar", "s3://b/2.tar"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("{d}/x-{{000..009}}.tar", r"'.*x-\{000\.\.009\}\.tar'.*matches no file.*nearest existing.*s-000\.tar"),
+        ("{d}/s-{{000..009}}.tar", r"7 of 10 shards do not exist.*s-003\.tar.*nearest existing"),
+        ("{d}/*.zip", "matches no file"),
+        ("{d}/s-{{000..00", "nearest existing|unbalanced"),
+        ("", "empty"),
+    ],
+)
+def test_missing_shards_are_named(tmp_path: Path, pattern: str, message: str) -> None:
+    write_shards(tmp_path, [1, 1, 1])
+    with pytest.raises(DataError, match=message):
+        expand(pattern.format(d=tmp_path))
+
+
+def test_a_shard_named_twice_is_refused(tmp_path: Path) -> None:
+    pattern = write_shards(tmp_path, [1, 1])
+    with pytest.raises(DataError, match="more than once"):
+        expand([pattern, str(tmp_path / "s-001.tar")])
+
+
+def test_index_reads_what_tarfile_reads(tmp_path: Path) -> None:
+    long = "a-folder/" + "n" * 150
+    samples = [("k0", sample(0)), (long, sample(1)), ("k2", {"json": b"{}"}), ("d/k3", sample(3, cls=b"7"))]
+    for number, kind in enumerate((tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)):
+        path = tmp_path / f"{number}.tar"
+        with tarfile.open(path, "w", format=kind) as tar:
+            for key, members in samples:
+                if kind == tarfile.USTAR_FORMAT and key == long:
+                    key = "a-folder/short"
+                for extension, data in members.items():
+                    info = tarfile.TarInfo(f"{key}.{extension}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+            tar.addfile(tarfile.TarInfo("README"))
+        shards = open_shards(str(path))
+        assert len(shards) == 4
+        assert [shards.read(i) for i in range(4)] == [members for _, members in samples]
+        assert not shards.damaged
+
+
+def test_keys_follow_webdataset() -> None:
+    assert split_name("a.b/c.seg.png") == ("a.b/c", "seg.png")
+    assert split_name("c.JPG") == ("c", "jpg")
+    assert [split_name(name) for name in ("plain", ".hidden", "d/._x.jpg", "__meta.json")] == [None] * 4
+
+
+def test_index_round_trip_and_damage(tmp_path: Path) -> None:
+    write_shards(tmp_path, [3])
+    index = scan_shard(str(tmp_path / "s-000.tar"))
+    data = index.to_bytes()
+    assert ShardIndex.from_bytes(data).members(2) == index.members(2)
+    for broken in (data[:-1], data[:40] + b"x" + data[41:], b""):
+        with pytest.raises(ValueError, match="index"):
+            ShardIndex.from_bytes(broken)
+
+
+def test_a_damaged_index_is_made_again(tmp_path: Path) -> None:
+    pattern = write_shards(tmp_path, [3])
+    before = open_shards(pattern).fingerprint
+    sidecar = tmp_path / "s-000.tar.index"
+    sidecar.write_bytes(sidecar.read_bytes()[:-4])
+    assert open_shards(pattern).fingerprint == before
+    assert load_index(str(tmp_path / "s-000.tar")) is not None
+
+
+def test_read_only_folders_use_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    pattern = write_shards(shards, [2])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shards.chmod(0o555)
+    try:
+        open_shards(pattern)
+    finally:
+        shards.chmod(0o755)
+    assert not list(shards.glob("*.index"))
+    assert len(list((tmp_path / "cache").rglob("*.index"))) == 1
+
+
+def test_a_tar_that_changed_is_named(tmp_path: Path) -> None:
+    pattern = write_shards(tmp_path, [3, 3])
+    open_shards(pattern)
+    path = tmp_path / "s-001.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"s-001\.tar has \d+ bytes, its index was made for \d+"):
+        open_shards(pattern)
+    path.write_bytes(whole.replace(b"000003.jpg", b"x00003.jpg").replace(b"000003.txt", b"x00003.txt"))
+    with pytest.raises(DataError, match=r"s-001\.tar"):
+        open_shards(pattern)
+    path.write_bytes(whole)
+    os.utime(path, (1, 1))
+    assert len(open_shards(pattern)) == 6
+
+
+@pytest.mark.parametrize("keep", ["half a member", "no end mark"])
+def test_a_truncated_tar_stops_the_start(tmp_path: Path, keep: str) -> None:
+    path = write_tar(tmp_path / "t.tar", [(f"{n}", sample(n)) for n in range(4)])
+    whole = path.read_bytes()
+    index = scan_shard(str(path))
+    start = index.members(3)[0][1]
+    path.write_bytes(whole[: start + 100] if keep == "half a member" else whole[: start - BLOCK])
+    with pytest.raises(DataError, match=r"t\.tar: it ends at byte .*salvage"):
+        open_shards(str(path))
+    salvaged = open_shards(str(path), salvage=True)
+    assert len(salvaged) == 3
+    assert salvaged.damaged
+
+
+def test_a_corrupt_header_loses_one_member_not_the_rest(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "t.tar", [(f"{n}", sample(n)) for n in range(6)])
+    header = scan_shard(str(path)).members(2)[0][1] - BLOCK
+    data = bytearray(path.read_bytes())
+    data[header + 3] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="no tar header"):
+        open_shards(str(path))
+    salvaged = open_shards(str(path), salvage=True)
+    assert len(salvaged) == 6  # sample 2 keeps its caption; the loader counts its missing image
+    assert salvaged.read(3)["txt"] == b"photo 3"
+
+
+def test_compressed_tars_are_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w:gz"):
+        pass
+    with pytest.raises(DataError, match="gzip"):
+        open_shards(str(tmp_path / "x.tar"))
+
+
+def test_shards_without_samples(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", [])
+    with pytest.raises(DataError, match="hold no sample"):
+        open_shards(str(tmp_path / "x.tar"))
+
+
+def test_duplicate_keys_become_samples_of_their_own(tmp_path: Path) -> None:
+    path = write_tar(
+        tmp_path / "x.tar", [("a", sample(0)), ("a", sample(1)), ("b", sample(2)), ("a", sample(3))]
+    )
+    shards = open_shards(str(path))
+    assert [shards.read(n)["txt"] for n in range(4)] == [f"photo {n}".encode() for n in range(4)]
+    assert shards.duplicates == 2
+
+
+def test_index_dir(tmp_path: Path) -> None:
+    pattern = write_shards(tmp_path, [2])
+    open_shards(pattern, str(tmp_path / "indexes"))
+    assert len(list((tmp_path / "indexes").iterdir())) == 1
+    assert not list(tmp_path.glob("*.index"))
+    url = expand(pattern)[0]
+    assert store_index(url, scan_shard(url), str(tmp_path / "more")).exists()
+
+
+def test_names_lead_a_person_to_the_sample(tmp_path: Path) -> None:
+    shards = open_shards(write_shards(tmp_path, [2, 2]))
+    assert shards.name(3) == f"{tmp_path}/s-001.tar 000003.jpg"
