@@ -1,0 +1,134 @@
+"""From a sample's text members to its caption.
+
+Understood: KEY.txt; KEY.json with a caption field (img2dataset, LAION, plain); several captions per image
+(COCO's list, or {text, weight} records), of which one is drawn per epoch. Captions are cleaned as little as
+possible: white space at the ends goes and runs of it become one space, which is all tokens would notice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any
+
+TEXT_EXTENSIONS = ("txt", "text", "caption")
+CAPTION_FIELDS = ("caption", "captions", "text", "TEXT", "prompt", "alt_text", "alt", "title", "description")
+TEXT_FIELDS = ("caption", "text", "raw", "TEXT", "value")
+MAX_CHARACTERS = 20_000
+
+
+class Cause(StrEnum):
+    """Why a sample cannot be used."""
+
+    NO_IMAGE = "no image"
+    CORRUPT_IMAGE = "corrupt image"
+    UNKNOWN_FORMAT = "unknown image format"
+    TOO_SMALL = "image too small"
+    TOO_LARGE = "image too large"
+    NO_CAPTION = "no caption"
+    EMPTY_CAPTION = "empty caption"
+    BAD_TEXT = "caption not text"
+    BAD_JSON = "bad json"
+    UNREADABLE = "unreadable"
+
+
+class Unusable(Exception):  # noqa: N818 - a finding about a sample, not a program's error
+    """A sample cannot be used; the loader counts the cause and puts another in its slot."""
+
+    def __init__(self, cause: str, detail: str = "") -> None:
+        super().__init__(cause, detail)
+        self.cause = cause
+        self.detail = detail
+
+
+def decode_text(data: bytes) -> tuple[str, bool]:
+    """(text, whether it was UTF-8). Raises Unusable where the bytes are no text in any likely encoding."""
+    try:
+        return data.decode("utf-8-sig"), True
+    except UnicodeDecodeError:
+        pass
+    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError:
+        raise Unusable(Cause.BAD_TEXT, f"neither UTF-8 nor {encoding}") from None
+    if not all(char.isprintable() or char.isspace() for char in text):
+        raise Unusable(Cause.BAD_TEXT, f"control characters as {encoding}")
+    return text, False
+
+
+def parse_json(data: bytes) -> tuple[dict[str, Any], bool]:
+    """(the record, whether it was UTF-8). Raises Unusable where it is no JSON object."""
+    text, utf8 = decode_text(data)
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Unusable(Cause.BAD_JSON, str(error)[:80]) from None
+    if not isinstance(record, dict):
+        raise Unusable(Cause.BAD_JSON, f"a {type(record).__name__}, not an object")
+    return record, utf8
+
+
+def read_caption(members: Mapping[str, bytes], draw: float) -> tuple[str, tuple[str, ...]]:
+    """A sample's caption, and notes on what was tolerated. `draw` in [0, 1) picks among several.
+
+    A text member goes before the JSON record, which is read where the text is missing or empty.
+    Raises Unusable where there is no caption.
+    """
+    notes: list[str] = []
+    found = False
+    for extension in TEXT_EXTENSIONS:
+        if extension in members:
+            found = True
+            text, utf8 = decode_text(members[extension])
+            if clean := tidy(text):
+                return clean, () if utf8 else ("caption not UTF-8",)
+    if "json" in members:
+        record, utf8 = parse_json(members["json"])
+        if not utf8:
+            notes.append("caption not UTF-8")
+        choices = [(tidy(text), weight) for text, weight in caption_choices(record)]
+        found = found or bool(choices)
+        if clean := choose([(text, weight) for text, weight in choices if text], draw):
+            return clean, tuple(notes)
+    if found:
+        raise Unusable(Cause.EMPTY_CAPTION)
+    raise Unusable(Cause.NO_CAPTION, f"members: {', '.join(sorted(members))}")
+
+
+def tidy(text: str) -> str:
+    # Lone surrogates, which JSON's \ud800 can make, have no UTF-8 and would stop the tokenizer.
+    return " ".join(text[:MAX_CHARACTERS].encode("utf-8", "ignore").decode().split())
+
+
+def caption_choices(record: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Every caption a JSON record offers, with its weight, from the first field that has any."""
+    for name in CAPTION_FIELDS:
+        if name in record and (choices := _choices(record[name])):
+            return choices
+    return []
+
+
+def _choices(value: Any) -> list[tuple[str, float]]:
+    if isinstance(value, str):
+        return [(value, 1.0)]
+    if isinstance(value, list):
+        return [choice for item in value for choice in _choices(item)]
+    if isinstance(value, dict):
+        weight = value.get("weight", 1.0)
+        good = isinstance(weight, int | float) and not isinstance(weight, bool) and 0 <= weight < float("inf")
+        for name in TEXT_FIELDS:
+            if isinstance(value.get(name), str):
+                return [(value[name], float(weight) if good else 1.0)]
+    return []
+
+
+def choose(choices: list[tuple[str, float]], draw: float) -> str:
+    """One of the weighted captions by a number in [0, 1), or "" where there is none."""
+    remaining = draw * sum(weight for _, weight in choices)
+    for text, weight in choices:
+        if remaining < weight:
+            return text
+        remaining -= weight
+    return choices[-1][0] if choices else ""

@@ -1,0 +1,64 @@
+"""Every layout's caption is found, and what has none says why."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+from data_kit import json_bytes
+
+from glide_ds.data.captions import Cause, Unusable, read_caption
+
+
+@pytest.mark.parametrize(
+    ("members", "caption"),
+    [
+        ({"txt": b"  a cat\n"}, "a cat"),
+        ({"txt": b"a\tcat \r\n  sits"}, "a cat sits"),
+        ({"txt": b"\xef\xbb\xbfa cat"}, "a cat"),
+        ({"txt": "ein Käfer 🐞".encode()}, "ein Käfer 🐞"),
+        ({"json": json_bytes(caption="from json")}, "from json"),
+        ({"json": json_bytes(TEXT="laion", url="u", width=3)}, "laion"),
+        ({"json": json_bytes(caption=None, text="second field")}, "second field"),
+        ({"txt": b"text first", "json": json_bytes(caption="json")}, "text first"),
+        ({"txt": b" \n", "json": json_bytes(caption="json fills in")}, "json fills in"),
+        ({"txt": b"text is enough", "json": b"{broken"}, "text is enough"),
+        ({"json": json_bytes(captions=["", "only this"])}, "only this"),
+        ({"json": rb'{"caption": "lone \ud800 surrogate"}'}, "lone surrogate"),
+    ],
+)
+def test_captions_are_found(members: dict[str, bytes], caption: str) -> None:
+    assert read_caption(members, 0.0) == (caption, ())
+
+
+@pytest.mark.parametrize(
+    ("members", "cause"),
+    [
+        ({"jpg": b""}, Cause.NO_CAPTION),
+        ({"json": json_bytes(url="u")}, Cause.NO_CAPTION),
+        ({"json": json_bytes(caption=7)}, Cause.NO_CAPTION),
+        ({"txt": b" \n\t"}, Cause.EMPTY_CAPTION),
+        ({"json": json_bytes(caption="")}, Cause.EMPTY_CAPTION),
+        ({"json": b"{"}, Cause.BAD_JSON),
+        ({"json": b"[1]"}, Cause.BAD_JSON),
+        ({"json": b"[" * 100_000}, Cause.BAD_JSON),
+        ({"txt": b"\xff\x00\x01\x9d"}, Cause.BAD_TEXT),
+    ],
+)
+def test_causes(members: dict[str, bytes], cause: Cause) -> None:
+    with pytest.raises(Unusable) as found:
+        read_caption(members, 0.0)
+    assert found.value.cause == cause
+
+
+@pytest.mark.parametrize("data", ["caf\xe9".encode("cp1252"), "caf\xe9".encode("utf-16")])
+def test_other_encodings_are_tolerated_and_noted(data: bytes) -> None:
+    assert read_caption({"txt": data}, 0.0) == ("café", ("caption not UTF-8",))
+
+
+def test_one_of_several_captions_by_weight() -> None:
+    record = {"captions": [{"text": "rare"}, {"text": "often", "weight": 3}, {"caption": "never", "weight": 0}]}
+    members = {"json": json.dumps(record).encode()}
+    drawn = Counter(read_caption(members, n / 400)[0] for n in range(400))
+    assert drawn == {"rare": 100, "often": 300}

@@ -1,0 +1,167 @@
+"""Every format becomes the right upright RGB square; what cannot says why."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+import pytest
+from data_kit import encoded, photo
+from PIL import Image
+
+from glide_ds.data.captions import Cause, Unusable
+from glide_ds.data.decode import DecodeOptions, content_box, decode, image_member
+
+OPTIONS = DecodeOptions(16)
+WHOLE = DecodeOptions(16, trim=False)
+
+
+def image_bytes(image: Image.Image, kind: str, **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a.astype(float) - b.astype(float)).mean())
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
+def test_formats_agree(kind: str) -> None:
+    square = photo(1, 64, 64)
+    options = {"quality": 95} if kind in ("JPEG", "WEBP") else {}
+    out = decode(encoded(square, kind, **options), OPTIONS)
+    assert out.shape == (16, 16, 3)
+    assert out.dtype == np.uint8
+    assert distance(out, decode(encoded(square), OPTIONS)) < (8 if kind == "GIF" else 2)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "I;16", "LA", "RGBA", "PA"])
+def test_modes(mode: str) -> None:
+    grey = Image.fromarray(photo(2, 32, 32)).convert("L").point(lambda v: 40 if v < 120 else 200)
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    elif mode == "PA":
+        image = grey.convert("P").convert("PA")
+    else:
+        image = grey.convert(mode)
+    kind = "TIFF" if mode in ("CMYK", "PA") else "PNG"
+    if mode == "PA":
+        pytest.importorskip("PIL.TiffImagePlugin")
+    out = decode(image_bytes(image, kind), WHOLE)
+    limit = 12 if mode == "1" else 3
+    if mode == "1":
+        expected = np.asarray(image.convert("RGB").resize((16, 16), Image.Resampling.BICUBIC))
+    else:
+        expected = np.asarray(grey.convert("RGB").resize((16, 16), Image.Resampling.BICUBIC))
+    assert distance(out, expected) < limit
+
+
+def test_alpha_lies_on_white() -> None:
+    pixels = np.zeros((32, 32, 4), np.uint8)
+    pixels[8:24, 8:24] = (255, 0, 0, 255)
+    out = decode(encoded(pixels), WHOLE)
+    assert out[0, 0].tolist() == [255, 255, 255]
+    assert out[8, 8].tolist() == [255, 0, 0]
+    assert decode(encoded(pixels), OPTIONS).reshape(-1, 3).mean(0).tolist() == [255, 0, 0]  # and is trimmed
+
+
+def test_palette_transparency_lies_on_white() -> None:
+    image = Image.new("P", (16, 16), 0)
+    image.putpalette([0, 0, 0, 0, 0, 255])
+    image.paste(1, (4, 4, 12, 12))
+    out = decode(image_bytes(image, "PNG", transparency=0), WHOLE)
+    assert out[0, 0].tolist() == [255, 255, 255]
+    assert out[8, 8].tolist() == [0, 0, 255]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_exif_orientation(orientation: int, kind: str) -> None:
+    upright = Image.fromarray(photo(3, 64, 64))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
+    out = decode(image_bytes(stored, kind, exif=exif), WHOLE)
+    assert distance(out, decode(image_bytes(upright, "PNG"), WHOLE)) < 3
+
+
+@pytest.mark.parametrize("colour", [(255, 255, 255), (0, 0, 0), (30, 90, 200)])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_borders_go_before_the_resize(colour: tuple[int, int, int], kind: str) -> None:
+    inner = photo(4, 60, 80)
+    for top, left in ((30, 0), (0, 50), (24, 40)):
+        framed = np.full((60 + 2 * top, 80 + 2 * left, 3), colour, np.uint8)
+        framed[top : top + 60, left : left + 80] = inner
+        options = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
+        out = decode(encoded(framed, kind, **options), OPTIONS)
+        assert distance(out, decode(encoded(inner), OPTIONS)) < (6 if kind == "JPEG" else 0.01)
+
+
+def test_content_box_leaves_photos_and_flat_pictures_whole() -> None:
+    assert content_box(photo(5, 40, 30)) == (0, 40, 0, 30)
+    assert content_box(np.full((40, 30, 3), 9, np.uint8)) == (0, 40, 0, 30)
+    speck = np.full((40, 30, 3), 9, np.uint8)
+    speck[20, 15] = 200
+    assert content_box(speck) == (0, 40, 0, 30)
+    one_side = photo(6, 40, 30).copy()
+    one_side[33:] = 255
+    assert content_box(one_side) == (0, 33, 0, 30)
+
+
+def test_crop_and_pad() -> None:
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, :20], wide[:, 20:40], wide[:, 40:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    cropped = decode(encoded(wide), WHOLE)
+    assert cropped.reshape(-1, 3).mean(0).tolist() == [0, 255, 0]
+    padded = decode(encoded(wide), DecodeOptions(18, crop="pad", trim=False))
+    assert padded[0, 0].tolist() == [255, 255, 255]
+    assert padded[9, 3].tolist() == [255, 0, 0]
+    assert padded[9, 15].tolist() == [0, 0, 255]
+
+
+def bomb() -> bytes:
+    header = struct.pack(">IIBBBBB", 10_000, 10_000, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 1000)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "cause"),
+    [
+        (b"", Cause.CORRUPT_IMAGE),
+        (b"not an image at all", Cause.UNKNOWN_FORMAT),
+        (encoded(photo(1))[:200], Cause.CORRUPT_IMAGE),
+        (encoded(photo(1), "JPEG")[:300], Cause.CORRUPT_IMAGE),
+        (encoded(photo(1, 400, 400), "JPEG")[:-3000], Cause.CORRUPT_IMAGE),
+        (encoded(photo(1), "WEBP")[:100], Cause.CORRUPT_IMAGE),
+        (encoded(np.zeros((1, 1, 3), np.uint8)), Cause.TOO_SMALL),
+        (encoded(np.zeros((1, 50, 3), np.uint8), "JPEG"), Cause.TOO_SMALL),
+        (bomb(), Cause.TOO_LARGE),
+    ],
+)
+def test_causes(data: bytes, cause: Cause) -> None:
+    with pytest.raises(Unusable) as found:
+        decode(data, OPTIONS)
+    assert found.value.cause == cause
+
+
+def test_image_member() -> None:
+    assert image_member({"txt": b"t", "webp": b"w"}) == b"w"
+    with pytest.raises(Unusable, match="no image"):
+        image_member({"txt": b"t", "mp4": b"v"})
