@@ -1,0 +1,391 @@
+"""Global batches from shards or the built-in shapes: the same samples at any number of ranks and workers.
+
+One item of the underlying data set is a whole micro-batch, named by (step, micro-batch number). Which
+samples it holds and how each is augmented follows from the seed and those numbers alone (`order`), so the
+worker processes that build items share no state, and starting at any step costs nothing.
+
+S image side, B micro-batch, T caption tokens.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from glide_ds import tokenizer
+from glide_ds.config import DataConfig
+from glide_ds.data import shapes
+from glide_ds.data.captions import Cause, Unusable, read_caption
+from glide_ds.data.decode import DecodeOptions, Pixels, decode, image_member, resize
+from glide_ds.data.order import Order, micro_slots, mix, uniform
+from glide_ds.data.shards import ShardSet, open_shards
+from glide_ds.types import Batch, ConfigError, DataError
+
+SHAPES, SHAPES_HELD_OUT = "builtin:shapes", "builtin:shapes-heldout"
+LOW_RES_FACTOR = 4
+SUBSTITUTES = 256  # samples tried in a slot before the set counts as unusable
+EXAMPLES = 5  # kept per cause for the report
+ENOUGH_TO_JUDGE = 200  # samples read before data.max_bad_fraction can stop a run
+PREFETCH = 4  # micro-batches each worker prepares ahead
+
+# What a per-sample random number is for; part of its hash, so the draws are independent.
+_SUBSTITUTE, _CAPTION, _FLIP, _DROP = range(4)
+
+
+class Sample(NamedTuple):
+    pixels: Pixels  # uint8 [S, S, 3]
+    caption: str
+    notes: tuple[str, ...] = ()  # what was tolerated
+
+
+class SampleSet(Protocol):
+    """Numbered samples."""
+
+    sizes: np.ndarray[Any, np.dtype[np.int64]]  # samples per shard
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def load(self, sample: int, draw: float) -> Sample:
+        """Raises Unusable with the cause. `draw` in [0, 1) picks among several captions."""
+        ...
+
+    def name(self, sample: int) -> str: ...
+
+
+class ShardSamples:
+    """Samples of tar shards."""
+
+    def __init__(self, shards: ShardSet, options: DecodeOptions) -> None:
+        self.shards, self.options = shards, options
+        self.sizes, self.fingerprint, self.name = shards.sizes, shards.fingerprint, shards.name
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def load(self, sample: int, draw: float) -> Sample:
+        try:
+            members = self.shards.read(sample)
+        except (OSError, EOFError) as error:
+            raise Unusable(Cause.UNREADABLE, str(error)) from None
+        caption, notes = read_caption(members, draw)
+        return Sample(decode(image_member(members), self.options), caption, notes)
+
+
+class ShapeSamples:
+    """The built-in shapes, drawn on the fly."""
+
+    def __init__(self, samples: int, size: int, *, held_out: bool = False) -> None:
+        self.sizes = np.array([samples], np.int64)
+        self.fingerprint = f"shapes-{'heldout-' if held_out else ''}{samples}"
+        self._size, self._first = size, shapes.HELD_OUT if held_out else 0
+
+    def __len__(self) -> int:
+        return int(self.sizes[0])
+
+    def load(self, sample: int, draw: float) -> Sample:
+        return Sample(*shapes.draw(self._first + sample, self._size))
+
+    def name(self, sample: int) -> str:
+        return f"shape {self._first + sample}"
+
+
+# ---- what happened
+
+
+@dataclass
+class Tally:
+    """What was read, and what became of it. Sums over micro-batches."""
+
+    read: int = 0  # samples tried, substitutes among them
+    delivered: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)  # by cause
+    tolerated: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)  # by cause
+
+    def skip(self, cause: str, example: str) -> None:
+        self.skipped[cause] += 1
+        self._example(cause, [example])
+
+    def add(self, other: Tally) -> None:
+        self.read += other.read
+        self.delivered += other.delivered
+        self.skipped.update(other.skipped)
+        self.tolerated.update(other.tolerated)
+        for cause, examples in other.examples.items():
+            self._example(cause, examples)
+
+    def _example(self, cause: str, examples: list[str]) -> None:
+        kept = self.examples.setdefault(cause, [])
+        kept.extend(example for example in examples if example not in kept)
+        del kept[EXAMPLES:]
+
+    @property
+    def bad(self) -> int:
+        return sum(self.skipped.values())
+
+    def describe(self) -> str:
+        """The causes in one line, the commonest first."""
+        return ", ".join(f"{cause} {count}" for cause, count in self.skipped.most_common()) or "none"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "read": self.read,
+            "delivered": self.delivered,
+            "replaced": self.bad,
+            "skipped": dict(self.skipped.most_common()),
+            "tolerated": dict(self.tolerated.most_common()),
+            "examples": {cause: list(examples) for cause, examples in self.examples.items()},
+        }
+
+
+class Made(NamedTuple):
+    """What a worker hands over: a batch, or the message of what stops the run, and what it counted."""
+
+    batch: Batch | None
+    tally: Tally
+    error: str = ""
+
+
+# ---- building batches
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How this rank cuts its part out of the global batches, and the shapes of a batch."""
+
+    image_size: int
+    context_length: int
+    global_batch: int
+    micro_batch: int
+    rank: int
+    world_size: int
+    seed: int
+    low_res: bool = False
+
+    @property
+    def accumulation(self) -> int:
+        return self.global_batch // (self.micro_batch * self.world_size)
+
+    def __post_init__(self) -> None:
+        per_pass = self.micro_batch * self.world_size
+        if per_pass <= 0 or self.global_batch % per_pass:
+            raise ConfigError(
+                f"a global batch of {self.global_batch} is no multiple of {self.micro_batch} per micro-batch x "
+                f"{self.world_size} ranks = {per_pass}, so ranks would get unequal parts; use "
+                f"{max(per_pass, self.global_batch // per_pass * per_pass) if per_pass > 0 else 1}"
+            )
+        if not 0 <= self.rank < self.world_size:
+            raise ConfigError(f"rank {self.rank} is outside 0..{self.world_size - 1}")
+
+
+class MicroBatches(Dataset[Made]):
+    """Micro-batches by (step, number): everything a worker process needs, and nothing that changes."""
+
+    def __init__(self, samples: SampleSet, order: Order, config: DataConfig, layout: Layout) -> None:
+        self.samples, self.order, self.config, self.layout = samples, order, config, layout
+
+    def __getitem__(self, item: tuple[int, int]) -> Made:
+        step, number = item
+        layout, tally = self.layout, Tally()
+        slots = micro_slots(number, layout.micro_batch, layout.rank, layout.world_size)
+        drawn = self.order.draw(step, slots)
+        size = layout.image_size
+        images = np.empty((len(slots), size, size, 3), np.uint8)
+        ids, captions = drawn.ids.copy(), []
+        for row, (wanted, epoch) in enumerate(zip(drawn.ids.tolist(), drawn.epochs.tolist(), strict=True)):
+            found = self._usable(wanted, epoch, tally)
+            if found is None:
+                return Made(None, tally, self._hopeless(wanted, tally))
+            ids[row], sample = found
+            images[row] = sample.pixels
+            captions.append(sample.caption)
+        tally.delivered = len(slots)
+        return Made(self._batch(ids, slots, drawn.epochs, images, tuple(captions)), tally)
+
+    def _usable(self, wanted: int, epoch: int, tally: Tally) -> tuple[int, Sample] | None:
+        """The wanted sample, or the first usable one of a sequence that follows from its id and epoch."""
+        seed, candidate = self.layout.seed, wanted
+        for attempt in range(1, SUBSTITUTES + 1):
+            tally.read += 1
+            try:
+                draw = float(uniform(_CAPTION, seed, epoch, candidate)[0])
+                sample = self.samples.load(candidate, draw)
+            except Unusable as finding:
+                tally.skip(finding.cause, f"{self.samples.name(candidate)}: {finding.detail or finding.cause}")
+            else:
+                tally.tolerated.update(sample.notes)
+                return candidate, sample
+            candidate = int(mix(_SUBSTITUTE, seed, epoch, wanted, attempt)[0] % np.uint64(len(self.samples)))
+        return None
+
+    def _hopeless(self, wanted: int, tally: Tally) -> str:
+        examples = "; ".join(names[0] for names in tally.examples.values())
+        return (
+            f"no usable sample in {SUBSTITUTES} tried in place of sample {wanted}: {tally.describe()}. "
+            f"For example {examples}. Mend the data, or check that data.shards names image-caption shards"
+        )
+
+    def _batch(
+        self,
+        ids: np.ndarray[Any, np.dtype[np.int64]],
+        slots: np.ndarray[Any, np.dtype[np.int64]],
+        epochs: np.ndarray[Any, np.dtype[np.int64]],
+        images: Pixels,
+        captions: tuple[str, ...],
+    ) -> Batch:
+        config, seed = self.config, self.layout.seed
+        mirrored = uniform(_FLIP, seed, epochs, ids) < config.flip
+        images[mirrored] = images[mirrored][:, :, ::-1]
+        dice = uniform(_DROP, seed, epochs, ids)
+        drop_both = dice < config.drop_both
+        emptied = dice < config.drop_both + config.drop_caption
+        texts = ["" if empty else text for text, empty in zip(captions, emptied, strict=True)]
+        tokens, mask = tokenizer.encode(texts, self.layout.context_length)
+        return Batch(
+            sample_ids=torch.from_numpy(ids),
+            slots=torch.from_numpy(slots),
+            images=torch.from_numpy(images),
+            tokens=tokens,
+            mask=mask,
+            drop_clip=torch.from_numpy(drop_both),
+            captions=captions,
+            low_res=torch.from_numpy(_low_res(images)) if self.layout.low_res else None,
+        )
+
+
+def _low_res(images: Pixels) -> Pixels:
+    """The upsampler's input: uint8 [B, S/4, S/4, 3]."""
+    side = images.shape[1] // LOW_RES_FACTOR
+    return np.stack([resize(image, side, side) for image in images])
+
+
+class Steps(Sampler[tuple[int, int]]):
+    """(step, micro-batch number) from a step on, without end."""
+
+    def __init__(self, start_step: int, accumulation: int) -> None:
+        self.start_step, self.accumulation = start_step, accumulation
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        step = self.start_step
+        while True:
+            for number in range(self.accumulation):
+                yield step, number
+            step += 1
+
+
+# ---- the source
+
+
+class Source:
+    """A BatchSource (types.py) over a set of samples."""
+
+    def __init__(self, samples: SampleSet, config: DataConfig, layout: Layout) -> None:
+        self.samples, self.config, self.layout = samples, config, layout
+        self.order = Order(
+            samples.sizes,
+            layout.global_batch,
+            layout.seed,
+            int(mix(*samples.fingerprint.encode())[0]),
+            shuffle=config.shuffle,
+            tail=config.tail,
+        )
+        self._tally = Tally()
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the samples and their order: a run resumes the same data only where it is the same."""
+        return self.samples.fingerprint
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return self.order.batches_per_epoch
+
+    def facts(self) -> dict[str, Any]:
+        """What the run's opening block says of its data."""
+        return {
+            "shards": len(self.samples.sizes),
+            "samples": len(self.samples),
+            "batches_per_epoch": self.batches_per_epoch,
+            "lanes": self.order.lanes,
+            "fingerprint": self.fingerprint,
+        }
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        """Yield this rank's micro-batches of global batches start_step, start_step + 1, … without end.
+
+        Raises DataError where no usable sample is left for a slot, or more than data.max_bad_fraction of
+        those read so far were unusable.
+        """
+        items = MicroBatches(self.samples, self.order, self.config, self.layout)
+        workers = self.config.workers
+        loader: DataLoader[Made] = DataLoader(
+            items,
+            batch_size=None,
+            sampler=Steps(start_step, self.layout.accumulation),
+            num_workers=workers,
+            prefetch_factor=PREFETCH if workers else None,
+            generator=torch.Generator(),  # else starting workers would draw from the run's own generator
+        )
+        for made in loader:
+            self._tally.add(made.tally)
+            if made.batch is None:
+                raise DataError(made.error)
+            self._check_bad_fraction()
+            yield made.batch
+
+    def report(self) -> dict[str, Any]:
+        """What this rank's delivered batches read, skipped by cause with examples, tolerated and replaced."""
+        return self._tally.to_dict()
+
+    def _check_bad_fraction(self) -> None:
+        tally = self._tally
+        if tally.read < ENOUGH_TO_JUDGE or tally.bad <= self.config.max_bad_fraction * tally.read:
+            return
+        examples = "; ".join(names[0] for names in tally.examples.values())
+        raise DataError(
+            f"{tally.bad} of {tally.read} samples read are unusable, more than data.max_bad_fraction="
+            f"{self.config.max_bad_fraction}: {tally.describe()}. For example {examples}. Mend the data, or "
+            "raise data.max_bad_fraction"
+        )
+
+
+def open_samples(config: DataConfig, image_size: int, rank: int = 0, world_size: int = 1) -> SampleSet:
+    """The samples that `data.shards` names."""
+    if config.shards in (SHAPES, SHAPES_HELD_OUT):
+        return ShapeSamples(config.shapes_samples, image_size, held_out=config.shards == SHAPES_HELD_OUT)
+    if isinstance(config.shards, str) and config.shards.startswith("builtin:"):
+        raise DataError(f"data.shards={config.shards} does not exist; there is {SHAPES} and {SHAPES_HELD_OUT}")
+    shards = open_shards(
+        config.shards,
+        config.index_dir,
+        salvage=config.damaged_shards == "salvage",
+        part=(rank, world_size),
+    )
+    options = DecodeOptions(image_size, config.crop, config.trim, config.min_side, config.max_pixels)
+    return ShardSamples(shards, options)
+
+
+def build_source(
+    config: DataConfig,
+    *,
+    image_size: int,
+    context_length: int,
+    global_batch: int,
+    micro_batch: int,
+    rank: int,
+    world_size: int,
+    seed: int,
+    low_res: bool = False,
+) -> Source:
+    """This rank's source of micro-batches. Raises DataError or ConfigError before anything is trained."""
+    layout = Layout(
+        image_size, context_length, global_batch, micro_batch, rank, world_size, seed, low_res=low_res
+    )
+    return Source(open_samples(config, image_size, rank, world_size), config, layout)

@@ -1,0 +1,203 @@
+"""The loader delivers the same batches at any number of ranks and workers, whatever is wrong with the data."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from data_kit import encoded, sample, source, take, write_shards, write_tar
+
+from glide_ds.data.loader import ENOUGH_TO_JUDGE
+from glide_ds.types import Batch, ConfigError, DataError
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+
+def same(a: Batch, b: Batch) -> bool:
+    tensors = ("sample_ids", "slots", "images", "tokens", "mask", "drop_clip")
+    return a.captions == b.captions and all(torch.equal(getattr(a, n), getattr(b, n)) for n in tensors)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_shards(tmp_path_factory.mktemp("shards"), [30, 7, 25, 40])
+
+
+def test_a_batch_is_what_types_promises(shards: str) -> None:
+    (batch,) = take(source(shards, batch=8, micro=4, rank=1, ranks=2, low_res=True), 1)
+    assert batch.slots.tolist() == [1, 3, 5, 7]
+    assert (batch.images.shape, batch.images.dtype) == ((4, 16, 16, 3), torch.uint8)
+    assert batch.low_res.shape == (4, 4, 4, 3)
+    assert batch.tokens.shape == batch.mask.shape == (4, 12)
+    assert batch.captions == tuple(f"photo {i}" for i in batch.sample_ids.tolist())
+    assert batch.clip is None
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 3), (2, 0), (3, 1), (4, 0), (6, 0), (8, 0), (8, 1)])
+def test_ranks_and_workers_never_change_the_data(shards: str, ranks: int, workers: int) -> None:
+    steps = 102 // 24
+    reference = source(shards, batch=24)
+    whole = take(reference, steps)
+    assert steps == reference.batches_per_epoch
+    ids = torch.full((steps, 24), -1)
+    images = torch.zeros((steps, 24, 16, 16, 3), dtype=torch.uint8)
+    for rank in range(ranks):
+        parts = take(source(shards, batch=24, rank=rank, ranks=ranks, workers=workers), steps)
+        for step, part in enumerate(parts):
+            assert len(part) == 24 // ranks
+            ids[step, part.slots] = part.sample_ids
+            images[step, part.slots] = part.images
+    assert torch.equal(ids, torch.stack([batch.sample_ids for batch in whole]))
+    assert torch.equal(images, torch.stack([batch.images for batch in whole]))
+    assert len(ids.unique()) == steps * 24
+
+
+def test_starting_at_a_step_is_going_on(shards: str) -> None:
+    first = take(source(shards, micro=4), 30)
+    again = take(source(shards, micro=4), 10, start=10)  # two micro-batches a step
+    assert all(same(a, b) for a, b in zip(first[20:], again, strict=True))
+
+
+def test_epochs_differ_and_so_do_seeds(shards: str) -> None:
+    made = source(shards, batch=34)
+    first, second = take(made, 3), take(made, 3, start=3)
+    flat = [torch.cat([b.sample_ids for b in batches]) for batches in (first, second)]
+    assert not torch.equal(*flat)
+    assert torch.equal(*(ids.sort().values for ids in flat))
+    assert not torch.equal(take(source(shards, batch=34, seed=1), 1)[0].sample_ids, first[0].sample_ids)
+
+
+def test_dropout_and_flips_follow_their_probabilities(shards: str) -> None:
+    batches = take(source(shards, batch=100, drop_caption=0.3, drop_both=0.2, flip=0.5), 8)
+    emptied = torch.cat([~b.mask.any(1) for b in batches]).float().mean()
+    both = torch.cat([b.drop_clip for b in batches])
+    assert 0.43 < emptied < 0.57
+    assert 0.14 < both.float().mean() < 0.26
+    assert all((~b.mask.any(1))[b.drop_clip].all() for b in batches)
+    assert all(caption for b in batches for caption in b.captions)
+    plain = take(source(shards, batch=100, flip=0), 8)
+    flipped = [
+        torch.equal(a, b.flip(1)) and not torch.equal(a, b)
+        for one, two in zip(batches, plain, strict=True)
+        for a, b in zip(one.images, two.images, strict=True)
+    ]
+    assert 0.43 < np.mean(flipped) < 0.57
+    assert not any(b.drop_clip.any() for b in take(source(shards, drop_caption=0, drop_both=0), 5))
+
+
+def test_the_built_in_shapes() -> None:
+    batch = take(source("builtin:shapes", size=32, shapes_samples=100), 1)[0]
+    assert all(caption.startswith(("a small", "a large")) for caption in batch.captions)
+    held_out = take(source("builtin:shapes-heldout", size=32, shapes_samples=100), 1)[0]
+    assert set(held_out.captions) != set(batch.captions)
+    with pytest.raises(DataError, match="builtin:shapes-heldout"):
+        source("builtin:shape")
+
+
+def bad_samples() -> list[tuple[str, dict[str, bytes]]]:
+    return [
+        ("corrupt", sample(0) | {"jpg": b"\xff\xd8\xff rubbish"}),
+        ("empty", sample(0) | {"txt": b" "}),
+        ("pixel", sample(0) | {"jpg": encoded(np.zeros((1, 1, 3), np.uint8))}),
+        ("lonely", {"txt": b"no image"}),
+    ]
+
+
+def test_bad_samples_keep_their_slot_and_are_counted(tmp_path: Path) -> None:
+    good = [(f"{n:03d}", sample(n)) for n in range(36)]
+    good.insert(7, ("latin", sample(99) | {"txt": "caf\xe9".encode("cp1252")}))
+    path = str(write_tar(tmp_path / "x.tar", good[:20] + bad_samples() + good[20:]))
+    made = source(path, batch=41)
+    (batch,) = take(made, 1)
+    report = made.report()
+    causes = {"corrupt image": 1, "empty caption": 1, "image too small": 1, "no image": 1}
+    assert {cause: min(count, 1) for cause, count in report["skipped"].items()} == causes
+    assert report["read"] == 41 + report["replaced"]
+    assert report["tolerated"]["caption not UTF-8"] >= 1
+    assert "x.tar corrupt.jpg" in report["examples"]["corrupt image"][0]
+    assert len(batch) == 41
+    parts = [take(source(path, batch=41, micro=1, rank=r, ranks=41), 1)[0] for r in range(41)]
+    assert [int(p.sample_ids) for p in parts] == batch.sample_ids.tolist()
+    worked = source(path, batch=41, workers=2)
+    assert same(take(worked, 1)[0], batch)
+    assert worked.report() == report
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_all_bad_is_an_error_that_names_causes(tmp_path: Path, workers: int) -> None:
+    path = write_tar(tmp_path / "x.tar", bad_samples() * 2)
+    with pytest.raises(DataError, match=r"no usable sample.*corrupt image.*x\.tar") as caught:
+        take(source(str(path), batch=8, workers=workers), 1)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_max_bad_fraction_stops_the_run(tmp_path: Path) -> None:
+    samples = [(f"{n}", sample(n) if n % 2 else {"txt": b"x"}) for n in range(40)]
+    path = str(write_tar(tmp_path / "x.tar", samples))
+    steps = ENOUGH_TO_JUDGE // 8 + 1
+    assert len(take(source(path, max_bad_fraction=0.7), steps)) == steps
+    with pytest.raises(DataError, match=r"data\.max_bad_fraction=0\.1"):
+        take(source(path, max_bad_fraction=0.1), steps)
+
+
+def test_layout_errors(shards: str) -> None:
+    with pytest.raises(ConfigError, match="use 8"):
+        source(shards, batch=10, micro=4, ranks=2)
+    with pytest.raises(DataError, match=r"102 samples.*global batch of 200"):
+        source(shards, batch=200)
+    with pytest.raises(ConfigError, match=r"data\.drop_caption"):
+        source(shards, drop_caption=0.6, drop_both=0.6)
+
+
+def test_random_state_is_left_alone(shards: str) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    take(source(shards, workers=1), 1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def children() -> list[Any]:
+    return psutil.Process().children(recursive=True)
+
+
+def test_workers_end_with_the_iterator(shards: str) -> None:
+    iterator = source(shards, workers=2).batches(0)
+    next(iterator)
+    started = children()
+    assert len(started) >= 2
+    begin = time.perf_counter()
+    iterator.close()  # type: ignore[attr-defined]
+    _, alive = psutil.wait_procs(started, timeout=5)
+    assert not alive
+    assert time.perf_counter() - begin < 5
+
+
+@pytest.mark.slow  # torch's worker looks for its parent every 5 s
+def test_workers_die_with_their_parent(shards: str) -> None:
+    code = f"""
+import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})
+from data_kit import source
+iterator = source({shards!r}, workers=2).batches(0)
+next(iterator); print("ready", flush=True); sys.stdin.read()
+"""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "ready\n"
+    workers = psutil.Process(parent.pid).children(recursive=True)
+    assert len(workers) >= 2
+    parent.send_signal(signal.SIGKILL)
+    parent.communicate()
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive
