@@ -1,0 +1,317 @@
+"""Fetch a published file: resumed after a cut, checked, and put in place only when whole."""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import hashlib
+import http.client
+import logging
+import os
+import shutil
+import ssl
+import sys
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from glide_ds.model.tensor_files import sha256, sync_directory
+from glide_ds.types import WeightsError
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT = 60.0  # seconds without a byte
+ATTEMPTS = 6  # in a row without progress
+PAUSE = 1.0  # seconds before the second attempt, doubled for each further one
+_CHUNK = 1 << 20
+_PASSING = (408, 425, 429, 500, 502, 503, 504)  # HTTP states that pass by waiting
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A file in the cache, and how far it has been checked."""
+
+    path: Path
+    sha256: str
+    checks: str
+
+
+def cache_dir() -> Path:
+    """GLIDE_DS_CACHE, else the user's cache directory by the XDG convention."""
+    if own := os.environ.get("GLIDE_DS_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "glide_ds"
+
+
+def fetch(url: str, path: Path, *, size: int | None = None, digest: str | None = None) -> Fetched:
+    """The file at `url`, kept at `path`; what is there and intact is not asked for again.
+
+    `size` in bytes and `digest` (SHA-256) are what is known beforehand. Without a digest the file is held
+    against what the server says (length, MD5) and against the CRC-32 of every entry of a zip archive, which a
+    `.pt` is; its SHA-256 is written to `path.sha256` and checked on every later use.
+
+    A broken transfer goes on where it stopped, in this run or the next. Several processes may call this at
+    once: one fetches, the others wait. Raises WeightsError for anything that waiting does not mend.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if hit := _from_cache(path, digest):  # before the lock: hashing gigabytes rank after rank takes long
+            return hit
+        with _locked(path):
+            return (
+                _from_cache(path, digest)
+                or _adopted(path, size, digest)
+                or _from_server(url, path, size, digest)
+            )
+    except OSError as error:
+        raise WeightsError(
+            f"cannot keep {path.name} in {path.parent} ({error.strerror or error}); "
+            "make room, or set GLIDE_DS_CACHE to a directory that can be written"
+        ) from error
+
+
+def _from_cache(path: Path, digest: str | None) -> Fetched | None:
+    known = digest or _recorded(path)
+    if known is None or not path.exists():
+        return None
+    found = sha256(path)
+    if found != known.lower():
+        return None
+    return Fetched(path, found, f"in the cache, SHA-256 {found[:12]}… as it should be")
+
+
+def _adopted(path: Path, size: int | None, digest: str | None) -> Fetched | None:
+    """A file that a person put into the cache, or None where it must be fetched."""
+    if not path.exists():
+        return None
+    if digest or _recorded(path):
+        logger.warning("%s is damaged or not the file expected: fetching it again", path)
+        return None
+    if size is not None and path.stat().st_size != size:
+        raise WeightsError(
+            f"{path} has {path.stat().st_size:,} bytes, the published file {size:,}: it is another file; "
+            "remove it to download that one, or give its path as the weights"
+        )
+    checks, found = _check_archive(path), sha256(path)
+    _record(path, found)
+    return Fetched(path, found, f"in the cache, {checks}; its SHA-256 {found[:12]}… is recorded for later")
+
+
+def _from_server(url: str, path: Path, size: int | None, digest: str | None) -> Fetched:
+    partial = path.with_name(path.name + ".part")
+    total, md5 = _Transfer(url, partial, size).run()
+    try:
+        found, checks = _verify(partial, total, md5, digest)
+    except WeightsError:
+        partial.unlink()  # going on from damaged bytes would fail for ever
+        raise
+    partial.replace(path)
+    _record(path, found)
+    _validator(partial).unlink(missing_ok=True)
+    sync_directory(path.parent)
+    return Fetched(path, found, f"downloaded from {url}, {checks}")
+
+
+def _verify(partial: Path, total: int, md5: str | None, digest: str | None) -> tuple[str, str]:
+    """SHA-256 of the complete file, and a sentence on what it was held against."""
+    found = sha256(partial)
+    if digest is not None:
+        if found != digest.lower():
+            raise _damaged(partial, f"its SHA-256 is {found} instead of {digest}")
+        return found, f"{total:,} bytes, SHA-256 as expected"
+    checks = [f"{total:,} bytes as announced"]
+    if md5 is not None:
+        with partial.open("rb") as file:
+            own = base64.b64encode(hashlib.file_digest(file, "md5").digest()).decode()
+        if own != md5:
+            raise _damaged(partial, f"its MD5 is {own} instead of {md5}, which the server announced")
+        checks.append("MD5 as announced")
+    checks.append(_check_archive(partial))
+    return found, ", ".join(checks) + f"; no SHA-256 was published, {found[:12]}… is recorded for later"
+
+
+def _check_archive(path: Path) -> str:
+    """torch.load does not look at a zip's checksums; a flipped bit would be trained on."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except zipfile.BadZipFile as error:
+        raise _damaged(path, f"it is no .pt archive: {error}") from error
+    if bad is not None:
+        raise _damaged(path, f"the checksum of its entry {bad} does not match")
+    return "CRC-32 of every tensor right"
+
+
+def _damaged(path: Path, why: str) -> WeightsError:
+    return WeightsError(f"{path.name.removesuffix('.part')} arrived damaged ({why}) and was removed; try again")
+
+
+def _recorded(path: Path) -> str | None:
+    record = path.with_name(path.name + ".sha256")
+    return record.read_text().split()[0] if record.exists() else None
+
+
+def _record(path: Path, digest: str) -> None:
+    path.with_name(path.name + ".sha256").write_text(f"{digest}  {path.name}\n")
+
+
+def _validator(partial: Path) -> Path:
+    """Where the ETag of a partial file is kept: its bytes may only be continued from the same version."""
+    return partial.with_name(partial.name + ".etag")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.with_name(f".{path.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class _PassingError(Exception):
+    """A failure that waiting may mend."""
+
+
+_PASSING_ERRORS = (
+    _PassingError,
+    urllib.error.URLError,
+    http.client.HTTPException,
+    TimeoutError,
+    ConnectionError,
+    ssl.SSLError,
+)
+
+
+class _Transfer:
+    """One file on its way: appends to `partial` until it is whole."""
+
+    def __init__(self, url: str, partial: Path, size: int | None) -> None:
+        self.url, self.partial, self.size = url, partial, size
+        self.md5: str | None = None
+        self.progress = _Progress(partial.name.removesuffix(".part"))
+
+    def run(self) -> tuple[int, str | None]:
+        """The total size in bytes and the base64 MD5 that the server announced, if any."""
+        failures = 0
+        while True:
+            before = self._have()
+            try:
+                total = self._attempt()
+                if self._have() == total:
+                    return total, self.md5
+                problem = f"the connection ended after {self._have():,} of {total:,} bytes"
+            except _PASSING_ERRORS as error:
+                problem = str(error) or type(error).__name__
+            failures = 0 if self._have() > before else failures + 1
+            if failures >= ATTEMPTS:
+                raise WeightsError(
+                    f"could not download {self.url} ({problem}) in {ATTEMPTS} attempts; {before:,} bytes are "
+                    "kept, the same command goes on from there; or fetch the file elsewhere and give its path"
+                )
+            logger.warning("%s: %s; trying again", self.url, problem)
+            time.sleep(PAUSE * 2 ** (failures - 1) if failures else 0)
+
+    def _have(self) -> int:
+        return self.partial.stat().st_size if self.partial.exists() else 0
+
+    def _attempt(self) -> int:
+        """One request; returns how long the whole file is."""
+        have, etag = self._have(), _validator(self.partial)
+        headers = {"User-Agent": "glide_ds", "Accept-Encoding": "identity"}
+        if have and etag.exists():
+            headers |= {"Range": f"bytes={have}-", "If-Range": etag.read_text()}
+        try:
+            response = urllib.request.urlopen(
+                urllib.request.Request(self.url, headers=headers), timeout=TIMEOUT
+            )
+        except urllib.error.HTTPError as error:
+            return self._refusal(error, have)
+        with response:
+            resumed = response.status == 206
+            total = self._total(response, have if resumed else 0)
+            self._keep_validators(response, resumed)
+            self._receive(response, have if resumed else 0, total)
+        return total
+
+    def _refusal(self, error: urllib.error.HTTPError, have: int) -> int:
+        if error.code == 416:  # nothing is left after `have`: complete, or longer than the file
+            whole = error.headers.get("Content-Range", "").rpartition("/")[2]
+            if whole == str(have):
+                return have
+            self.partial.unlink(missing_ok=True)
+            raise _PassingError("the partial file did not belong to the server's; starting over")
+        if error.code in _PASSING:
+            raise _PassingError(f"HTTP {error.code}")
+        raise WeightsError(
+            f"{self.url} answered HTTP {error.code} {error.reason}; check the address and the network's rules, "
+            "or fetch the file elsewhere and give its path"
+        )
+
+    def _total(self, response: http.client.HTTPResponse, offset: int) -> int:
+        if "html" in response.headers.get("Content-Type", ""):
+            raise WeightsError(
+                f"{self.url} answered with a web page, not a file; check the address and the proxy"
+            )
+        length = response.headers.get("Content-Length")
+        if length is None:
+            raise WeightsError(f"{self.url} does not say how long the file is, so it could not be checked")
+        total = offset + int(length)
+        if self.size is not None and total != self.size:
+            raise WeightsError(
+                f"{self.url} offers {total:,} bytes, the published file has {self.size:,}: it is another file; "
+                "check the address"
+            )
+        free = shutil.disk_usage(self.partial.parent).free
+        if free < total - offset:
+            raise WeightsError(
+                f"{self.partial.parent} has {free:,} bytes free, the download needs {total - offset:,}; "
+                "make room, or set GLIDE_DS_CACHE to another disk"
+            )
+        return total
+
+    def _keep_validators(self, response: http.client.HTTPResponse, resumed: bool) -> None:
+        # Azure sends the whole file's MD5 with a part as x-ms-blob-content-md5.
+        whole = response.headers.get("x-ms-blob-content-md5")
+        self.md5 = whole or (self.md5 if resumed else response.headers.get("Content-MD5"))
+        if etag := response.headers.get("ETag"):
+            _validator(self.partial).write_text(etag)
+        elif not resumed:
+            _validator(self.partial).unlink(missing_ok=True)
+
+    def _receive(self, response: http.client.HTTPResponse, offset: int, total: int) -> None:
+        with self.partial.open("ab" if offset else "wb") as file:
+            while chunk := response.read(_CHUNK):
+                file.write(chunk)
+                self.progress.show(file.tell(), total)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class _Progress:
+    """A bar on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, name: str, stream: TextIO = sys.stderr) -> None:
+        self.name, self.stream = name, stream
+        self.bar = stream.isatty()
+        self.started = self.shown = time.monotonic()
+        self.first: int | None = None
+
+    def show(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self.first is None:
+            self.first = done
+        if now - self.shown < (0.2 if self.bar else 10) and done < total:
+            return
+        self.shown = now
+        rate = (done - self.first) / max(now - self.started, 1e-3)
+        share = f"{done / total:4.0%}  {done / 1e6:,.0f} of {total / 1e6:,.0f} MB"
+        text = f"{self.name}  {share}  {rate / 1e6:.1f} MB/s"
+        if self.bar:
+            filled = "█" * (30 * done // total)
+            text = f"\r{filled:·<30}  {text}"
+        print(text, end="\n" if not self.bar or done == total else "", file=self.stream, flush=True)
