@@ -1,0 +1,96 @@
+"""The `glide-ds` command: a table of subcommands, each imported only when it is called.
+
+A subcommand is a module with `add_arguments(parser)` and `run(args)`; what `run` returns is the exit code, None
+is 0. To add one, add a line to COMMANDS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from glide_ds import __version__
+
+
+class Command(NamedTuple):
+    """A subcommand: its words, the module behind it, what it is for, and a command line that works."""
+
+    words: tuple[str, ...]
+    module: str
+    summary: str
+    example: str
+
+
+COMMANDS = (
+    Command(
+        ("prepare", "shapes"),
+        "glide_ds.data.shapes",
+        "write the built-in shapes as WebDataset shards",
+        "glide-ds prepare shapes --out shards/ --count 10000",
+    ),
+    Command(
+        ("evaluate",),
+        "glide_ds.evaluate",
+        "grade pictures of the built-in shapes against their captions",
+        "glide-ds evaluate pictures/ --min_colour 0.9 --min_shape 0.75",
+    ),
+)
+GROUPS = {"prepare": "make shards and what goes with them"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (default: this process's); the exit code is 2 for a mistake a person can mend."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser(arguments).parse_args(arguments)
+    # Here and not above: types imports torch, which takes seconds that --help must not cost.
+    from glide_ds.types import GlideError
+
+    try:
+        return args.run(args) or 0
+    except GlideError as error:
+        print(f"glide-ds: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("glide-ds: interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser for these arguments: of the subcommands only the one that they call is imported."""
+    parser = argparse.ArgumentParser(
+        "glide-ds", description="Fine-tune GLIDE with CLIP conditioning on DeepSpeed."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    menu = parser.add_subparsers(metavar="COMMAND", required=True)
+    groups = {name: _add_group(menu, name) for name in GROUPS}
+    for command in COMMANDS:
+        *group, name = command.words
+        subparser = _add(groups[group[0]] if group else menu, name, command.summary, [command.example])
+        if tuple(arguments[: len(command.words)]) == command.words:
+            module = import_module(command.module)
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    return parser
+
+
+def _add_group(menu: Any, name: str) -> Any:
+    examples = [command.example for command in COMMANDS if command.words[0] == name]
+    return _add(menu, name, GROUPS[name], examples).add_subparsers(metavar="WHAT", required=True)
+
+
+def _add(menu: Any, name: str, summary: str, examples: Sequence[str]) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = menu.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog="\n  ".join(["example:" if len(examples) == 1 else "examples:", *examples]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
