@@ -11,7 +11,7 @@ from glide_ds.data import shapes
 from glide_ds.data.judge import grade, judge
 from glide_ds.types import DataError
 
-PAIRS = [i for i in range(shapes.HELD_OUT, shapes.HELD_OUT + 120) if shapes.scene(i).relation]
+PAIRS = [i for i in range(shapes.HELD_OUT, shapes.HELD_OUT + 70) if shapes.scene(i).relation]
 
 
 def blur(image):
@@ -42,7 +42,7 @@ def shares(count, size, kind):
 @pytest.mark.parametrize(("size", "kind"), list(product((32, 64), ("clean", "noise", "blur"))))
 def test_real_pictures_are_read_right(size, kind):
     # Measured over 2,000 pictures: 1.0 in all of these.
-    assert shares(150, size, kind).min() >= 0.99
+    assert shares(100, size, kind).min() >= 0.99
 
 
 @pytest.mark.slow
@@ -52,7 +52,7 @@ def test_two_thousand_held_out_pictures_are_read_right(kind):
 
 
 def test_place_and_size_are_measured():
-    for index in PAIRS[:50]:
+    for index in PAIRS[:30]:
         scene = shapes.scene(index)
         found = {f.colour: f for f in judge(shapes.render(scene, 32))}
         for shape in scene.shapes:
