@@ -26,15 +26,19 @@ class Context(NamedTuple):
 
 
 def timestep_embedding(timesteps: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Sinusoids [B, width], cosines first, of timesteps [B] (DDPM, section 3.3).
-
-    The frequencies exp(-ln 10000 * i / half) are computed in fp32 whatever `dtype` is, as published.
-    """
-    half = width // 2
-    places = torch.arange(half, dtype=torch.float32, device=timesteps.device)
-    frequencies = torch.exp(-math.log(10_000) * places / half)
-    angles = timesteps[:, None].to(dtype) * frequencies.to(dtype)
+    """Sinusoids [B, width], cosines first, of timesteps [B] (DDPM, section 3.3)."""
+    angles = timesteps[:, None].to(dtype) * frequencies(width // 2, timesteps.device).to(dtype)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def frequencies(count: int, device: torch.device) -> Tensor:
+    """exp(-ln 10000 * i / count) in fp32 whatever precision the model has, as published.
+
+    The exponential is taken in fp64 and rounded: fp32 ones differ in the last bit between processors, and at
+    t = 999 that bit moves the output by 1e-6.
+    """
+    exponents = -math.log(10_000) * torch.arange(count, dtype=torch.float32, device=device) / count
+    return exponents.double().exp().float()
 
 
 class ResBlock(nn.Module):
