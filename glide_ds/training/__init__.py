@@ -1,0 +1,1 @@
+"""Training on DeepSpeed: phases, optimizer, loop, checkpoints."""
