@@ -105,11 +105,11 @@ class Batch:
         return len(self.captions)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with every tensor on `device`."""
+        """The same batch with what the model reads on `device`; ids and slots stay, for the host reads them."""
         moved = {
             f.name: value.to(device, non_blocking=True)
             for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
+            if isinstance(value := getattr(self, f.name), Tensor) and f.name not in ("sample_ids", "slots")
         }
         return replace(self, **moved)
 

@@ -1,0 +1,161 @@
+"""One DeepSpeed engine per phase: built, clipped by role, scheduled, and taken down without a trace.
+
+Touches internals of DeepSpeed 0.19 (pinned in pyproject.toml): the ZeRO optimizer's
+`averaged_gradients`, `params_in_partition`, `get_grad_norm_direct` and the attributes that it hangs
+on parameters. tests/training/test_engine.py fails where they change.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from glide_ds.config import BatchArithmetic, Config
+from glide_ds.training.optimizer import AdamW8bit
+from glide_ds.training.phases import ADAPTER_ROLES, ROLES
+
+ZERO_ATTRIBUTES = (
+    "_hp_mapping",
+    "_dp_group",
+    "_zero_optimizer",
+    "grad_accum",
+    "_index_in_param_group",
+    "param_idx_in_group",
+    "get_full_hp_param",
+    "get_full_hp_grad",
+    "set_full_hp_param",
+    "set_full_hp_grad",
+    "load_hp_checkpoint_state",
+)
+ENGINE_HOOKS = ("module_forward_pre_hook", "module_forward_post_hook")
+
+
+def build_engine(
+    model: nn.Module, groups: list[dict[str, Any]], config: Config, arithmetic: BatchArithmetic
+) -> Any:
+    """Wrap `model` in a DeepSpeed ZeRO-2 engine that trains `groups` (see phases.parameter_groups)."""
+    import deepspeed
+
+    section = config.deepspeed["optimizer"]
+    rates = {key: value for key, value in section["params"].items() if key in ("betas", "eps")}
+    optimizer: torch.optim.Optimizer
+    if section["type"] == "AdamW8bit":
+        optimizer = AdamW8bit(groups, lr=section["params"]["lr"], **rates)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=section["params"]["lr"], fused=True, **rates)
+    schedule = LambdaLR(optimizer, lambda step: lr_ratio(step, config))
+    engine, _, _, _ = deepspeed.initialize(
+        model=model, optimizer=optimizer, lr_scheduler=schedule, config=deepspeed_config(config, arithmetic)
+    )
+    engine.role_clipping = RoleClipping(engine.optimizer, config)
+    return engine
+
+
+def deepspeed_config(config: Config, arithmetic: BatchArithmetic) -> dict[str, Any]:
+    """What DeepSpeed is given: its own part, with our arithmetic, and without what we build ourselves."""
+    ours = ("optimizer", "scheduler", "gradient_clipping")
+    theirs = {key: value for key, value in config.deepspeed.items() if key not in ours}
+    return {
+        "steps_per_print": 1 << 62,
+        "zero_allow_untested_optimizer": True,
+        **theirs,
+        "train_batch_size": arithmetic.global_batch,
+        "train_micro_batch_size_per_gpu": arithmetic.micro_batch,
+        "gradient_accumulation_steps": arithmetic.accumulation,
+        "gradient_clipping": 0.0,  # RoleClipping clips
+    }
+
+
+def lr_ratio(step: int, config: Config) -> float:
+    """The learning rate of update `step` (0-based) as a fraction of each group's own.
+
+    A linear warm-up from `warmup_min_ratio`, then WarmupCosineLR's half cosine down to `cos_min_ratio`
+    at `total_num_steps`, or WarmupLR's constant.
+    """
+    section = config.deepspeed["scheduler"]
+    params = section["params"]
+    warmup = params.get("warmup_num_steps", 0)
+    if step < warmup:
+        low = params.get("warmup_min_ratio", 0.0)
+        return low + (1 - low) * (step + 1) / warmup
+    if section["type"] == "WarmupLR":
+        return 1.0
+    total = params.get("total_num_steps", config.train.steps)
+    low = params.get("cos_min_ratio", 1e-4)
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class RoleClipping:
+    """Clip the adapter's gradients (adapter and gates) and the pretrained model's to separate norms.
+
+    Stands in for the ZeRO optimizer's `scaled_global_norm`, which DeepSpeed calls once per update
+    between reduction and step, on every rank. `norms` keeps the last norm of each role, before
+    clipping, as device tensors: reading them is a sync point.
+    """
+
+    def __init__(self, zero: Any, config: Config) -> None:
+        self.zero = zero
+        self.roles = [group["role"] for group in zero.optimizer.param_groups]
+        main = float(config.deepspeed.get("gradient_clipping", 0.0))
+        self.thresholds = {
+            role: config.train.adapter_clipping if role in ADAPTER_ROLES else main for role in ROLES
+        }
+        self.norms: dict[str, torch.Tensor] = {}
+        zero.scaled_global_norm = self
+
+    def __call__(self, norm_type: int = 2) -> torch.Tensor:
+        zero = self.zero
+        norms = [
+            torch.as_tensor(
+                zero.get_grad_norm_direct(zero.averaged_gradients[i], zero.params_in_partition[i])
+            ).float()
+            for i in range(len(self.roles))
+        ]
+        # get_grad_norm_direct marks a norm that is not finite with -1. DeepSpeed skips the step on all
+        # ranks where the norm it gets back is not finite.
+        total = torch.stack([torch.where(norm < 0, torch.full_like(norm, torch.inf), norm) for norm in norms])
+        self.norms = {
+            role: total[[i for i, r in enumerate(self.roles) if r == role]].norm()
+            for role in dict.fromkeys(self.roles)
+        }
+        for side in (ADAPTER_ROLES, ("unet", "text")):
+            members = [i for i, role in enumerate(self.roles) if role in side]
+            threshold = self.thresholds[side[0]]
+            if members and threshold > 0:
+                scale = (threshold / (total[members].norm() + 1e-6)).clamp(max=1.0)
+                for i in members:
+                    for gradient in zero.averaged_gradients[i]:
+                        gradient.mul_(scale)
+        return total.norm()
+
+
+def release(engine: Any) -> nn.Module:
+    """Take the engine down and give the bare module back, with nothing of DeepSpeed's left on it.
+
+    `destroy()` alone leaks the whole engine: two hooks and the parameters' attributes keep it alive
+    (DeepSpeed issue 7204).
+    """
+    module: nn.Module = engine.module
+    engine.destroy()
+    for parameter in module.parameters():
+        for attribute in ZERO_ATTRIBUTES:
+            if hasattr(parameter, attribute):
+                delattr(parameter, attribute)
+        parameter.grad = None
+        parameter.data = parameter.data.clone()  # out of the flat buffer, so that it can be freed
+        parameter.requires_grad_(True)
+    for hook in ENGINE_HOOKS:
+        getattr(engine, hook).remove()
+    for holder in (getattr(engine.optimizer, "optimizer", None), engine.optimizer, engine):
+        if holder is not None:
+            holder.__dict__.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return module

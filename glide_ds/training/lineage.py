@@ -1,0 +1,233 @@
+"""Where a phase starts from, and what run.json remembers of it."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from glide_ds.config import Config
+from glide_ds.model.tensor_files import StateFile
+from glide_ds.model.weights import load_state, load_weights
+from glide_ds.training.checkpoint import Committed, committed, newest_good, write_atomically
+from glide_ds.training.phases import PHASES
+from glide_ds.types import ConfigError, WeightsError
+
+RUN_FILE = "run.json"
+BUILTIN_DATA = "builtin:"
+NAMED_WEIGHTS = ("openai", "random", "builtin:tiny")
+
+# What may differ between two starts of the same phase: where things are, how often they are said,
+# and how the work is spread. Everything else decides what is trained.
+FREE_KEYS = (
+    "glide_ds.run.",
+    "glide_ds.log.",
+    "glide_ds.checkpoint.",
+    "glide_ds.train.steps",
+    "glide_ds.train.checkpointing",
+    "glide_ds.data.workers",
+    "glide_ds.data.trace",
+    "glide_ds.model.weights",
+    "train_micro_batch_size_per_gpu",
+    "zero_optimization.",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "comms_logger.",
+    "flops_profiler.",
+    "memory_breakdown",
+    "dump_state",
+)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a phase begins with: its own checkpoint, else its parent's, else `model.weights`."""
+
+    resumed: Committed | None = None
+    parent: Committed | None = None
+    weights: str = "random"
+    damaged: tuple[str, ...] = ()  # newer checkpoints that did not verify
+
+    @property
+    def step(self) -> int:
+        """Updates of the phase already done."""
+        return self.resumed.step if self.resumed else 0
+
+    def describe(self) -> str:
+        if self.resumed:
+            return f"resumes at step {self.resumed.step} from {self.resumed.path}"
+        if self.parent:
+            return f"starts from {self.parent.path} ({self.parent.manifest['phase']})"
+        return f"starts from {self.weights} weights"
+
+
+def folder_of(config: Config, phase: str) -> Path:
+    """The phase's folder in the configuration's run directory."""
+    return Path(config.run.dir) / PHASES[phase].folder
+
+
+def find_start(config: Config, planned: Collection[str] = (), *, verify: bool) -> Start:
+    """Find what the phase starts from. With `verify`, collective: all ranks check files and agree.
+
+    `planned` phases will have run by then (a dry run of a pipeline). Raises WeightsError where a
+    start is missing that real data needs.
+    """
+    phase = PHASES[config.train.phase]
+    resumed, damaged = _newest(folder_of(config, phase.name), verify)
+    if resumed:
+        _check_recorded(config, phase.name)
+        return Start(resumed, damaged=tuple(damaged))
+    for name in phase.parents:
+        parent, broken = _newest(folder_of(config, name), verify)
+        damaged += broken
+        if parent:
+            _check_recorded(config, name)
+            return Start(parent=parent, damaged=tuple(damaged))
+        if name in planned:
+            return Start(weights=f"{name}'s", damaged=tuple(damaged))
+    return Start(weights=_given_weights(config), damaged=tuple(damaged))
+
+
+def _newest(folder: Path, verify: bool) -> tuple[Committed | None, list[str]]:
+    if verify:
+        return newest_good(folder)
+    return next(iter(committed(folder)), None), []
+
+
+def _given_weights(config: Config) -> str:
+    """`model.weights`, with "auto" resolved; an error where the phase could not do with it."""
+    phase, weights = PHASES[config.train.phase], config.model.weights
+    real_data = any(not str(s).startswith(BUILTIN_DATA) for s in _listed(config.data.shards))
+    if weights == "auto" and real_data:
+        raise WeightsError(
+            f"data.shards = {config.data.shards!r} is real data and phase {phase.name!r} has no weights to start "
+            "from: GLIDE from random weights would cost months; give model.weights=/path/base.pt, "
+            "model.weights=openai to download the published ones, or model.weights=random if that is meant"
+        )
+    if phase.needs_adapter and real_data and weights in ("auto", "openai", "builtin:tiny"):
+        raise WeightsError(
+            f"phase {phase.name!r} continues {' or '.join(phase.parents)}, and {config.run.dir} holds no committed "
+            f"checkpoint of it; {weights!r} brings no trained adapter. Train {phase.parents[-1]} first (the same "
+            "run.dir), or give model.weights=/path/of/an/export.pt"
+        )
+    if weights not in (*NAMED_WEIGHTS, "auto") and not Path(weights).is_file():
+        raise WeightsError(
+            f"model.weights = {weights!r} is neither a file nor one of {', '.join(NAMED_WEIGHTS)}; correct the path"
+        )
+    return "random" if weights == "auto" else weights
+
+
+def load_start(model: nn.Module, config: Config, start: Start) -> list[str]:
+    """Put the start's weights into the model. Returns what there is to say about it."""
+    if start.resumed:
+        return []  # the engine loads it, optimizer and all
+    if start.parent:
+        file = StateFile(start.parent.path, start.parent.model_state())
+        report = load_state(model, file, source=str(start.parent.path))
+    else:
+        report = load_weights(model, start.weights)
+        phase = PHASES[config.train.phase]
+        has_adapter = any("clip" in name for name in report.loaded)
+        if phase.needs_adapter and Path(start.weights).is_file() and not has_adapter:
+            raise WeightsError(
+                f"phase {phase.name!r} continues a trained adapter and model.weights = {start.weights!r} holds none; "
+                f"train {phase.parents[-1]} from it first, or give an export of that phase"
+            )
+    return [report.paragraph()]
+
+
+def banner(config: Config, start: Start) -> str | None:
+    """A warning where the start is fit for trying things out only."""
+    if start.resumed or start.parent or start.weights.endswith("'s"):
+        return None
+    if start.weights == "random":
+        return (
+            "RANDOM START: no weights were given, so this trains from nothing on the built-in shapes: fine for "
+            "trying the machinery, useless for pictures. Give model.weights=openai or a file."
+        )
+    if PHASES[config.train.phase].needs_adapter and start.weights in NAMED_WEIGHTS:
+        return (
+            f"NO PARENT: phase {config.train.phase!r} starts with an untrained adapter, for "
+            f"{config.run.dir} holds no earlier phase. Fine for trying things out; otherwise run phases 1 and 2 first."
+        )
+    return None
+
+
+# ---- run.json
+
+
+def record(config: Config, start: Start) -> None:
+    """Write the phase's resolved configuration, the versions and its parent into run.json. Rank 0 only."""
+    path = Path(config.run.dir) / RUN_FILE
+    whole = _read(path)
+    whole["versions"] = {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("glide_ds", "torch", "deepspeed", "open_clip_torch", "webdataset")},
+    }
+    phase = config.train.phase
+    whole.setdefault("phases", {})[phase] = config.to_json()
+    if not start.resumed:
+        parent = start.parent
+        whole.setdefault("lineage", {})[phase] = {
+            "start": str(parent.path.relative_to(config.run.dir)) if parent else start.weights,
+            "sha256": parent.fingerprint if parent else None,
+        }
+    write_atomically(path, json.dumps(whole, indent=1) + "\n")
+
+
+def lineage(config: Config) -> dict[str, Any]:
+    """What every phase of the run started from."""
+    return dict(_read(Path(config.run.dir) / RUN_FILE).get("lineage", {}))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} can't be read ({error}), so it is unknown what this run directory belongs to; "
+            "restore it, or choose another run.dir"
+        ) from error
+
+
+def _check_recorded(config: Config, phase: str) -> None:
+    """Refuse a run directory whose checkpoints of `phase` belong to another configuration."""
+    before = _read(Path(config.run.dir) / RUN_FILE).get("phases", {}).get(phase)
+    if before is None:
+        return
+    now, then = dict(_leaves(config.to_json())), dict(_leaves(before))
+    if phase == config.train.phase:
+        compared = [key for key in sorted(now.keys() | then.keys()) if not key.startswith(FREE_KEYS)]
+    else:
+        compared = [key for key in now if key.startswith("glide_ds.model.architecture.")]
+        if PHASES[phase].needs_adapter or phase == "adapter_only":
+            compared.append("glide_ds.clip.model")
+    changed = [
+        f"{key}: {then.get(key)!r} → {now.get(key)!r}" for key in compared if now.get(key) != then.get(key)
+    ]
+    if changed:
+        raise ConfigError(
+            f"run.dir = {config.run.dir!r} holds checkpoints of phase {phase!r} of another configuration "
+            f"({'; '.join(changed[:5])}{'; …' if len(changed) > 5 else ''}): going on would mix two runs. "
+            "Choose another run.dir, or put the values back"
+        )
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _listed(shards: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (shards,) if isinstance(shards, str) else shards

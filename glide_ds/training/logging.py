@@ -1,0 +1,230 @@
+"""What a person sees while training: a progress line, metrics.jsonl, TensorBoard, sample grids, the trace.
+
+Only rank 0 writes, except for the trace. Everything here is fed at log steps, so that reading a
+device tensor (a sync point) costs once per `log.every` steps.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from tqdm import tqdm
+
+from glide_ds.config import Config
+from glide_ds.types import Batch
+
+
+class JsonLines:
+    """An append-only file of JSON objects, cut back to what a resumed phase has really done."""
+
+    def __init__(self, path: Path, phase: str, done: int) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            kept = [line for line in _complete_lines(path) if not _is_later(line, phase, done)]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(kept), encoding="utf-8")
+            temporary.replace(path)
+        self.file: IO[str] = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        self.file.write(json.dumps(values) + "\n")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _complete_lines(path: Path) -> Iterable[str]:
+    """The lines of a file that a kill may have cut short in its last one."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield line
+
+
+def _is_later(line: str, phase: str, done: int) -> bool:
+    values = json.loads(line)
+    return bool(values["phase"] == phase and values["step"] > done)
+
+
+class Progress:
+    """Step, loss, images/s and time left: a bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, phase: str, done: int, total: int, shown: bool) -> None:
+        self.phase, self.total, self.shown = phase, total, shown
+        self.started, self.first = time.monotonic(), done
+        self.bar = None
+        if shown and sys.stdout.isatty():
+            self.bar = tqdm(
+                total=total, initial=done, desc=phase, unit="step", file=sys.stdout, dynamic_ncols=True
+            )
+
+    def step(self, step: int, metrics: Mapping[str, Any] | None) -> None:
+        """Called after every step; `metrics` where the step was logged."""
+        if self.bar is not None:
+            self.bar.update(1)
+            if metrics:
+                self.bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {metrics['images_per_s']:.1f} images/s")
+        elif self.shown and metrics:
+            done = step - self.first
+            left = (time.monotonic() - self.started) / done * (self.total - step)
+            self.line(
+                f"{self.phase} step {step}/{self.total}  loss {metrics['loss']:.4f}  "
+                f"{metrics['images_per_s']:.1f} images/s  {duration(left)} left"
+            )
+
+    def line(self, text: str) -> None:
+        """A line of its own, above the bar where there is one."""
+        if self.shown:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Clock:
+    """Updates, their time and the wait for data since the last reading; saving and drawing don't count."""
+
+    def __init__(self) -> None:
+        self.steps, self.waited, self.since = 0, 0.0, time.monotonic()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for the next batch."""
+        started = time.monotonic()
+        yield
+        self.waited += time.monotonic() - started
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is no training."""
+        started = time.monotonic()
+        yield
+        self.since += time.monotonic() - started
+
+    def read(self) -> tuple[int, float, float]:
+        """(updates, seconds, seconds of waiting for data) since the last reading."""
+        now = time.monotonic()
+        read = self.steps, now - self.since, self.waited
+        self.steps, self.waited, self.since = 0, 0.0, now
+        return read
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 42 s, 3 min 20 s, 5 h 12 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+class RunLog:
+    """All outputs of one phase on one rank."""
+
+    def __init__(self, config: Config, rank: int, done: int) -> None:
+        self.config = config
+        self.folder = Path(config.run.dir)
+        self.phase = config.train.phase
+        self.progress = Progress(self.phase, done, config.train.steps, shown=rank == 0)
+        self.metrics = JsonLines(self.folder / "metrics.jsonl", self.phase, done) if rank == 0 else None
+        self.trace = None
+        if config.data.trace:
+            self.trace = JsonLines(self.folder / "trace" / f"rank{rank}.jsonl", self.phase, done)
+        self.tensorboard: Any = None
+        if rank == 0 and config.log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(self.folder / "tensorboard" / self.phase), purge_step=done + 1)
+
+    def trace_step(self, step: int, batches: Sequence[Batch], timesteps: Sequence[Tensor]) -> None:
+        """Which samples and timesteps this rank trained on in update `step`."""
+        if self.trace:
+            self.trace.write(
+                {
+                    "step": step,
+                    "phase": self.phase,
+                    "sample_ids": [i for batch in batches for i in batch.sample_ids.tolist()],
+                    "timesteps": [t for part in timesteps for t in part.tolist()],
+                }
+            )
+
+    def step(self, step: int, metrics: Mapping[str, Any] | None) -> None:
+        """After every update; `metrics` (see loop.Meter) at log steps on rank 0."""
+        if metrics and self.metrics:
+            self.metrics.write(metrics)
+        if metrics and self.tensorboard:
+            for name, value in _flat(metrics):
+                self.tensorboard.add_scalar(name, value, step)
+        self.progress.step(step, metrics)
+
+    def pictures(self, step: int, images: Tensor, captions: Sequence[str]) -> Path:
+        """Write a grid of samples (uint8 [N, S, S, 3]) to samples/ and TensorBoard."""
+        picture = grid(images, captions)
+        path = self.folder / "samples" / f"{self.phase}-{step:08d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+        if self.tensorboard:
+            pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+            self.tensorboard.add_image("samples", pixels.view(*picture.size[::-1], 3), step, dataformats="HWC")
+        return path
+
+    def line(self, text: str) -> None:
+        self.progress.line(text)
+
+    def close(self) -> None:
+        self.progress.close()
+        for output in (self.metrics, self.trace, self.tensorboard):
+            if output:
+                output.close()
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and key != "step":
+            yield f"{prefix}{key}", value
+
+
+def grid(images: Tensor, captions: Sequence[str], columns: int = 8) -> Image.Image:
+    """Pictures (uint8 [N, S, S, 3]) side by side, each over its caption; small ones are enlarged."""
+    count, side = images.shape[0], images.shape[1]
+    columns = min(columns, count)
+    shown = side * max(1, round(128 / side))
+    font = ImageFont.load_default(10)
+    wrapped = [_wrap(caption, font, shown - 4) for caption in captions]
+    text_height = 12 * max(text.count("\n") + 1 for text in wrapped) + 6
+    rows = -(-count // columns)
+    sheet = Image.new("RGB", (columns * (shown + 4), rows * (shown + text_height)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (pixels, text) in enumerate(zip(images.cpu().numpy(), wrapped, strict=True)):
+        x, y = i % columns * (shown + 4), i // columns * (shown + text_height)
+        sheet.paste(Image.fromarray(pixels).resize((shown, shown), Image.Resampling.NEAREST), (x, y))
+        draw.multiline_text((x + 2, y + shown + 1), text, fill="black", font=font, spacing=2)
+    return sheet
+
+
+def _wrap(text: str, font: Any, width: int, lines: int = 3) -> str:
+    wrapped = [""]
+    for word in text.split():
+        longer = f"{wrapped[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not wrapped[-1]:
+            wrapped[-1] = longer
+        else:
+            wrapped.append(word)
+    if len(wrapped) > lines:
+        wrapped = [*wrapped[: lines - 1], wrapped[lines - 1] + " …"]
+    return "\n".join(wrapped)

@@ -1,0 +1,119 @@
+"""The training loop. Setup lives in run.py, what is computed in objective.py, what is shown in logging.py."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from glide_ds.training import checkpoint
+from glide_ds.training.lineage import folder_of
+from glide_ds.training.logging import Clock
+from glide_ds.training.objective import Meter, Objective, hash64
+from glide_ds.training.phases import gate_offset, gates
+from glide_ds.training.samples import Sampler
+
+if TYPE_CHECKING:
+    from glide_ds.training.run import PhaseRun
+
+
+def train(run: PhaseRun) -> None:
+    """Take the phase from its start to its last step."""
+    config, engine, steps = run.config, run.engine, run.config.train.steps
+    objective = Objective(config, run.diffusion, engine, run.clip)
+    sampler, clock = Sampler(run), Clock()
+    first_offset = _first_gate_offset(run)
+    batches = run.source.batches(run.start.step)
+    for step in range(run.start.step, steps):
+        _prepare(run, step, first_offset)
+        meter, seen, timesteps = Meter(run.diffusion.num_timesteps, run.device), [], []
+        for _ in range(run.arithmetic.accumulation):
+            with clock.waiting():
+                batch = next(batches)
+            losses = objective(batch.to(run.device), step)
+            engine.backward(losses.total)
+            engine.step()
+            meter.add(losses)
+            seen.append(batch)
+            timesteps.append(losses.timesteps)
+        clock.steps += 1
+        done = step + 1
+        last = done == steps
+        run.log.trace_step(done, seen, timesteps)
+        logged = done % config.log.every == 0 or last or step == run.start.step
+        run.log.step(done, read_metrics(run, done, meter, clock) if logged else None)
+        if done % config.checkpoint.every == 0 or last:
+            with clock.paused():
+                save(run, done, first_offset)
+        if config.log.samples_every and (done % config.log.samples_every == 0 or last):
+            with clock.paused():
+                sampler.draw(done)
+
+
+def _prepare(run: PhaseRun, step: int, first_offset: float) -> None:
+    """The state that update `step` (0-based) depends on and no checkpoint needs to hold."""
+    run.engine.train()
+    # Dropout masks follow from (seed, step, rank): a resumed run draws what an uninterrupted one does.
+    torch.manual_seed(hash64(run.config.train.seed, step, torch.distributed.get_rank()))
+    if run.clip is not None:
+        run.model.clip_gate_offset.fill_(gate_offset(run.config, first_offset, step))
+
+
+def _first_gate_offset(run: PhaseRun) -> float:
+    """Where the phase's gate ramp began: the parent's offset, kept in the manifest over resumes."""
+    if run.clip is None:
+        return 0.0
+    if run.start.resumed:
+        return float(run.start.resumed.manifest["first_gate_offset"])
+    return float(run.model.clip_gate_offset)
+
+
+def save(run: PhaseRun, done: int, first_offset: float) -> None:
+    """Commit a checkpoint. Collective."""
+    started = time.monotonic()
+    facts = {
+        "phase": run.config.train.phase,
+        "first_gate_offset": first_offset,
+        "samples_seen": done * run.arithmetic.global_batch,
+        "data_fingerprint": run.source.fingerprint,
+    }
+    folder = folder_of(run.config, run.config.train.phase)
+    saved = checkpoint.save(run.engine, folder, done, facts, run.config.checkpoint.keep)
+    run.log.line(f"committed {saved.path} in {time.monotonic() - started:.1f} s")
+
+
+def read_metrics(run: PhaseRun, done: int, meter: Meter, clock: Clock) -> dict[str, Any]:
+    """One line of metrics.jsonl: this update's losses over all ranks, norms, gates, speed. Collective."""
+    groups = run.engine.optimizer.param_groups
+    rates = {group["role"]: group["lr"] for group in groups}
+    norms = {role: float(norm) for role, norm in run.engine.role_clipping.norms.items()}
+    means = meter.read()
+    open_gates = dict(gates(run.model)) if run.clip is not None else {}
+    steps, seconds, waited = clock.read()
+    return {
+        "step": done,
+        "phase": run.config.train.phase,
+        "loss": means.pop("loss"),
+        "grad_norm": sum(norm**2 for norm in norms.values()) ** 0.5,
+        "lr": max(rates.values()),
+        "images_per_s": steps * run.arithmetic.global_batch / seconds,
+        "data_wait_s": waited / steps,
+        "samples_seen": done * run.arithmetic.global_batch,
+        "gate_mean": sum(open_gates.values()) / len(open_gates) if open_gates else 0.0,
+        "gate_offset": float(run.model.clip_gate_offset) if open_gates else 0.0,
+        **means,
+        "lr_by_role": rates,
+        "grad_norm_by_role": norms,
+        "gates": open_gates,
+        "memory_gib": _memory(run.device) / 2**30,
+    }
+
+
+def _memory(device: torch.device) -> int:
+    """This rank's peak so far, in bytes: of the GPU, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

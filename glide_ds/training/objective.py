@@ -1,0 +1,169 @@
+"""What one micro-batch is trained on, and its loss.
+
+B samples of the micro-batch, S image side, T diffusion steps, D CLIP width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from glide_ds.config import Config
+from glide_ds.diffusion import Diffusion
+from glide_ds.diffusion.losses import reverse_kl
+from glide_ds.model.clip import FrozenClip
+from glide_ds.types import Batch
+
+QUARTILES = 4
+
+
+class Draws(NamedTuple):
+    """The random numbers of one micro-batch."""
+
+    timesteps: Tensor  # int64 [B], uniform over all T
+    noise: Tensor  # [B, 3, S, S]
+    drop_clip: Tensor  # bool [B]
+
+
+class Losses(NamedTuple):
+    """`total` carries the graph; the others are detached, for the log."""
+
+    total: Tensor  # scalar
+    mse: Tensor  # [B]
+    vb: Tensor  # [B], bits per dimension
+    kl: Tensor | None  # scalar, where this step has the KL term
+    timesteps: Tensor  # int64 [B]
+
+
+def hash64(*parts: int) -> int:
+    """A well-mixed non-negative 63-bit seed from whole numbers."""
+    digest = hashlib.blake2b(struct.pack(f"<{len(parts)}q", *parts), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def draw(seed: int, step: int, slots: list[int], side: int, timesteps: int, drop: float, device: Any) -> Draws:
+    """Timesteps, noise and CLIP dropout for these slots of global batch `step`.
+
+    Every slot has its own generator, seeded by (seed, step, slot): the numbers depend neither on the
+    number of ranks nor on the micro-batch, and a rank draws only its own.
+    """
+    generator = torch.Generator(device)
+    t, noise, dropped = [], [], []
+    for slot in slots:
+        generator.manual_seed(hash64(seed, step, slot))
+        t.append(torch.randint(timesteps, (1,), generator=generator, device=device))
+        dropped.append(torch.rand(1, generator=generator, device=device) < drop)
+        noise.append(torch.randn(3, side, side, generator=generator, device=device))
+    return Draws(torch.cat(t), torch.stack(noise), torch.cat(dropped))
+
+
+def to_signed(images: Tensor) -> Tensor:
+    """uint8 [B, S, S, 3] to float [B, 3, S, S] in [-1, 1]."""
+    return images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+class Objective:
+    """The training loss of one phase: eps-MSE, or hybrid, with the KL to the CLIP-off pass every N steps.
+
+    Hybrid: L = mse + w·vb (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 16, w in `train.vb_weight`
+    times T). KL: between the reverse-process Gaussians with CLIP on and off, the latter without
+    gradient, averaged per element: it keeps the pretrained model's behaviour (diffusion/losses.py).
+    """
+
+    def __init__(self, config: Config, diffusion: Diffusion, engine: Any, clip: FrozenClip | None) -> None:
+        self.config, self.diffusion, self.engine, self.clip = config, diffusion, engine, clip
+
+    def __call__(self, batch: Batch, step: int) -> Losses:
+        """The losses of a micro-batch on the device, in update `step` (0-based)."""
+        train, diffusion = self.config.train, self.diffusion
+        draws = draw(
+            train.seed,
+            step,
+            batch.slots.tolist(),
+            batch.images.shape[1],
+            diffusion.num_timesteps,
+            self.config.clip.drop,
+            batch.images.device,
+        )
+        x0 = to_signed(batch.images)
+        x_t = diffusion.q_sample(x0, draws.timesteps, draws.noise)
+        inputs: dict[str, Any] = {"tokens": batch.tokens, "mask": batch.mask}
+        if batch.low_res is not None:
+            inputs["low_res"] = to_signed(batch.low_res)
+        clip: dict[str, Any] = {}
+        if self.clip is not None:
+            clip = {"clip_embedding": self.embed(batch), "clip_drop": batch.drop_clip | draws.drop_clip}
+        times = diffusion.model_timesteps(draws.timesteps)
+        output = self.engine(x_t, times, **inputs, **clip)
+        losses = diffusion.losses(output, x0, x_t, draws.timesteps, draws.noise)
+        total = losses["mse"].mean()
+        if train.loss == "hybrid":
+            total = total + train.vb_weight * diffusion.num_timesteps * losses["vb"].mean()
+        kl = None
+        if self.clip is not None and train.kl_weight > 0 and step % train.kl_every == 0:
+            with torch.no_grad():
+                off = self.engine.module(x_t, times, **inputs)
+            kl = reverse_kl(
+                diffusion.p_mean_variance(output, x_t, draws.timesteps, clip_x0=False).gaussian,
+                diffusion.p_mean_variance(off, x_t, draws.timesteps, clip_x0=False).gaussian,
+            ).mean()
+            total = total + train.kl_weight * kl
+        return Losses(
+            total,
+            losses["mse"].detach(),
+            losses["vb"].detach(),
+            None if kl is None else kl.detach(),
+            draws.timesteps,
+        )
+
+    def embed(self, batch: Batch) -> Tensor:
+        """CLIP embeddings [B, D] of the batch: from its store, or encoded now."""
+        assert self.clip is not None
+        if batch.clip is not None:
+            return batch.clip.float()
+        if self.config.clip.source == "image":
+            return self.clip.encode_image(batch.images)
+        return self.clip.encode_text(batch.captions)
+
+
+class Meter:
+    """Sums of one update over its micro-batches, kept on the device until they are read."""
+
+    def __init__(self, timesteps: int, device: Any) -> None:
+        self.timesteps = timesteps
+        self.sums = torch.zeros(2 + 2 * QUARTILES + 3, dtype=torch.float64, device=device)
+
+    def add(self, losses: Losses) -> None:
+        """Add one micro-batch; no sync point."""
+        quartile = losses.timesteps * QUARTILES // self.timesteps
+        count = torch.zeros(QUARTILES, dtype=torch.float64, device=self.sums.device)
+        mse = losses.mse.double()
+        parts = [
+            mse.sum().view(1),
+            torch.full_like(mse[:1], len(mse)),
+            count.index_add(0, quartile, mse),
+            count.index_add(0, quartile, torch.ones_like(mse)),
+            losses.vb.double().sum().view(1),
+            torch.zeros_like(mse[:1]) if losses.kl is None else losses.kl.double().view(1),
+            torch.full_like(mse[:1], float(losses.kl is not None)),
+        ]
+        self.sums += torch.cat(parts)
+
+    def read(self) -> dict[str, Any]:
+        """Means over all ranks. Collective and a sync point: called by all ranks at log steps."""
+        torch.distributed.all_reduce(self.sums)
+        values = self.sums.tolist()
+        mse, count = values[:2]
+        by_quartile, counts = values[2 : 2 + QUARTILES], values[2 + QUARTILES : 2 + 2 * QUARTILES]
+        vb, kl, kl_count = values[2 + 2 * QUARTILES :]
+        read: dict[str, Any] = {"loss": mse / count, "vb": vb / count}
+        read["loss_by_quartile"] = {
+            f"q{i + 1}": total / n for i, (total, n) in enumerate(zip(by_quartile, counts, strict=True)) if n
+        }
+        if kl_count:
+            read["kl"] = kl / kl_count
+        return read

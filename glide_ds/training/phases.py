@@ -1,0 +1,107 @@
+"""The phases of training as data: what trains, in which parameter groups, whose checkpoint it continues."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from glide_ds.config import Config
+
+ROLES = ("adapter", "gates", "unet", "text")
+ADAPTER_ROLES = ("adapter", "gates")
+TEXT_MODULES = (
+    "transformer.",
+    "transformer_proj.",
+    "final_ln.",
+    "token_embedding.",
+    "positional_embedding",
+    "padding_embedding",
+)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stage of the run, trained by its own DeepSpeed engine."""
+
+    name: str
+    folder: str  # below the run directory
+    trains: tuple[str, ...]  # roles
+    parents: tuple[str, ...]  # phases it continues, the preferred one first
+    needs_adapter: bool  # weights without a trained adapter are no start for it
+
+
+PHASES = {
+    phase.name: phase
+    for phase in (
+        Phase("base", "base", ("unet", "text"), (), False),
+        Phase("adapter_only", "phase1", ("adapter",), ("base",), False),
+        Phase("adapter_gates", "phase2", ("adapter", "gates"), ("adapter_only",), True),
+        Phase("full", "phase3", ROLES, ("adapter_gates", "adapter_only"), True),
+    )
+}
+
+
+def role_of(name: str) -> str:
+    """The role of the parameter with that state_dict name."""
+    if "clip" in name:
+        return "gates" if name.endswith("gate") else "adapter"
+    return "text" if name.startswith(TEXT_MODULES) else "unet"
+
+
+def trained_roles(config: Config) -> tuple[str, ...]:
+    """The roles that the configuration trains; `train.scope` narrows phase base."""
+    scope = config.train.scope
+    return PHASES[config.train.phase].trains if scope == "all" else (scope,)
+
+
+def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
+    """Freeze what the phase does not train and group the rest by role and weight decay.
+
+    Norm gains, biases, gate logits and embeddings are not decayed. Groups without parameters are
+    left out: DeepSpeed fails on them.
+    """
+    roles = trained_roles(config)
+    rate = config.deepspeed["optimizer"]["params"]["lr"]
+    decay = config.deepspeed["optimizer"]["params"].get("weight_decay", 0.0)
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        role = role_of(name)
+        parameter.requires_grad_(role in roles)
+        if role in roles:
+            decays = parameter.ndim > 1 and "embedding" not in name
+            group = groups.setdefault(
+                (role, decays),
+                {
+                    "params": [],
+                    "lr": rate * getattr(config.train.lr_scale, role),
+                    "weight_decay": decay if decays else 0.0,
+                    "role": role,
+                },
+            )
+            group["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+def count_by_role(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, int]:
+    """Parameters per role, in the order of ROLES; roles without any are left out."""
+    counts = dict.fromkeys(ROLES, 0)
+    for name, parameter in named:
+        counts[role_of(name)] += parameter.numel()
+    return {role: count for role, count in counts.items() if count}
+
+
+def gates(model: nn.Module) -> Iterator[tuple[str, float]]:
+    """Every attention block's gate σ(logit + offset), by block name. Reads from the device: a sync point."""
+    for name, parameter in model.named_parameters():
+        if role_of(name) == "gates":
+            value = (parameter.detach().float() + model.clip_gate_offset.float()).sigmoid().mean()
+            yield name.rpartition(".")[0], value.item()
+
+
+def gate_offset(config: Config, start: float, step: int) -> float:
+    """The offset for update `step` (0-based): a linear ramp from the phase's start value to `train.gate_offset`."""
+    target, warmup = config.train.gate_offset, config.train.gate_warmup
+    return target if step >= warmup else start + (target - start) * (step + 1) / (warmup + 1)

@@ -1,0 +1,188 @@
+"""A run: one or more phases, each set up, trained by its own engine, and taken down again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from glide_ds.config import BatchArithmetic, Config, load_config
+from glide_ds.data.loader import Source, build_source
+from glide_ds.diffusion import Diffusion, create_diffusion
+from glide_ds.model import create_model
+from glide_ds.model.clip import FrozenClip, embedding_dim
+from glide_ds.training import checkpoint, preview
+from glide_ds.training.distributed import agreed, read_environment, start_process_group
+from glide_ds.training.engine import build_engine, release
+from glide_ds.training.lineage import Start, find_start, folder_of, load_start, record
+from glide_ds.training.logging import RunLog
+from glide_ds.training.loop import train
+from glide_ds.training.objective import hash64
+from glide_ds.training.phases import PHASES, parameter_groups
+from glide_ds.types import ConfigError, GlideConfig
+
+
+@dataclass
+class PhaseRun:
+    """One phase, set up: what the training loop works with."""
+
+    config: Config
+    arithmetic: BatchArithmetic
+    device: torch.device
+    model: nn.Module
+    engine: Any
+    diffusion: Diffusion
+    clip: FrozenClip | None
+    source: Source
+    start: Start
+    log: RunLog
+
+
+def main(paths: Sequence[str], overlay: str | None, sets: Sequence[str], dry_run: bool = False) -> None:
+    """Train the phases that the --ds_config files describe, one after the other, in one process group.
+
+    Raises GlideError, the same on every rank, before any training starts where something is wrong.
+    """
+    configs = [config for path in paths for config in load_config(path, overlay, sets)]
+    check_pipeline(configs)
+    rank, world_size = read_environment()
+    for config in configs:
+        config.batch_arithmetic(world_size)
+    if dry_run:
+        if rank == 0:
+            dry_run_report(configs, world_size)
+        return
+    device = start_process_group(configs[0].run.timeout_s)
+    try:
+        model = None
+        for config in configs:
+            model = run_phase(config, device, model)
+    finally:
+        dist.destroy_process_group()
+
+
+def dry_run_report(configs: Sequence[Config], world_size: int) -> None:
+    """Print every phase's block: all checks that need neither a process group nor the weights."""
+    planned: list[str] = []
+    for config in configs:
+        arithmetic = config.batch_arithmetic(world_size)
+        start = find_start(config, planned, verify=False)
+        data = open_source(config, arithmetic, 0).facts()
+        print(preview.block(config, arithmetic, start, glide_config(config), data), flush=True)
+        planned.append(config.train.phase)
+
+
+def check_pipeline(configs: Sequence[Config]) -> None:
+    """Several phases in one command: one run directory, each phase once, parents before children."""
+    seen: list[str] = []
+    for config in configs:
+        phase = PHASES[config.train.phase]
+        if config.run.dir != configs[0].run.dir:
+            raise ConfigError(
+                f"phase {phase.name!r} has run.dir = {config.run.dir!r} and {configs[0].train.phase!r} has "
+                f"{configs[0].run.dir!r}: it would not find its parent; "
+                "give both the same, for example with --set run.dir=…"
+            )
+        late = [name for name in seen if phase.name in PHASES[name].parents]
+        if phase.name in seen or late:
+            raise ConfigError(
+                f"phase {phase.name!r} comes after {', '.join(seen)}: the order is "
+                f"{' → '.join(PHASES)} and each phase once; reorder the --ds_config files"
+            )
+        seen.append(phase.name)
+
+
+def run_phase(config: Config, device: torch.device, model: nn.Module | None = None) -> nn.Module:
+    """Set one phase up, train it to its last step, take its engine down; returns the bare model.
+
+    `model` is the module of the phase before, used again where its architecture is the same.
+    """
+    with phase_run(config, device, model) as run:
+        train(run)
+    return run.model
+
+
+@contextmanager
+def phase_run(config: Config, device: torch.device, model: nn.Module | None = None) -> Iterator[PhaseRun]:
+    """One phase ready to train, resumed where it was left; on exit nothing of its engine remains."""
+    rank, train_config = dist.get_rank(), config.train
+    arithmetic = config.batch_arithmetic(dist.get_world_size())
+    agreed(lambda: _check_writable(folder_of(config, train_config.phase)))
+    start = find_start(config, verify=True)
+    glide = agreed(lambda: glide_config(config))
+    source = agreed(lambda: open_source(config, arithmetic, rank))
+    if rank == 0:
+        print(preview.block(config, arithmetic, start, glide, source.facts()), flush=True)
+    clip = agreed(lambda: _frozen_clip(config, device))
+    torch.manual_seed(train_config.seed)
+    if model is None or model.config != glide:
+        model = create_model(glide)
+    model = model.float().to(device)
+    told = agreed(lambda: load_start(model, config, start))
+    model.checkpointing = train_config.checkpointing
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = train_config.tf32
+    engine = build_engine(model, parameter_groups(model, config), config, arithmetic)
+    try:
+        if start.resumed:
+            checkpoint.load(engine, start.resumed)
+        if rank == 0:
+            record(config, start)
+        log = RunLog(config, rank, start.step)
+        for line in told:
+            log.line(line)
+        diffusion = create_diffusion(config.model.noise_schedule)
+        yield PhaseRun(config, arithmetic, device, model, engine, diffusion, clip, source, start, log)
+        log.close()
+    finally:
+        release(engine)
+
+
+def glide_config(config: Config) -> GlideConfig:
+    """The architecture to build: the configured one, with the CLIP width of the configured encoder."""
+    clip_dim = embedding_dim(config.clip.model, config.clip.weights) if config.uses_clip else None
+    return replace(config.model.architecture, clip_dim=clip_dim)
+
+
+def open_source(config: Config, arithmetic: BatchArithmetic, rank: int) -> Source:
+    """This rank's micro-batches. Every phase sees the data in an order of its own."""
+    architecture = config.model.architecture
+    return build_source(
+        config.data,
+        image_size=architecture.image_size,
+        context_length=architecture.text_ctx,
+        global_batch=arithmetic.global_batch,
+        micro_batch=arithmetic.micro_batch,
+        rank=rank,
+        world_size=arithmetic.world_size,
+        seed=hash64(config.train.seed, list(PHASES).index(config.train.phase)),
+        low_res=architecture.upsamples,
+    )
+
+
+def _frozen_clip(config: Config, device: torch.device) -> FrozenClip | None:
+    if not config.uses_clip:
+        return None
+    # Sample grids are drawn from captions, so the text tower is needed in any case.
+    towers = "both" if config.clip.source == "image" else "text"
+    return FrozenClip(config.clip.model, config.clip.weights, device, source=towers)
+
+
+def _check_writable(folder: Path) -> None:
+    """Fail now rather than at the first checkpoint."""
+    probe = folder / f".write-test-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir: {folder} can't be written ({error.strerror}), so no checkpoint could be saved; "
+            "choose another run.dir or mend its permissions"
+        ) from error

@@ -1,0 +1,109 @@
+"""Pictures drawn while training: the same captions and noise each time, so that grids can be compared."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from glide_ds.config import Config
+from glide_ds.data.loader import build_source
+from glide_ds.diffusion import create_diffusion, sample
+from glide_ds.tokenizer import encode
+from glide_ds.training.objective import to_signed
+
+if TYPE_CHECKING:
+    from glide_ds.training.run import PhaseRun
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Float [B, 3, S, S] in [-1, 1] to uint8 [B, S, S, 3]."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def draw(
+    model: Any,
+    captions: list[str],
+    *,
+    schedule: str,
+    clip_embedding: Tensor | None = None,
+    guidance: float = 3.0,
+    steps: int = 100,
+    sampler: str = "ddpm",
+    seed: int = 0,
+    low_res: Tensor | None = None,
+    progress: Any = None,
+) -> Tensor:
+    """Draw uint8 [B, S, S, 3] for captions; the same seed gives the same pictures on any device.
+
+    clip_embedding [B, D] conditions on CLIP; low_res [B, 3, S/4, S/4] is what an upsampler enlarges.
+    """
+    device = next(model.parameters()).device
+    tokens, mask = encode(captions, model.config.text_ctx)
+    images = sample(
+        model,
+        create_diffusion(schedule, respacing=str(steps)),
+        tokens=tokens.to(device),
+        mask=mask.to(device),
+        clip_embedding=clip_embedding,
+        guidance=guidance,
+        sampler=sampler,
+        low_res=low_res,
+        generator=torch.Generator().manual_seed(seed),
+        progress=progress,
+    )
+    return to_bytes(images)
+
+
+class Sampler:
+    """Draws the run's sample grids, on rank 0; the other ranks go on to the next step and wait there."""
+
+    def __init__(self, run: PhaseRun) -> None:
+        self.run = run
+        self.active = dist.get_rank() == 0 and run.config.log.samples_every > 0
+        self.captions, self.low_res = example_inputs(run.config) if self.active else ([], None)
+
+    def draw(self, done: int) -> None:
+        """Write the grid after update `done`."""
+        if not self.active:
+            return
+        run, log = self.run, self.run.config.log
+        embedding = None if run.clip is None else run.clip.encode_text(self.captions)
+        images = draw(
+            run.model,
+            self.captions,
+            schedule=run.config.model.noise_schedule,
+            clip_embedding=embedding,
+            guidance=log.guidance,
+            steps=log.sample_steps,
+            seed=run.config.train.seed,
+            low_res=None if self.low_res is None else self.low_res.to(run.device),
+        )
+        run.log.line(f"drew {run.log.pictures(done, images, self.captions)}")
+
+
+def example_inputs(config: Config) -> tuple[list[str], Tensor | None]:
+    """The captions to draw, and for an upsampler the pictures to enlarge, [B, 3, S/4, S/4] in [-1, 1].
+
+    `log.sample_prompts`, else captions of the run's own data.
+    """
+    prompts, architecture = list(config.log.sample_prompts), config.model.architecture
+    if prompts and not architecture.upsamples:
+        return prompts, None
+    count = len(prompts) or config.log.samples
+    source = build_source(
+        replace(config.data, workers=0),
+        image_size=architecture.image_size,
+        context_length=architecture.text_ctx,
+        global_batch=count,
+        micro_batch=count,
+        rank=0,
+        world_size=1,
+        seed=config.train.seed,
+        low_res=architecture.upsamples,
+    )
+    batch = next(source.batches(0))
+    return prompts or list(batch.captions), None if batch.low_res is None else to_signed(batch.low_res)
