@@ -43,8 +43,8 @@ class DualAttention(AttentionBlock):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         h = super()._attend(q, k, v, context)
-        if context.clip is None or context.clip_gate_offset is None:
+        if context.clip is None:
             return h
-        clip_k, clip_v = self._split_heads(self.clip_kv(context.clip), 2)
-        gate = gate_value(self.clip_gate, context.clip_gate_offset).to(h.dtype)
+        clip_k, clip_v = self._split_heads(self.clip_kv(context.clip.tokens), 2)
+        gate = gate_value(self.clip_gate, context.clip.gate_offset).to(h.dtype)
         return h + gate * F.scaled_dot_product_attention(q, clip_k, clip_v)

@@ -13,7 +13,7 @@ from glide_ds.model.clip_adapter import ClipAdapter
 from glide_ds.model.dual_attention import DualAttention
 from glide_ds.model.layers import LayerNorm
 from glide_ds.model.text import TextEncoding, Transformer
-from glide_ds.model.unet import AttentionBlock, Context, UNet, timestep_embedding
+from glide_ds.model.unet import AttentionBlock, ClipContext, Context, UNet, timestep_embedding
 from glide_ds.tokenizer import N_VOCAB
 from glide_ds.types import ConfigError, GlideConfig, GlideError
 
@@ -76,7 +76,7 @@ class Glide(UNet):
         """
         checkpointing = self._checkpoints_now()
         text = text if text is not None else self.encode_text(tokens, mask)
-        context = Context(text.tokens, *self._clip_context(clip_embedding, clip_drop))
+        context = Context(text.tokens, self._clip_context(clip_embedding, clip_drop))
         dtype = self.positional_embedding.dtype
         sinusoids = timestep_embedding(
             timesteps, self.config.model_channels, torch.promote_types(dtype, torch.float32)
@@ -92,6 +92,11 @@ class Glide(UNet):
                 "the model was called without a caption, which GLIDE always reads; pass tokens and mask "
                 "(tokenizer.encode(['']) is the empty caption), or text"
             )
+        if tokens.shape[1] != self.config.text_ctx:
+            raise GlideError(
+                f"captions of {tokens.shape[1]} tokens were given to a model that reads {self.config.text_ctx}; "
+                f"encode them with context_length={self.config.text_ctx}"
+            )
         h = self.token_embedding(tokens) + self.positional_embedding
         h = torch.where(mask[..., None], h, self.padding_embedding)
         h = self.final_ln(self.transformer(h, self._checkpoints_now()))
@@ -100,11 +105,9 @@ class Glide(UNet):
     def _checkpoints_now(self) -> bool:
         return self.checkpointing and self.training and torch.is_grad_enabled()
 
-    def _clip_context(
-        self, embedding: Tensor | None, drop: Tensor | None
-    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    def _clip_context(self, embedding: Tensor | None, drop: Tensor | None) -> ClipContext | None:
         if embedding is None:
-            return None, None
+            return None
         if self.config.clip_dim is None:
             raise GlideError(
                 "clip_embedding was given to a model without CLIP layers, which would ignore it; "
@@ -117,7 +120,7 @@ class Glide(UNet):
             )
         if drop is None:
             drop = torch.zeros(len(embedding), dtype=torch.bool, device=embedding.device)
-        return self.clip_adapter(embedding, drop, self.clip_gate_offset), self.clip_gate_offset
+        return ClipContext(self.clip_adapter(embedding, drop, self.clip_gate_offset), self.clip_gate_offset)
 
     def _input_image(
         self, x: Tensor, low_res: Tensor | None, inpaint_image: Tensor | None, inpaint_mask: Tensor | None

@@ -17,12 +17,18 @@ from glide_ds.model.layers import GroupNorm, PointwiseConv1d, run_block, zero_in
 from glide_ds.types import GlideConfig
 
 
+class ClipContext(NamedTuple):
+    """What DualAttention reads of CLIP."""
+
+    tokens: Tensor  # [B, clip tokens, W]
+    gate_offset: Tensor  # scalar, added to every gate logit
+
+
 class Context(NamedTuple):
     """What attention blocks read beside the image."""
 
     text: Tensor  # [B, T, W]
-    clip: Tensor | None = None  # [B, clip tokens, W]; None leaves the CLIP branch out
-    clip_gate_offset: Tensor | None = None  # scalar, added to every gate logit
+    clip: ClipContext | None = None  # None leaves the CLIP branch out
 
 
 def timestep_embedding(timesteps: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -8,7 +8,7 @@ from tiny_glide import CLIP_DIM, tiny_embeddings, tiny_inputs, tiny_model
 from glide_ds.model.clip_adapter import ClipAdapter, unit_rms
 from glide_ds.model.dual_attention import DualAttention
 from glide_ds.model.glide import Glide
-from glide_ds.model.unet import Context
+from glide_ds.model.unet import ClipContext, Context
 
 
 def clip_model(trained: bool = True, **changes) -> Glide:
@@ -62,7 +62,9 @@ def test_the_gate_adds_a_softmax_over_clip_tokens_alone() -> None:
     attended = torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2)
     added = F.linear(attended, block.proj_out.weight.squeeze(-1)).transpose(1, 2).reshape(x.shape)
     expected = block(x, Context(text)) + torch.sigmoid(torch.tensor(1.0)) * added
-    torch.testing.assert_close(block(x, Context(text, clip, offset)), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        block(x, Context(text, ClipContext(clip, offset))), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_gates_are_stored_closed_and_opened_by_the_offset() -> None:

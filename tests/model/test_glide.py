@@ -7,7 +7,7 @@ import torch
 from tiny_glide import CLIP_DIM, tiny_config, tiny_embeddings, tiny_inputs, tiny_model
 
 from glide_ds.model import GlideConfig, create_model
-from glide_ds.tokenizer import N_VOCAB
+from glide_ds.tokenizer import N_VOCAB, encode
 from glide_ds.types import ConfigError, GlideError
 
 PUBLISHED = {  # kind: state_dict entries, parameters
@@ -202,6 +202,7 @@ def test_nothing_known_equals_an_empty_inpainting_mask() -> None:
     [
         ("base", {"tokens": None}, "without a caption"),
         ("base", {"mask": None}, "without a caption"),
+        ("base", dict(zip(("tokens", "mask"), encode(["a", "b"]), strict=True)), "context_length=12"),
         ("base", {"low_res": torch.zeros(2, 3, 4, 4)}, "no use for low_res"),
         ("upsample", {"low_res": None}, "needs low_res"),
         ("base", {"clip_embedding": tiny_embeddings()}, f"clip_dim={CLIP_DIM}"),
