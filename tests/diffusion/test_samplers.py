@@ -166,6 +166,11 @@ def test_eta_adds_noise_to_ddim() -> None:
     assert not torch.equal(draw_with(1.0, 1), draw_with(1.0, 2))
 
 
+def test_a_sampler_is_added_by_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SAMPLERS, "loud", lambda diffusion, output, x_t, t, noise: 5 * noise)
+    assert draw(Recorder(), sampler="loud").abs().max() == 1  # pictures end in [-1, 1] whatever it does
+
+
 def test_options_without_effect_are_errors() -> None:
     with pytest.raises(GlideError, match=r"eta=0.5 has no effect on sampler 'ddpm'"):
         draw(Recorder(), eta=0.5)
