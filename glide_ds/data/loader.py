@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -198,7 +198,8 @@ class MicroBatches(Dataset[Made]):
         drawn = self.order.draw(step, slots)
         size = layout.image_size
         images = np.empty((len(slots), size, size, 3), np.uint8)
-        ids, captions = drawn.ids.copy(), []
+        ids = drawn.ids.copy()
+        captions = []
         for row, (wanted, epoch) in enumerate(zip(drawn.ids.tolist(), drawn.epochs.tolist(), strict=True)):
             found = self._usable(wanted, epoch, tally)
             if found is None:
@@ -207,7 +208,10 @@ class MicroBatches(Dataset[Made]):
             images[row] = sample.pixels
             captions.append(sample.caption)
         tally.delivered = len(slots)
-        return Made(self._batch(ids, slots, drawn.epochs, images, tuple(captions)), tally)
+        batch = self._batch(ids, slots, drawn.epochs, images, tuple(captions))
+        if drawn.padding.any():
+            batch = replace(batch, sample_ids=torch.from_numpy(np.where(drawn.padding, -1 - ids, ids)))
+        return Made(batch, tally)
 
     def _usable(self, wanted: int, epoch: int, tally: Tally) -> tuple[int, Sample] | None:
         """The wanted sample, or the first usable one of a sequence that follows from its id and epoch."""
@@ -320,6 +324,7 @@ class Source:
     def batches(self, start_step: int) -> Iterator[Batch]:
         """Yield this rank's micro-batches of global batches start_step, start_step + 1, … without end.
 
+        With data.tail=pad, a slot that repeats sample i only to fill the epoch's last batch has the id -1 - i.
         Raises DataError where no usable sample is left for a slot, or more than data.max_bad_fraction of
         those read so far were unusable.
         """

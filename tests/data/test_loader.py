@@ -149,6 +149,14 @@ def test_max_bad_fraction_stops_the_run(tmp_path: Path) -> None:
         take(source(path, max_bad_fraction=0.1), steps)
 
 
+def test_padding_is_marked(shards: str) -> None:
+    made = source(shards, batch=40, tail="pad")
+    ids = torch.cat([batch.sample_ids for batch in take(made, made.batches_per_epoch)])
+    assert (ids < 0).sum() == 3 * 40 - 102
+    assert sorted(ids[ids >= 0].tolist()) == list(range(102))
+    assert torch.equal(-1 - ids[ids < 0], ids[:18])
+
+
 def test_layout_errors(shards: str) -> None:
     with pytest.raises(ConfigError, match="use 8"):
         source(shards, batch=10, micro=4, ranks=2)
