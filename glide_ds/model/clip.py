@@ -1,0 +1,372 @@
+"""The frozen CLIP encoder whose embeddings condition the adapter, through open_clip.
+
+B captions or pictures, S their side in pixels, D the width of the joint embedding space (512 for ViT-B, 768 for
+ViT-L/14). Embeddings have unit length; the adapter scales them as it needs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from glide_ds.model.tensor_files import State, StateFile, read_state_file, sha256, sidecar
+from glide_ds.types import ConfigError, WeightsError
+
+logger = logging.getLogger(__name__)
+
+BUILTIN = "builtin:tiny"
+BUILTIN_WEIGHTS = Path(__file__).parents[1] / "tiny" / "clip.safetensors"
+SOURCES = ("text", "image", "both")
+
+# Channel statistics that OpenAI normalised pictures with (Radford et al. 2021); most later models kept them.
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Beside the weights, OpenAI's archives carry three integers that no other checkpoint has.
+_OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
+_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
+
+
+class FrozenClip:
+    """Both towers of a CLIP model, or one, without gradients, in float32.
+
+    `model` is a name as people write it ("ViT-B/32", "ViT-L/14", open_clip's "ViT-B-32"), `builtin:tiny`, or
+    the path of an open_clip architecture as JSON. `weights` is an open_clip tag ("openai", "laion2b_s32b_b82k",
+    …: open_clip downloads it once), or a local file, open_clip's or OpenAI's, read without executing it.
+    `source` says which tower to keep: text, image or both.
+
+    OpenAI's weights were trained with quick-GELU, x·σ(1.702x), and give wrong embeddings under the exact GELU.
+    It is chosen for a tag or a file known to want it, or by a name that ends in -quickgelu.
+
+    Raises ConfigError for a name or tag that does not exist, WeightsError for weights that do not fit or cannot
+    be had.
+    """
+
+    def __init__(
+        self,
+        model: str = "ViT-L/14",
+        weights: str = "openai",
+        device: torch.device | str = "cpu",
+        *,
+        source: str = "both",
+    ) -> None:
+        if source not in SOURCES:
+            raise ConfigError(f"clip.source {source!r} does not exist; choose one of {', '.join(SOURCES)}")
+        found = _find(model, weights)
+        self.name = found.name
+        self.source = source
+        self.device = torch.device(device)
+        self.dim: int = found.architecture["embed_dim"]
+        self.quick_gelu: bool = bool(found.architecture.get("quick_gelu", False))
+        self.weights_hash = found.hash
+        self._model = _load(found, source).to(self.device)
+        self._tokenize = _tokenizer(found)
+        self._size: int = found.architecture["vision_cfg"]["image_size"]
+        self._mean, self._std = (
+            torch.tensor(v, device=self.device).view(3, 1, 1) for v in (found.mean, found.std)
+        )
+        logger.info(
+            "CLIP %s from %s: %d-d, %s",
+            self.name,
+            found.path,
+            self.dim,
+            "quick-GELU" if self.quick_gelu else "GELU",
+        )
+
+    def encode(self, captions: Sequence[str], images: Tensor) -> Tensor:
+        """The embedding that `source` names, of a batch of pairs -> float32 [B, D] of unit length."""
+        return self.encode_image(images) if self.source == "image" else self.encode_text(captions)
+
+    @torch.no_grad()
+    def encode_text(self, captions: Sequence[str]) -> Tensor:
+        """B captions, cut at the context length -> float32 [B, D] of unit length."""
+        self._has("text")
+        tokens = self._tokenize(list(captions)).to(self.device)  # the tokenizer works on the CPU
+        with torch.autocast(self.device.type, enabled=False):
+            return functional.normalize(self._model.encode_text(tokens).float(), dim=-1)
+
+    @torch.no_grad()
+    def encode_image(self, images: Tensor) -> Tensor:
+        """uint8 [B, S, S, 3], any S -> float32 [B, D] of unit length."""
+        self._has("image")
+        with torch.autocast(self.device.type, enabled=False):
+            return functional.normalize(self._model.encode_image(self._prepare(images)).float(), dim=-1)
+
+    def _prepare(self, images: Tensor) -> Tensor:
+        x = images.to(self.device).movedim(3, 1).float() / 255
+        if x.shape[-1] != self._size:
+            x = functional.interpolate(x, (self._size, self._size), mode="bicubic", antialias=True).clamp(0, 1)
+        return (x - self._mean) / self._std
+
+    def _has(self, tower: str) -> None:
+        if self.source not in (tower, "both"):
+            raise ConfigError(
+                f"this CLIP encoder keeps its {self.source} tower alone and cannot encode {tower}; "
+                f"set clip.source={tower}, or build it with source='both'"
+            )
+
+
+def embedding_dim(model: str, weights: str = "openai") -> int:
+    """D of a model, without building or downloading it; a local weight file is checked against the name.
+
+    Raises ConfigError for an unknown name, WeightsError for a local file of another width.
+    """
+    name, architecture = _architecture(model)
+    path = _local(model, weights)
+    if path is not None:
+        _check_width(read_state_file(path).tensors, architecture, name, path)
+    return int(architecture["embed_dim"])
+
+
+# --- finding ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Everything needed to build one encoder."""
+
+    name: str
+    architecture: dict[str, Any]
+    path: Path
+    hash: str
+    tensors: State
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def _find(model: str, weights: str) -> _Found:
+    name, architecture = _architecture(model)
+    path = _local(model, weights)
+    about: Mapping[str, Any] = {}  # what open_clip knows of a tag: quick_gelu, mean, std
+    if path is None:
+        about = _tag(name, weights)
+        path = _download(name, weights, about)
+    file = read_state_file(path)
+    digest = sha256(path)
+    _check_width(file.tensors, architecture, name, path)
+    quick = (
+        architecture.get("quick_gelu", False) or about.get("quick_gelu", False) or _from_openai(file, digest)
+    )
+    return _Found(
+        name,
+        {**architecture, "quick_gelu": bool(quick)},
+        path,
+        digest,
+        {key: value for key, value in file.tensors.items() if key not in _OPENAI_EXTRAS},
+        tuple(about.get("mean", OPENAI_MEAN)),
+        tuple(about.get("std", OPENAI_STD)),
+    )
+
+
+def _architecture(model: str) -> tuple[str, dict[str, Any]]:
+    """open_clip's name for a model and its description there, read as data: importing it takes seconds."""
+    if model == BUILTIN:
+        return model, _builtin_architecture()
+    if model.endswith(".json"):
+        return Path(model).stem, _read_architecture(Path(model))
+    name = model.strip().replace("@", "-").removesuffix("px").replace("/", "-")
+    folder = _open_clip_folder() / "model_configs"
+    known = {path.stem.lower(): path for path in folder.glob("*.json")}
+    if name.lower() not in known:
+        near = difflib.get_close_matches(name.lower(), known, n=3)
+        near_names = ", ".join(known[key].stem for key in near) or "ViT-B/32, ViT-B/16, ViT-L/14"
+        raise ConfigError(
+            f"clip.model {model!r} is no CLIP model that open_clip knows; did you mean {near_names}?"
+        )
+    path = known[name.lower()]
+    return path.stem, _read_architecture(path)
+
+
+def _open_clip_folder() -> Path:
+    spec = find_spec("open_clip")
+    if spec is None or spec.origin is None:
+        raise ConfigError(
+            "open_clip is not installed, so no CLIP model can be used; pip install open_clip_torch"
+        )
+    return Path(spec.origin).parent
+
+
+def _builtin_architecture() -> dict[str, Any]:
+    about = sidecar(BUILTIN_WEIGHTS)
+    if about is None or not BUILTIN_WEIGHTS.exists():
+        raise WeightsError(
+            f"the built-in CLIP model is missing at {BUILTIN_WEIGHTS}; install the package again, "
+            "or train it with launch/train_tiny_clip.py"
+        )
+    return dict(about["model_cfg"])
+
+
+def _read_architecture(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the CLIP architecture {path}: {error}") from error
+    architecture = content.get("model_cfg", content)
+    if missing := {"embed_dim", "vision_cfg", "text_cfg"} - set(architecture):
+        raise ConfigError(f"{path} describes no CLIP model: {', '.join(sorted(missing))} missing")
+    return dict(architecture)
+
+
+def _local(model: str, weights: str) -> Path | None:
+    """The weight file on this machine, or None where `weights` is a tag to download."""
+    if model == BUILTIN:
+        return BUILTIN_WEIGHTS
+    path = Path(weights).expanduser()
+    if path.suffix in _SUFFIXES or "/" in weights or path.exists():
+        if not path.exists():
+            raise WeightsError(
+                f"no CLIP weights at {path}; check clip.weights, or give an open_clip tag: openai"
+            )
+        return path
+    return None
+
+
+def _tag(name: str, weights: str) -> Mapping[str, Any]:
+    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+
+    about: Mapping[str, Any] = get_pretrained_cfg(name, weights)
+    if not about:
+        tags = list_pretrained_tags_by_model(name)
+        raise ConfigError(
+            f"open_clip has no weights {weights!r} for {name}; clip.weights takes a local file"
+            + (f" or one of {', '.join(tags)}" if tags else "")
+        )
+    return about
+
+
+def _download(name: str, weights: str, about: Mapping[str, Any]) -> Path:
+    from open_clip import pretrained
+
+    try:
+        return Path(pretrained.download_pretrained(about))
+    except (OSError, RuntimeError, ValueError) as error:
+        source = about.get("hf_hub") or about.get("url")
+        raise WeightsError(
+            f"the CLIP weights {weights!r} of {name} are not on this machine and could not be downloaded from "
+            f"{source} ({str(error)[:300]}); run once where there is a network, or give a local file by "
+            "clip.weights=/path/to/weights.pt"
+        ) from error
+
+
+def _from_openai(file: StateFile, digest: str) -> bool:
+    """Whether a file is OpenAI's own, or lies beside a description that asks for quick-GELU."""
+    if any(name in file.tensors for name in _OPENAI_EXTRAS):
+        return True
+    beside = file.path.with_name("open_clip_config.json")
+    if beside.exists():
+        return bool(_read_architecture(beside).get("quick_gelu", False))
+    return digest in _openai_hashes()
+
+
+def _openai_hashes() -> set[str]:
+    """SHA-256 of OpenAI's published CLIP files: the folder of each one's address."""
+    from open_clip.pretrained import get_pretrained_url, list_pretrained_models_by_tag
+
+    urls = (get_pretrained_url(model, "openai") for model in list_pretrained_models_by_tag("openai"))
+    return {url.split("/")[-2] for url in urls if url}
+
+
+# --- building -----------------------------------------------------------------------------------------------
+
+
+def _width(state: Mapping[str, Tensor]) -> int | None:
+    """D of a CLIP state dict, read off whichever projection it has."""
+    for name, axis in (
+        ("text_projection", 1),
+        ("text.text_projection", 1),
+        ("text_projection.weight", 0),
+        ("text.text_projection.weight", 0),
+        ("visual.proj", 1),
+        ("visual.attnpool.c_proj.weight", 0),
+    ):
+        if name in state:
+            return state[name].shape[axis]
+    return None
+
+
+def _check_width(state: State, architecture: Mapping[str, Any], name: str, path: Path) -> None:
+    width = _width(state)
+    if width is not None and width != architecture["embed_dim"]:
+        raise WeightsError(
+            f"{path} holds CLIP weights of width {width}, but clip.model={name} has width "
+            f"{architecture['embed_dim']}: its embeddings would not fit; give the weights of {name}, or the "
+            "model of the weights (512: ViT-B/32 and ViT-B/16, 768: ViT-L/14)"
+        )
+
+
+def _load(found: _Found, source: str) -> Any:
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import convert_to_custom_text_state_dict
+
+    model = _build(found.architecture)
+    state = convert_state_dict(model, found.tensors)
+    if hasattr(model, "text"):
+        state = convert_to_custom_text_state_dict(state)
+    _check_fit(model.state_dict(), state, found)
+    model.load_state_dict(state)
+    return _keep_tower(model, source).eval().requires_grad_(False)
+
+
+def _build(architecture: Mapping[str, Any]) -> Any:
+    """The model as open_clip builds it, with weights still to be loaded."""
+    import open_clip
+
+    parts = {key: dict(value) if isinstance(value, Mapping) else value for key, value in architecture.items()}
+    foreign_text = "hf_model_name" in parts["text_cfg"]
+    if foreign_text:
+        parts["text_cfg"]["hf_model_pretrained"] = False
+    if "multimodal_cfg" in parts:
+        raise ConfigError("CoCa models have no plain CLIP encoder; choose a CLIP model such as ViT-L/14")
+    custom = parts.pop("custom_text", False) or foreign_text
+    return (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**parts)
+
+
+def _check_fit(expected: State, state: State, found: _Found) -> None:
+    missing = [name for name in expected if name not in state]
+    foreign = [name for name in state if name not in expected]
+    other = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    if missing or foreign or other:
+        first = "; ".join(
+            f"{len(names)} {kind} ({', '.join(names[:3])})"
+            for kind, names in (("missing", missing), ("unknown", foreign), ("of another shape", other))
+            if names
+        )
+        raise WeightsError(
+            f"{found.path} does not fit clip.model={found.name}: {first}; give this model's weights"
+        )
+
+
+def _keep_tower(model: Any, source: str) -> Any:
+    """Drop the tower that will not be used: of ViT-L/14 the image tower alone is 1.2 GB."""
+    if source == "text":
+        model.visual = None
+    elif source == "image":
+        for part in ("text", "transformer", "token_embedding"):
+            if hasattr(model, part):
+                setattr(model, part, None)
+    return model
+
+
+def _tokenizer(found: _Found) -> Callable[[list[str]], Tensor]:
+    from open_clip import get_tokenizer
+    from open_clip.tokenizer import SimpleTokenizer
+
+    text = found.architecture["text_cfg"]
+    if "hf_tokenizer_name" in text or "siglip" in found.name.lower():
+        tokenizer: Callable[[list[str]], Tensor] = get_tokenizer(found.name)
+        return tokenizer
+    return SimpleTokenizer(context_length=text.get("context_length", 77))
