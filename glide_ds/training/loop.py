@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from glide_ds.training import checkpoint
-from glide_ds.training.lineage import folder_of
+from glide_ds.training.lineage import folder_of, lineage
 from glide_ds.training.logging import Clock
-from glide_ds.training.objective import Meter, Objective, hash64
+from glide_ds.training.objective import Meter, Objective, hash64, phase_seed
 from glide_ds.training.phases import gate_offset, gates
 from glide_ds.training.samples import Sampler
 
@@ -55,7 +56,7 @@ def _prepare(run: PhaseRun, step: int, first_offset: float) -> None:
     """The state that update `step` (0-based) depends on and no checkpoint needs to hold."""
     run.engine.train()
     # Dropout masks follow from (seed, step, rank): a resumed run draws what an uninterrupted one does.
-    torch.manual_seed(hash64(run.config.train.seed, step, torch.distributed.get_rank()))
+    torch.manual_seed(hash64(phase_seed(run.config), step, torch.distributed.get_rank()))
     if run.clip is not None:
         run.model.clip_gate_offset.fill_(gate_offset(run.config, first_offset, step))
 
@@ -74,6 +75,10 @@ def save(run: PhaseRun, done: int, first_offset: float) -> None:
     started = time.monotonic()
     facts = {
         "phase": run.config.train.phase,
+        "model": asdict(run.model.config),
+        "schedule": run.config.model.noise_schedule,
+        "clip": asdict(run.config.clip) if run.clip is not None else None,
+        "lineage": lineage(run.config),
         "first_gate_offset": first_offset,
         "samples_seen": done * run.arithmetic.global_batch,
         "data_fingerprint": run.source.fingerprint,

@@ -16,6 +16,7 @@ from glide_ds.config import Config
 from glide_ds.diffusion import Diffusion
 from glide_ds.diffusion.losses import reverse_kl
 from glide_ds.model.clip import FrozenClip
+from glide_ds.training.phases import PHASES
 from glide_ds.types import Batch
 
 QUARTILES = 4
@@ -43,6 +44,11 @@ def hash64(*parts: int) -> int:
     """A well-mixed non-negative 63-bit seed from whole numbers."""
     digest = hashlib.blake2b(struct.pack(f"<{len(parts)}q", *parts), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def phase_seed(config: Config) -> int:
+    """Of everything random in a phase, so that no phase sees another's noise and order of data again."""
+    return hash64(config.train.seed, list(PHASES).index(config.train.phase))
 
 
 def draw(seed: int, step: int, slots: list[int], side: int, timesteps: int, drop: float, device: Any) -> Draws:
@@ -76,12 +82,13 @@ class Objective:
 
     def __init__(self, config: Config, diffusion: Diffusion, engine: Any, clip: FrozenClip | None) -> None:
         self.config, self.diffusion, self.engine, self.clip = config, diffusion, engine, clip
+        self.seed = phase_seed(config)
 
     def __call__(self, batch: Batch, step: int) -> Losses:
         """The losses of a micro-batch on the device, in update `step` (0-based)."""
         train, diffusion = self.config.train, self.diffusion
         draws = draw(
-            train.seed,
+            self.seed,
             step,
             batch.slots.tolist(),
             batch.images.shape[1],

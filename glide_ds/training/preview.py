@@ -51,7 +51,8 @@ def block(
         ),
         (
             "data",
-            f"{_listed(config.data.shards)}: {data['samples']:,} samples, {data['batches_per_epoch']:,} batches per epoch",
+            f"{_listed(config.data.shards)}: {data['samples']:,} samples, "
+            f"{data['batches_per_epoch']:,} batches per epoch",
         ),
         ("batch", describe_batch(config, arithmetic)),
         ("steps", f"{steps_left:,} to go of {train.steps:,} ({epochs:.2f} epochs), {describe_rates(config)}"),

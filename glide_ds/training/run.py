@@ -24,7 +24,7 @@ from glide_ds.training.engine import build_engine, release
 from glide_ds.training.lineage import Start, find_start, folder_of, load_start, record
 from glide_ds.training.logging import RunLog
 from glide_ds.training.loop import train
-from glide_ds.training.objective import hash64
+from glide_ds.training.objective import phase_seed
 from glide_ds.training.phases import PHASES, parameter_groups
 from glide_ds.types import ConfigError, GlideConfig
 
@@ -161,7 +161,7 @@ def open_source(config: Config, arithmetic: BatchArithmetic, rank: int) -> Sourc
         micro_batch=arithmetic.micro_batch,
         rank=rank,
         world_size=arithmetic.world_size,
-        seed=hash64(config.train.seed, list(PHASES).index(config.train.phase)),
+        seed=phase_seed(config),
         low_res=architecture.upsamples,
     )
 

@@ -31,14 +31,16 @@ def draw(
     schedule: str,
     clip_embedding: Tensor | None = None,
     guidance: float = 3.0,
-    steps: int = 100,
+    steps: int | str = 100,
     sampler: str = "ddpm",
     seed: int = 0,
+    noise_scale: float = 1.0,
     low_res: Tensor | None = None,
     progress: Any = None,
 ) -> Tensor:
     """Draw uint8 [B, S, S, 3] for captions; the same seed gives the same pictures on any device.
 
+    `steps` is a respacing: a number, or a name such as fast27.
     clip_embedding [B, D] conditions on CLIP; low_res [B, 3, S/4, S/4] is what an upsampler enlarges.
     """
     device = next(model.parameters()).device
@@ -51,6 +53,7 @@ def draw(
         clip_embedding=clip_embedding,
         guidance=guidance,
         sampler=sampler,
+        noise_scale=noise_scale,
         low_res=low_res,
         generator=torch.Generator().manual_seed(seed),
         progress=progress,
