@@ -100,6 +100,8 @@ class DataConfig:
     tail: str = "drop"  # what an epoch's last, partial batch becomes: drop | pad (with the epoch's first)
     damaged_shards: str = "stop"  # stop | salvage: train on the members of a damaged tar that are whole
     index_dir: str | None = None  # where shard indexes lie; none: beside the shards, or in the user's cache
+    cache_dir: str | None = None  # where a node keeps blocks of remote shards; none: the user's cache
+    cache_gb: float = 50.0  # its bound in GiB; an epoch's window wants 65,536 samples, some 3 GiB
     shapes_samples: int = 50_000  # size of the built-in set's epoch
     trace: bool = False  # write RUN/trace/rank*.jsonl
 
@@ -109,7 +111,13 @@ class DataConfig:
         _one_of("data.damaged_shards", self.damaged_shards, ("stop", "salvage"))
         for name in ("flip", "drop_caption", "drop_both", "max_bad_fraction"):
             _in_range(f"data.{name}", getattr(self, name), 0, 1)
-        for name, least in (("workers", 0), ("min_side", 1), ("max_pixels", 1), ("shapes_samples", 1)):
+        for name, least in (
+            ("workers", 0),
+            ("min_side", 1),
+            ("max_pixels", 1),
+            ("shapes_samples", 1),
+            ("cache_gb", 0),
+        ):
             _in_range(f"data.{name}", getattr(self, name), least)
         if self.drop_caption + self.drop_both > 1:
             raise ConfigError(

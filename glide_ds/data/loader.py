@@ -25,6 +25,7 @@ from glide_ds.data.captions import Cause, Unusable, read_caption
 from glide_ds.data.decode import DecodeOptions, Pixels, decode, image_member, resize
 from glide_ds.data.order import Order, micro_slots, mix, uniform
 from glide_ds.data.shards import ShardSet, open_shards
+from glide_ds.data.storage import CacheOptions, Storage, cache_folder
 from glide_ds.types import Batch, ConfigError, DataError
 
 SHAPES, SHAPES_HELD_OUT = "builtin:shapes", "builtin:shapes-heldout"
@@ -367,9 +368,11 @@ def open_samples(config: DataConfig, image_size: int, rank: int = 0, world_size:
         return ShapeSamples(config.shapes_samples, image_size, held_out=config.shards == SHAPES_HELD_OUT)
     if isinstance(config.shards, str) and config.shards.startswith("builtin:"):
         raise DataError(f"data.shards={config.shards} does not exist; there is {SHAPES} and {SHAPES_HELD_OUT}")
+    cache = CacheOptions(config.cache_dir or str(cache_folder() / "blocks"), int(config.cache_gb * 2**30))
     shards = open_shards(
         config.shards,
         config.index_dir,
+        storage=Storage(cache),
         salvage=config.damaged_shards == "salvage",
         part=(rank, world_size),
     )

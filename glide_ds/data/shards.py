@@ -24,23 +24,15 @@ import numpy as np
 from braceexpand import braceexpand
 from numpy.typing import NDArray
 
+from glide_ds.data.storage import Stat, Storage, cache_folder, is_remote, local_path
 from glide_ds.types import DataError
 
 BLOCK = 512
 MAGIC = b"glide_ds index 1\n"
-OPEN_FILES = 64
 OPEN_INDEXES = 256
 
 
 # ---- URLs
-
-
-def is_remote(url: str) -> bool:
-    return "://" in url and not url.startswith("file://")
-
-
-def local_path(url: str) -> str:
-    return url.removeprefix("file://")
 
 
 def expand(patterns: str | Sequence[str]) -> list[str]:
@@ -105,38 +97,6 @@ def nearest_files(path: str, count: int = 3) -> list[str]:
     tars = sorted(glob.glob(os.path.join(glob.escape(folder), "*.tar")))
     tars = tars or sorted(glob.glob(os.path.join(glob.escape(folder), "*", "*.tar")))[:1000]
     return difflib.get_close_matches(os.path.abspath(path), tars, n=count, cutoff=0.0)
-
-
-# ---- reading
-
-
-class FileReader:
-    """Reads byte ranges of local files, keeping the last few open. Made anew in each worker process."""
-
-    def __init__(self) -> None:
-        self._open: OrderedDict[str, int] = OrderedDict()
-        self._process = os.getpid()
-
-    def read(self, url: str, offset: int, size: int) -> bytes:
-        """Exactly `size` bytes, or OSError or EOFError."""
-        data = os.pread(self._descriptor(url), size, offset)
-        if len(data) != size:
-            raise EOFError(f"{url} ends after {offset + len(data)} bytes, {offset + size} expected")
-        return data
-
-    def size(self, url: str) -> int:
-        return os.stat(local_path(url)).st_size
-
-    def _descriptor(self, url: str) -> int:
-        if self._process != os.getpid():  # a fork must not close its parent's files
-            self._open, self._process = OrderedDict(), os.getpid()
-        descriptor = self._open.pop(url, None)
-        if descriptor is None:
-            descriptor = os.open(local_path(url), os.O_RDONLY)
-            if len(self._open) >= OPEN_FILES:
-                os.close(self._open.popitem(last=False)[1])
-        self._open[url] = descriptor
-        return descriptor
 
 
 # ---- scanning a tar
@@ -250,7 +210,7 @@ class IndexHead:
     samples: int
     members: int
     tar_size: int
-    mtime_ns: int
+    version: str  # of the tar's content when it was scanned
     key_hash: str  # of all sample keys in order
     fingerprint: str  # of the keys and where every member lies
     extensions: tuple[str, ...]
@@ -309,7 +269,7 @@ def split_name(name: str) -> tuple[str, str] | None:
     return (f"{folder}/{stem}" if folder else stem), extension.lower()
 
 
-def build_index(scan: Scan, mtime_ns: int = 0) -> ShardIndex:
+def build_index(scan: Scan, version: str = "") -> ShardIndex:
     """Group a scan's members into samples. An extension that repeats under one key starts a new sample."""
     keys: list[str] = []
     first: list[int] = []
@@ -346,7 +306,7 @@ def build_index(scan: Scan, mtime_ns: int = 0) -> ShardIndex:
         samples=len(keys),
         members=len(blocks),
         tar_size=scan.size,
-        mtime_ns=mtime_ns,
+        version=version,
         key_hash=key_hash,
         fingerprint=digest.hexdigest(),
         extensions=names,
@@ -372,18 +332,13 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         raise
 
 
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glide_ds"
-
-
-def index_paths(url: str, index_dir: str | None) -> list[Path]:
+def index_urls(url: str, index_dir: str | None) -> list[str]:
     """Where a shard's index may lie, the preferred place first."""
     absolute = url if is_remote(url) else os.path.abspath(local_path(url))
     name = f"{hashlib.blake2b(absolute.encode(), digest_size=8).hexdigest()}-{os.path.basename(absolute)}.index"
     if index_dir:
-        return [Path(index_dir) / name]
-    cached = cache_folder() / "index" / name
-    return [cached] if is_remote(url) else [Path(f"{absolute}.index"), cached]
+        return [os.path.join(index_dir, name)]
+    return [f"{absolute}.index", str(cache_folder() / "index" / name)]
 
 
 def _read_only(folder: Path) -> bool:
@@ -391,11 +346,12 @@ def _read_only(folder: Path) -> bool:
     return folder.is_dir() and (not folder.stat().st_mode & 0o222 or not os.access(folder, os.W_OK))
 
 
-def load_index(url: str, index_dir: str | None = None) -> ShardIndex | None:
+def load_index(url: str, storage: Storage, index_dir: str | None = None) -> ShardIndex | None:
     """A shard's stored index, or None where there is none or it is damaged and must be made again."""
-    for path in index_paths(url, index_dir):
+    places = index_urls(url, index_dir)
+    for place in sorted(places, key=is_remote):  # a local copy of a remote index costs no request
         try:
-            return ShardIndex.from_bytes(path.read_bytes())
+            return ShardIndex.from_bytes(storage.read_all(place))
         except FileNotFoundError:
             continue
         except (ValueError, KeyError, TypeError):
@@ -403,50 +359,67 @@ def load_index(url: str, index_dir: str | None = None) -> ShardIndex | None:
     return None
 
 
-def store_index(url: str, index: ShardIndex, index_dir: str | None = None) -> Path:
-    """Write a shard's index to the first of its places that can be written."""
-    for path in index_paths(url, index_dir):
-        if _read_only(path.parent):
+def store_index(
+    url: str, index: ShardIndex, storage: Storage, index_dir: str | None = None, *, beside: bool = False
+) -> str:
+    """Write a shard's index to the first of its places that can be written, and return that place.
+
+    Beside a remote shard only where `beside` asks for it: a training run leaves its store as it is.
+    """
+    for place in index_urls(url, index_dir):
+        if is_remote(place):
+            if not beside:
+                continue
+            try:
+                storage.write_all(place, index.to_bytes())
+            except OSError:  # a store that is only read, such as a web server: the next place
+                continue
+            return place
+        if _read_only(Path(place).parent):
             continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, index.to_bytes())
-        return path
+        Path(place).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(place, index.to_bytes())
+        return place
     raise DataError(f"no place to write the index of {url}; set data.index_dir to a folder that can be written")
 
 
-def scan_shard(url: str) -> ShardIndex:
-    """Read a local shard's headers and make its index."""
-    path = local_path(url)
-    with open(path, "rb") as file:
-        if file.read(2) == b"\x1f\x8b":
-            raise DataError(f"shard {url} is gzip-compressed, so no sample can be read alone; gunzip it first")
-        status = os.fstat(file.fileno())
+def scan_shard(url: str, storage: Storage | None = None) -> ShardIndex:
+    """Read a shard's headers and make its index."""
+    storage = storage or Storage()
+    stat = storage.stat(url)
+    if stat.size >= 2 and storage.read(url, 0, 2, stat) == b"\x1f\x8b":
+        raise DataError(f"shard {url} is gzip-compressed, so no sample can be read alone; gunzip it first")
 
-        def read(offset: int, size: int) -> bytes:
-            return os.pread(file.fileno(), size, offset)
+    def read(offset: int, size: int) -> bytes:
+        return storage.read(url, offset, size, stat)
 
-        return build_index(scan_tar(read, status.st_size), status.st_mtime_ns)
+    return build_index(scan_tar(read, stat.size), stat.version)
 
 
-def open_index(url: str, index_dir: str | None = None) -> ShardIndex:
+def open_index(url: str, storage: Storage, index_dir: str | None = None) -> tuple[ShardIndex, Stat]:
     """A shard's index, made and stored where missing. Raises DataError where it no longer fits its tar."""
-    index = load_index(url, index_dir)
-    status = os.stat(local_path(url))
-    if index is not None and index.head.tar_size != status.st_size:
+    try:
+        stat = storage.stat(url)
+    except OSError as error:
+        raise DataError(f"shard {url} can't be opened: {error}; check the URL and the access to it") from error
+    index = load_index(url, storage, index_dir)
+    if index is not None and index.head.tar_size != stat.size:
         raise DataError(
-            f"shard {url} has {status.st_size} bytes, its index was made for {index.head.tar_size}: the tar "
-            "was truncated or replaced. Restore it, or run `glide-ds prepare index --force` to accept it"
+            f"shard {url} has {stat.size} bytes, its index was made for {index.head.tar_size}: the tar was "
+            "truncated or replaced. Restore it, or run `glide-ds prepare index --force` to accept it"
         )
-    if index is not None and index.head.mtime_ns == status.st_mtime_ns:
-        return index
-    fresh = scan_shard(url)
+    if index is not None and index.head.version == stat.version:
+        if is_remote(url) and not os.path.exists(index_urls(url, index_dir)[-1]):
+            store_index(url, index, storage, index_dir)  # the worker processes read this local copy
+        return index, stat
+    fresh = scan_shard(url, storage)
     if index is not None and index.head.fingerprint != fresh.head.fingerprint:
         raise DataError(
             f"shard {url} changed since its index was made (same size, other members). Restore it, or run "
             "`glide-ds prepare index --force` to accept it as it is"
         )
-    store_index(url, fresh, index_dir)
-    return fresh
+    store_index(url, fresh, storage, index_dir)
+    return fresh, stat
 
 
 # ---- a set of shards
@@ -455,8 +428,16 @@ def open_index(url: str, index_dir: str | None = None) -> ShardIndex:
 class ShardSet:
     """The samples of many shards under one numbering, 0 to samples - 1, in the order of the shards."""
 
-    def __init__(self, urls: Sequence[str], heads: Sequence[IndexHead], index_dir: str | None = None) -> None:
+    def __init__(
+        self,
+        urls: Sequence[str],
+        heads: Sequence[IndexHead],
+        stats: Sequence[Stat],
+        storage: Storage,
+        index_dir: str | None = None,
+    ) -> None:
         self.urls = list(urls)
+        self.key_hashes = [head.key_hash for head in heads]
         self.sizes = np.array([head.samples for head in heads], np.int64)
         self.ends = np.cumsum(self.sizes)
         self.duplicates = sum(head.duplicates for head in heads)
@@ -465,7 +446,7 @@ class ShardSet:
         self.fingerprint = digest.hexdigest()
         self._index_dir = index_dir
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
-        self._reader = FileReader()
+        self._stats, self._storage = list(stats), storage
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -478,13 +459,13 @@ class ShardSet:
     def read(self, sample: int) -> dict[str, bytes]:
         """A sample's members by extension. Raises OSError or EOFError where the shard cannot give them."""
         shard, row = self.locate(sample)
-        url, members = self.urls[shard], self._index(shard).members(row)
+        members = self._index(shard).members(row)
         if len(members) == 1:
             extension, offset, size = members[0]
-            return {extension: self._reader.read(url, offset, size)}
+            return {extension: self._read(shard, offset, size)}
         # One read takes the image and its caption, which lie side by side.
         start = members[0][1]
-        data = self._reader.read(url, start, members[-1][1] + members[-1][2] - start)
+        data = self._read(shard, start, members[-1][1] + members[-1][2] - start)
         return {extension: data[offset - start : offset - start + size] for extension, offset, size in members}
 
     def name(self, sample: int) -> str:
@@ -492,15 +473,18 @@ class ShardSet:
         shard, row = self.locate(sample)
         offset = self._index(shard).members(row)[0][1]
         try:
-            name = _name(self._reader.read(self.urls[shard], offset - BLOCK, BLOCK))
+            name = _name(self._read(shard, offset - BLOCK, BLOCK))
         except (OSError, EOFError):
             name = f"sample {row}"
         return f"{self.urls[shard]} {name}"
 
+    def _read(self, shard: int, offset: int, size: int) -> bytes:
+        return self._storage.read(self.urls[shard], offset, size, self._stats[shard])
+
     def _index(self, shard: int) -> ShardIndex:
         index = self._indexes.get(shard)
         if index is None:
-            index = load_index(self.urls[shard], self._index_dir)
+            index = load_index(self.urls[shard], self._storage, self._index_dir)
             if index is None:
                 raise DataError(f"the index of {self.urls[shard]} vanished during the run; start it again")
             if len(self._indexes) >= OPEN_INDEXES:
@@ -513,6 +497,7 @@ def open_shards(
     patterns: str | Sequence[str],
     index_dir: str | None = None,
     *,
+    storage: Storage | None = None,
     salvage: bool = False,
     part: tuple[int, int] = (0, 1),
 ) -> ShardSet:
@@ -522,11 +507,14 @@ def open_shards(
     scan each missing one about once. Damaged tars raise DataError unless `salvage` takes what is left.
     """
     urls = expand(patterns)
-    heads: dict[int, IndexHead] = {}
+    storage = storage or Storage()
+    opened: dict[int, tuple[IndexHead, Stat]] = {}
     begin = part[0] * len(urls) // part[1]
     for number in (*range(begin, len(urls)), *range(begin)):
-        heads[number] = open_index(urls[number], index_dir).head
-    shards = ShardSet(urls, [heads[number] for number in range(len(urls))], index_dir)
+        index, stat = open_index(urls[number], storage, index_dir)
+        opened[number] = (index.head, stat)
+    heads, stats = zip(*(opened[number] for number in range(len(urls))), strict=True)
+    shards = ShardSet(urls, heads, stats, storage, index_dir)
     if shards.damaged and not salvage:
         raise DataError(_damage_message(shards.damaged))
     if not len(shards):

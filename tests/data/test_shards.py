@@ -20,6 +20,7 @@ from glide_ds.data.shards import (
     split_name,
     store_index,
 )
+from glide_ds.data.storage import Storage
 from glide_ds.types import DataError
 
 
@@ -98,7 +99,7 @@ def test_a_damaged_index_is_made_again(tmp_path: Path) -> None:
     sidecar = tmp_path / "s-000.tar.index"
     sidecar.write_bytes(sidecar.read_bytes()[:-4])
     assert open_shards(pattern).fingerprint == before
-    assert load_index(str(tmp_path / "s-000.tar")) is not None
+    assert load_index(str(tmp_path / "s-000.tar"), Storage()) is not None
 
 
 def test_read_only_folders_use_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +187,7 @@ def test_index_dir(tmp_path: Path) -> None:
     assert len(list((tmp_path / "indexes").iterdir())) == 1
     assert not list(tmp_path.glob("*.index"))
     url = expand(pattern)[0]
-    assert store_index(url, scan_shard(url), str(tmp_path / "more")).exists()
+    assert Path(store_index(url, scan_shard(url), Storage(), str(tmp_path / "more"))).exists()
 
 
 def test_names_lead_a_person_to_the_sample(tmp_path: Path) -> None:
