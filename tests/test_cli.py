@@ -3,6 +3,7 @@
 import shlex
 import subprocess
 import sys
+import tarfile
 import time
 
 import pytest
@@ -97,7 +98,7 @@ def folder(tmp_path):
     """Four pictures, of which one shows another caption's shapes."""
     from PIL import Image
 
-    for index in range(4):
+    for index in (2, 0, 3, 1):
         image, caption = shapes.draw(index, 64)
         if index == 3:
             caption = "a small red ring above a large blue ring"  # it is a small green triangle
@@ -110,11 +111,26 @@ def test_a_score_below_the_wanted_one_fails_and_names_it(folder, capsys):
     assert cli.main(["evaluate", str(folder), "--list"]) == 0
     shown = capsys.readouterr().out
     assert "3.png: colour, shape, size, position wrong: a small red ring" in shown
+    assert shown.count("wrong") == 1
     assert "colour 75.0%" in shown
     assert "in 4 pictures" in shown
     assert cli.main(["evaluate", str(folder), "--min_colour", "0.75"]) == 0
     assert cli.main(["evaluate", str(folder), "--min_shape", "0.76"]) == 1
     assert "shape 0.750 is below 0.760" in capsys.readouterr().out
+
+
+def test_pictures_come_in_the_order_of_their_names(tmp_path):
+    from glide_ds.evaluate import read_pictures
+
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for index in (2, 0, 1):
+            shard = shapes.write_shards(tmp_path / str(index), 1, start=index)[0]
+            with tarfile.open(shard) as single:
+                for member in single:
+                    tar.addfile(member, single.extractfile(member))
+    pictures = list(read_pictures(tmp_path / "x.tar"))
+    assert [p.name for p in pictures] == [f"{index:09d}.png" for index in range(3)]
+    assert [p.caption for p in pictures] == [shapes.draw(index)[1] for index in range(3)]
 
 
 @pytest.mark.parametrize(
