@@ -26,16 +26,34 @@ class Command(NamedTuple):
 
 COMMANDS = (
     Command(
+        ("train",),
+        "glide_ds.training.command",
+        "train one phase or a pipeline of phases; the launchers start launch/train.py",
+        "glide-ds train --ds_config ds_configs/tiny/phase1.json --dry_run",
+    ),
+    Command(
         ("prepare", "shapes"),
         "glide_ds.data.shapes",
         "write the built-in shapes as WebDataset shards",
         "glide-ds prepare shapes --out shards/ --count 10000",
     ),
     Command(
+        ("export",),
+        "glide_ds.export",
+        "consolidated fp32 weights of a run, verified; drops into stock GLIDE code",
+        "glide-ds export runs/mine --out mine.pt",
+    ),
+    Command(
+        ("sample",),
+        "glide_ds.sample",
+        "draw pictures for prompts",
+        'glide-ds sample mine.pt --prompt "a corgi in a top hat" --out corgi.png',
+    ),
+    Command(
         ("evaluate",),
         "glide_ds.evaluate",
-        "grade pictures of the built-in shapes against their captions",
-        "glide-ds evaluate pictures/ --min_colour 0.9 --min_shape 0.75",
+        "judge pictures of held-out shapes and measure what CLIP contributes",
+        "glide-ds evaluate mine.pt --captions 64",
     ),
 )
 GROUPS = {"prepare": "make shards and what goes with them"}

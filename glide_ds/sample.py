@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from glide_ds.config import PRESETS, ClipConfig
@@ -15,6 +14,7 @@ from glide_ds.diffusion import SAMPLERS
 from glide_ds.export import clip_of, find_checkpoint
 from glide_ds.model import create_model
 from glide_ds.model.clip import FrozenClip
+from glide_ds.model.glide import Glide
 from glide_ds.model.tensor_files import StateFile, sidecar
 from glide_ds.model.weights import load_state, load_weights, stored_config
 from glide_ds.training.logging import grid
@@ -25,7 +25,7 @@ from glide_ds.types import ConfigError, GlideConfig, WeightsError
 class Loaded(NamedTuple):
     """A model ready to draw."""
 
-    model: nn.Module
+    model: Glide
     schedule: str
     clip: ClipConfig | None
 

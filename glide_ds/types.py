@@ -68,9 +68,7 @@ class GlideConfig:
     def published(cls, kind: str = "base", **changes: Any) -> GlideConfig:
         """The architecture of the released model of that kind, with `changes` applied."""
         if kind.startswith("upsample"):
-            config = cls(
-                kind, 256, num_res_blocks=2, channel_mult=(1, 1, 2, 2, 4, 4), attention_ds=(8, 16, 32)
-            )
+            config = cls(kind, 256, num_res_blocks=2, channel_mult=(1, 1, 2, 2, 4, 4), attention_ds=(8, 16, 32))
         else:
             config = cls(kind)
         return replace(config, **changes)
@@ -106,7 +104,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with what the model reads on `device`; ids and slots stay, for the host reads them."""
-        moved = {
+        moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=True)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor) and f.name not in ("sample_ids", "slots")

@@ -11,39 +11,22 @@ import argparse
 import os
 import sys
 
-from glide_ds.types import GlideError
+from glide_ds.training.command import add_arguments, run
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--ds_config",
-        nargs="+",
-        required=True,
-        metavar="JSON",
-        help="one file per phase; several: one pipeline",
-    )
-    parser.add_argument("--config", metavar="YAML", help="values that the phases share, laid over the JSON")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        action="extend",
-        help="single values, laid over both",
-    )
-    parser.add_argument("--dry_run", action="store_true", help="say what would happen, and end")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    add_arguments(parser)
     args = parser.parse_args()
-    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+    speaks = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    if speaks:
         print(f"glide_ds: reading {', '.join(args.ds_config)}", flush=True)
-    try:
-        from glide_ds.training.run import main as train  # torch and DeepSpeed take seconds to import
+    from glide_ds.types import GlideError  # with it comes torch, so the first line above is out by now
 
-        train(args.ds_config, args.config, args.set, args.dry_run)
+    try:
+        run(args)
     except GlideError as error:
-        # Every rank raises the same error; one of them says it.
-        if os.environ.get("RANK", "0") == "0":
+        if speaks:  # every rank raises the same error; one of them says it
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 2
     return 0

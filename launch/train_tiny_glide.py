@@ -23,6 +23,7 @@ from glide_ds.config import PRESETS
 from glide_ds.data import judge, shapes
 from glide_ds.diffusion import Diffusion, create_diffusion, sample
 from glide_ds.model import create_model
+from glide_ds.model.glide import Glide
 from glide_ds.model.tensor_files import pack_rows, write_state
 from glide_ds.tokenizer import encode
 
@@ -65,9 +66,9 @@ def loss_of(model: Any, diffusion: Diffusion, step: int, size: int, context: int
     return losses["mse"].mean() + VB_WEIGHT * diffusion.num_timesteps * losses["vb"].mean()
 
 
-def grade(model: nn.Module, count: int, respacing: str, first: int = shapes.HELD_OUT) -> dict[str, float]:
+def grade(model: Glide, count: int, respacing: str, first: int = shapes.HELD_OUT) -> dict[str, float]:
     """Shares of held-out captions drawn with the right colours, shapes and positions."""
-    config: Any = model.config
+    config = model.config
     captions = [shapes.caption(shapes.scene(first + i)) for i in range(count)]
     tokens, mask = encode(captions, config.text_ctx)
     with torch.autocast("cpu", torch.bfloat16):

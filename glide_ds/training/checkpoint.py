@@ -94,7 +94,7 @@ def newest_good(folder: Path) -> tuple[Committed | None, list[str]]:
 
     Called by all ranks alike: each verifies its share of the files, and all return the same.
     """
-    damaged = []
+    damaged: list[str] = []
     candidates: list[Any] = [committed(folder) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(candidates)  # a network file system may show the ranks different lists
     for candidate in candidates[0]:

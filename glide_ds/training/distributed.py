@@ -78,9 +78,9 @@ def agreed(action: Callable[[], T]) -> T:
         failure = GlideError(f"{error}; check the path, its permissions and the free space")
     failures: list[GlideError | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
-    for error in failures:
-        if error is not None:
-            raise error
+    for first in failures:
+        if first is not None:
+            raise first
     return value  # type: ignore[return-value]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from glide_ds.config import Config
+from glide_ds.model.glide import Glide
 
 ROLES = ("adapter", "gates", "unet", "text")
 ADAPTER_ROLES = ("adapter", "gates")
@@ -93,7 +94,7 @@ def count_by_role(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, int]:
     return {role: count for role, count in counts.items() if count}
 
 
-def gates(model: nn.Module) -> Iterator[tuple[str, float]]:
+def gates(model: Glide) -> Iterator[tuple[str, float]]:
     """Every attention block's gate σ(logit + offset), by block name. Reads from the device: a sync point."""
     for name, parameter in model.named_parameters():
         if role_of(name) == "gates":

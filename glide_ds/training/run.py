@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from glide_ds.config import BatchArithmetic, Config, load_config
 from glide_ds.data.loader import Source, build_source
 from glide_ds.diffusion import Diffusion, create_diffusion
 from glide_ds.model import create_model
 from glide_ds.model.clip import FrozenClip, embedding_dim
+from glide_ds.model.glide import Glide
 from glide_ds.training import checkpoint, preview
 from glide_ds.training.distributed import agreed, read_environment, start_process_group
 from glide_ds.training.engine import build_engine, release
@@ -36,7 +36,7 @@ class PhaseRun:
     config: Config
     arithmetic: BatchArithmetic
     device: torch.device
-    model: nn.Module
+    model: Glide
     engine: Any
     diffusion: Diffusion
     clip: FrozenClip | None
@@ -99,7 +99,7 @@ def check_pipeline(configs: Sequence[Config]) -> None:
         seen.append(phase.name)
 
 
-def run_phase(config: Config, device: torch.device, model: nn.Module | None = None) -> nn.Module:
+def run_phase(config: Config, device: torch.device, model: Glide | None = None) -> Glide:
     """Set one phase up, train it to its last step, take its engine down; returns the bare model.
 
     `model` is the module of the phase before, used again where its architecture is the same.
@@ -110,7 +110,7 @@ def run_phase(config: Config, device: torch.device, model: nn.Module | None = No
 
 
 @contextmanager
-def phase_run(config: Config, device: torch.device, model: nn.Module | None = None) -> Iterator[PhaseRun]:
+def phase_run(config: Config, device: torch.device, model: Glide | None = None) -> Iterator[PhaseRun]:
     """One phase ready to train, resumed where it was left; on exit nothing of its engine remains."""
     rank, train_config = dist.get_rank(), config.train
     arithmetic = config.batch_arithmetic(dist.get_world_size())

@@ -1,0 +1,32 @@
+"""The arguments of training, for launch/train.py and `glide-ds train`."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ds_config",
+        nargs="+",
+        required=True,
+        metavar="JSON",
+        help="one file per phase; several: one pipeline",
+    )
+    parser.add_argument("--config", metavar="YAML", help="values that the phases share, laid over the JSON")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        action="extend",
+        help="single values, laid over both",
+    )
+    parser.add_argument("--dry_run", action="store_true", help="say what would happen, and end")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
+
+
+def run(args: argparse.Namespace) -> None:
+    from glide_ds.training.run import main  # torch and DeepSpeed take seconds to import
+
+    main(args.ds_config, args.config, args.set, args.dry_run)
