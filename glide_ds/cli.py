@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from glide_ds.types import GlideError
 
     try:
-        return args.run(args) or 0
+        return args._handler(args) or 0
     except GlideError as error:
         print(f"glide-ds: error: {error}", file=sys.stderr)
         return 2
@@ -90,7 +90,7 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         if tuple(arguments[: len(command.words)]) == command.words:
             module = import_module(command.module)
             module.add_arguments(subparser)
-            subparser.set_defaults(run=module.run)
+            subparser.set_defaults(_handler=module.run)  # no argument is named so
     return parser
 
 

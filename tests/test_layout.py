@@ -17,8 +17,15 @@ LAYERS = (
     {"cli"},
 )
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
-# Within a layer nothing is shared but these: errors and contracts, and captions become tokens.
-SIBLINGS = {("config", "types"), ("data", "tokenizer"), ("model", "tokenizer")}
+# Within a layer only these (importer, imported): errors and contracts; captions become tokens; what export
+# writes sample loads, and what sample draws evaluate judges.
+SIBLINGS = {
+    ("config", "types"),
+    ("data", "tokenizer"),
+    ("model", "tokenizer"),
+    ("sample", "export"),
+    ("evaluate", "sample"),
+}
 
 
 def imported_modules(source: str, package: str):
