@@ -31,6 +31,7 @@ FREE_KEYS = (
     "glide_ds.checkpoint.",
     "glide_ds.train.steps",
     "glide_ds.train.checkpointing",
+    "glide_ds.train.channels_last",
     "glide_ds.data.workers",
     "glide_ds.data.trace",
     "glide_ds.model.weights",
