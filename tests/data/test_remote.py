@@ -92,7 +92,7 @@ def local(tmp_path: Path) -> str:
 @pytest.fixture
 def server(local: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakyServer]:
     monkeypatch.setattr(storage_module, "FIRST_WAIT", 0.001)
-    monkeypatch.setattr(storage_module, "BLOCK_BYTES", 8192)
+    monkeypatch.setattr(storage_module, "BLOCK_BYTES", 1024)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
     server = FlakyServer(Path(local).parent)
     thread = threading.Thread(target=server.serve_forever, daemon=True)

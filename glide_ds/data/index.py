@@ -1,0 +1,85 @@
+"""`glide-ds prepare index`: make the indexes of many shards at once, in parallel, resumable at any point."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from typing import NamedTuple
+
+from glide_ds.data.shards import expand, load_index, scan_shard, store_index
+from glide_ds.data.storage import Storage
+from glide_ds.types import DataError
+
+SECONDS_BETWEEN_LINES = 2.0
+
+
+class Indexed(NamedTuple):
+    url: str
+    samples: int
+    made: bool  # False where a fitting index was there
+    damage: tuple[str, ...] = ()
+    error: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shards", nargs="+", help="brace patterns, globs, folders or URLs of tar files")
+    parser.add_argument("--index_dir", help="where to write; default: beside each shard, else the user's cache")
+    parser.add_argument("--force", action="store_true", help="make indexes again, accepting changed shards")
+    parser.add_argument("--workers", type=int, default=4)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Index every shard; the exit code is 1 where a shard is damaged or can't be read."""
+    results = list(_with_progress(args))
+    made = sum(result.made for result in results)
+    samples = sum(result.samples for result in results)
+    print(f"{len(results)} shards, {samples} samples; {made} indexes made, {len(results) - made} were there")
+    faulty = [result for result in results if result.damage or result.error]
+    for result in faulty:
+        print(f"{result.url}: {result.error or '; '.join(result.damage)}", file=sys.stderr)
+    return 1 if faulty else 0
+
+
+def _with_progress(args: argparse.Namespace) -> Iterator[Indexed]:
+    urls = expand(args.shards)
+    start = last = time.monotonic()
+    for done, result in enumerate(index_shards(urls, args.index_dir, args.force, args.workers), 1):
+        yield result
+        now = time.monotonic()
+        if now - last > SECONDS_BETWEEN_LINES:
+            last = now
+            left = (now - start) / done * (len(urls) - done)
+            print(f"indexed {done}/{len(urls)} shards, {left:.0f} s left", flush=True)
+
+
+def index_shards(
+    urls: Sequence[str], index_dir: str | None = None, force: bool = False, workers: int = 1
+) -> Iterator[Indexed]:
+    """Index shards in order. An index that fits its shard is left as it is, so a second run resumes the first."""
+    task = partial(index_one, index_dir=index_dir, force=force)
+    if workers <= 1:
+        yield from map(task, urls)
+        return
+    with ProcessPoolExecutor(min(workers, len(urls))) as pool:
+        yield from pool.map(task, urls)
+
+
+def index_one(url: str, index_dir: str | None = None, force: bool = False) -> Indexed:
+    """Make one shard's index where it is missing or `force` asks for it; every failure is in the result."""
+    storage = Storage()
+    try:
+        stat = storage.stat(url)
+        old = None if force else load_index(url, storage, index_dir)
+        if old is not None and (old.head.tar_size, old.head.version) == stat:
+            return Indexed(url, old.head.samples, made=False, damage=old.head.damage)
+        fresh = scan_shard(url, storage)
+        if old is not None and old.head.fingerprint != fresh.head.fingerprint:
+            return Indexed(url, 0, made=False, error="changed since its index was made; --force accepts it")
+        store_index(url, fresh, storage, index_dir, beside=True)
+    except (DataError, OSError, EOFError) as error:
+        return Indexed(url, 0, made=False, error=str(error))
+    return Indexed(url, fresh.head.samples, made=True, damage=fresh.head.damage)
