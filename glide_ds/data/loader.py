@@ -19,9 +19,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from glide_ds import tokenizer
-from glide_ds.config import DataConfig
+from glide_ds.config import ClipConfig, DataConfig
 from glide_ds.data import shapes
 from glide_ds.data.captions import Cause, Unusable, read_caption
+from glide_ds.data.clip_store import ClipStore, Encoder
 from glide_ds.data.decode import DecodeOptions, Pixels, decode, image_member, resize
 from glide_ds.data.order import Order, micro_slots, mix, uniform
 from glide_ds.data.shards import ShardSet, open_shards
@@ -189,8 +190,15 @@ class Layout:
 class MicroBatches(Dataset[Made]):
     """Micro-batches by (step, number): everything a worker process needs, and nothing that changes."""
 
-    def __init__(self, samples: SampleSet, order: Order, config: DataConfig, layout: Layout) -> None:
-        self.samples, self.order, self.config, self.layout = samples, order, config, layout
+    def __init__(
+        self,
+        samples: SampleSet,
+        order: Order,
+        config: DataConfig,
+        layout: Layout,
+        clip: ClipStore | None = None,
+    ) -> None:
+        self.samples, self.order, self.config, self.layout, self.clip = samples, order, config, layout, clip
 
     def __getitem__(self, item: tuple[int, int]) -> Made:
         step, number = item
@@ -220,7 +228,8 @@ class MicroBatches(Dataset[Made]):
         for attempt in range(1, SUBSTITUTES + 1):
             tally.read += 1
             try:
-                draw = float(uniform(_CAPTION, seed, epoch, candidate)[0])
+                # A store has one embedding per sample: that of the caption its first draw gives.
+                draw = 0.0 if self.clip else float(uniform(_CAPTION, seed, epoch, candidate)[0])
                 sample = self.samples.load(candidate, draw)
             except Unusable as finding:
                 tally.skip(finding.cause, f"{self.samples.name(candidate)}: {finding.detail or finding.cause}")
@@ -261,6 +270,7 @@ class MicroBatches(Dataset[Made]):
             mask=mask,
             drop_clip=torch.from_numpy(drop_both),
             captions=captions,
+            clip=torch.from_numpy(self.clip.rows(ids)) if self.clip else None,
             low_res=torch.from_numpy(_low_res(images)) if self.layout.low_res else None,
         )
 
@@ -291,8 +301,10 @@ class Steps(Sampler[tuple[int, int]]):
 class Source:
     """A BatchSource (types.py) over a set of samples."""
 
-    def __init__(self, samples: SampleSet, config: DataConfig, layout: Layout) -> None:
-        self.samples, self.config, self.layout = samples, config, layout
+    def __init__(
+        self, samples: SampleSet, config: DataConfig, layout: Layout, clip: ClipStore | None = None
+    ) -> None:
+        self.samples, self.config, self.layout, self.clip = samples, config, layout, clip
         self.order = Order(
             samples.sizes,
             layout.global_batch,
@@ -329,7 +341,7 @@ class Source:
         Raises DataError where no usable sample is left for a slot, or more than data.max_bad_fraction of
         those read so far were unusable.
         """
-        items = MicroBatches(self.samples, self.order, self.config, self.layout)
+        items = MicroBatches(self.samples, self.order, self.config, self.layout, self.clip)
         workers = self.config.workers
         loader: DataLoader[Made] = DataLoader(
             items,
@@ -391,9 +403,24 @@ def build_source(
     world_size: int,
     seed: int,
     low_res: bool = False,
+    clip: ClipConfig | None = None,
 ) -> Source:
-    """This rank's source of micro-batches. Raises DataError or ConfigError before anything is trained."""
+    """This rank's source of micro-batches. Raises DataError or ConfigError before anything is trained.
+
+    `clip` says which encoder the embeddings of data.clip_store must come from; without a store it says nothing.
+    """
     layout = Layout(
         image_size, context_length, global_batch, micro_batch, rank, world_size, seed, low_res=low_res
     )
-    return Source(open_samples(config, image_size, rank, world_size), config, layout)
+    samples = open_samples(config, image_size, rank, world_size)
+    return Source(samples, config, layout, _open_store(config, samples, clip))
+
+
+def _open_store(config: DataConfig, samples: SampleSet, clip: ClipConfig | None) -> ClipStore | None:
+    if config.clip_store is None or clip is None:
+        return None
+    if not isinstance(samples, ShardSamples):
+        raise DataError(
+            f"data.clip_store={config.clip_store} can't go with {config.shards}, which has no shards; unset it"
+        )
+    return ClipStore(config.clip_store, samples.shards, Encoder(clip.model, clip.weights, clip.source))

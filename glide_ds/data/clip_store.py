@@ -1,0 +1,153 @@
+"""CLIP embeddings computed beforehand: one float16 array per shard, in tar order, and a note of what made it.
+
+A store is a folder with SHARD.KEYS.npy, float16 [samples, D], and SHARD.KEYS.json for each shard. KEYS begins
+the hash of the shard's sample keys, so an array is found by what it belongs to, wherever shard and store lie,
+and never joined to other samples. A sample that gave no embedding has a row of zeros.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections import OrderedDict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glide_ds.data.shards import ShardSet, write_atomically
+from glide_ds.data.storage import local_path
+from glide_ds.types import DataError
+
+OPEN_ARRAYS = 256
+Rows = NDArray[np.float16]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What made the embeddings; all of it must agree with the run that uses them."""
+
+    model: str
+    weights: str
+    source: str  # text | image
+
+
+@dataclass(frozen=True)
+class StoreNote:
+    """The sidecar of one shard's embeddings."""
+
+    encoder: Encoder
+    weights_hash: str
+    key_hash: str
+    samples: int
+    dim: int
+    missing: int  # samples without an embedding
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), indent=1, sort_keys=True).encode()
+
+
+def read_note(path: Path) -> StoreNote:
+    """Raises DataError where the note is missing or damaged."""
+    try:
+        stored = json.loads(path.read_bytes())
+        return StoreNote(**{**stored, "encoder": Encoder(**stored["encoder"])})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"no CLIP embeddings at {path} ({error}); run `glide-ds prepare clip` for these shards, or unset "
+            "data.clip_store to encode captions while training"
+        ) from error
+
+
+def store_path(folder: str | Path, url: str, key_hash: str) -> Path:
+    """A shard's array in a store; its note has the suffix .json."""
+    name = os.path.basename(local_path(url)).removesuffix(".tar")
+    return Path(folder) / f"{name}.{key_hash[:12]}.npy"
+
+
+def write_store(path: Path, rows: Rows, note: StoreNote) -> None:
+    """Write array, then note: the note's presence says the array is whole."""
+    data = io.BytesIO()
+    np.save(data, rows, allow_pickle=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, data.getvalue())
+    write_atomically(path.with_suffix(".json"), note.to_json())
+
+
+class ClipStore:
+    """The embeddings of a set of shards, by sample number.
+
+    Opening reads every note and raises DataError, by name, where one is missing or belongs to another
+    encoder or other samples.
+    """
+
+    def __init__(self, folder: str | Path, shards: ShardSet, encoder: Encoder) -> None:
+        self._paths = [
+            store_path(folder, url, key_hash)
+            for url, key_hash in zip(shards.urls, shards.key_hashes, strict=True)
+        ]
+        self._ends, self._sizes = shards.ends, shards.sizes
+        dims = set()
+        for path, url, key_hash, samples in zip(
+            self._paths, shards.urls, shards.key_hashes, shards.sizes.tolist(), strict=True
+        ):
+            note = read_note(path.with_suffix(".json"))
+            _check(note, encoder, url, key_hash, samples)
+            dims.add(note.dim)
+        if len(dims) != 1:
+            raise DataError(f"the embeddings in {folder} have the widths {sorted(dims)}; prepare them anew")
+        self.dim = dims.pop()
+        self._open: OrderedDict[int, Rows] = OrderedDict()
+
+    def rows(self, samples: NDArray[np.int64]) -> Rows:
+        """float16 [B, D] of the given sample numbers."""
+        shards = np.searchsorted(self._ends, samples, side="right")
+        rows = samples - (self._ends - self._sizes)[shards]
+        out = np.empty((len(samples), self.dim), np.float16)
+        for place, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
+            out[place] = self._array(shard)[row]
+        missing = ~out.any(axis=1)
+        if missing.any():
+            raise DataError(
+                f"sample {int(samples[missing][0])} has no embedding in {self._paths[int(shards[missing][0])]}: "
+                "it could not be read when the store was made; run `glide-ds prepare clip --force`"
+            )
+        return out
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def _array(self, shard: int) -> Rows:
+        array = self._open.get(shard)
+        if array is None:
+            path, samples = self._paths[shard], int(self._sizes[shard])
+            try:
+                array = np.load(path, mmap_mode="r", allow_pickle=False)
+            except (OSError, ValueError) as error:
+                raise DataError(f"the embeddings {path} can't be read: {error}; prepare them anew") from error
+            if array.shape != (samples, self.dim) or array.dtype != np.float16:
+                raise DataError(
+                    f"the embeddings {path} are {array.dtype} {array.shape}, not float16 {(samples, self.dim)}; "
+                    "prepare them anew"
+                )
+            if len(self._open) >= OPEN_ARRAYS:
+                self._open.popitem(last=False)
+            self._open[shard] = array
+        return array
+
+
+def _check(note: StoreNote, encoder: Encoder, url: str, key_hash: str, samples: int) -> None:
+    for name, wanted in asdict(encoder).items():
+        found = getattr(note.encoder, name)
+        if found != wanted:
+            raise DataError(
+                f"the embeddings of {url} were made with clip.{name}={found}, this run has {wanted}; run "
+                f"`glide-ds prepare clip` for {wanted}, or set clip.{name}={found}"
+            )
+    if (note.key_hash, note.samples) != (key_hash, samples):
+        raise DataError(
+            f"the embeddings of {url} belong to {note.samples} other samples; run `glide-ds prepare clip` again"
+        )

@@ -1,0 +1,58 @@
+"""`prepare clip` embeds every shard once, on any number of processes, and resumes."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from glide_ds import prepare
+from glide_ds.data.clip_store import ClipStore, Encoder
+from glide_ds.data.shapes import write_shards
+from glide_ds.data.shards import open_shards
+from glide_ds.model.clip import FrozenClip
+from glide_ds.types import DataError
+
+
+def arguments(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    prepare.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+@pytest.mark.parametrize("source", ["text", "image"])
+def test_embeddings_are_the_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    write_shards(tmp_path / "s", 10, per_shard=4, size=32)
+    words = [str(tmp_path / "s"), "--out", str(tmp_path / "c"), "--model", "builtin:tiny"]
+    words += ["--weights", "builtin", "--source", source, "--batch", "3"]
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        prepare.run(arguments(*words))
+    before = {p.name: p.read_bytes() for p in (tmp_path / "c").iterdir()}
+    prepare.run(arguments(*words))
+    assert {p.name: p.read_bytes() for p in (tmp_path / "c").iterdir()} == before
+    shards = open_shards(str(tmp_path / "s"))
+    store = ClipStore(tmp_path / "c", shards, Encoder("builtin:tiny", "builtin", source))
+    if source == "text":
+        captions = [shards.read(n)["txt"].decode() for n in range(10)]
+        wanted = FrozenClip("builtin:tiny", "builtin", source="text").encode_text(captions).numpy()
+        assert np.abs(store.rows(np.arange(10)) - wanted).max() < 1e-3
+    assert np.allclose(np.linalg.norm(store.rows(np.arange(10)).astype(float), axis=1), 1, atol=1e-2)
+    with pytest.raises(DataError, match="another --out"):
+        prepare.run(arguments(*words, "--source", "image" if source == "text" else "text"))
+
+
+def test_a_sample_without_caption_gets_zeros(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, data in (("a.txt", b"a small red circle"), ("b.txt", b" ")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    prepare.run(arguments(str(tmp_path / "x.tar"), "--out", str(tmp_path), "--model", "builtin:tiny"))
+    (path,) = tmp_path.glob("*.npy")
+    assert np.load(path).any(axis=1).tolist() == [True, False]
