@@ -92,11 +92,11 @@ def test_epsilon_learns_from_mse_and_variance_from_the_bound() -> None:
 def test_losses_are_float32_for_a_bfloat16_model() -> None:
     diffusion = create_diffusion("linear")
     x0, t, noise = batch()
-    output = torch.cat([noise, noise], dim=1).bfloat16()
-    x_t = diffusion.q_sample(x0, t, noise)
-    losses = diffusion.losses(output, x0, x_t, t, noise)
+    output, half = torch.cat([noise, noise], dim=1).bfloat16() + 0.1, noise.bfloat16()
+    x_t = diffusion.q_sample(x0, t, half)
+    losses = diffusion.losses(output, x0, x_t, t, half)
     assert {value.dtype for value in losses.values()} == {torch.float32}
-    wide = diffusion.losses(output.float(), x0, x_t, t, noise)
+    wide = diffusion.losses(output.float(), x0, x_t, t, half.float())
     torch.testing.assert_close(losses, wide, rtol=0, atol=0)
 
 

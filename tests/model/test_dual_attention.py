@@ -101,6 +101,7 @@ def test_half_precision_embeddings_from_a_store_are_taken() -> None:
     expected = model(**inputs, clip_embedding=tiny_embeddings())
     output = model(**inputs, clip_embedding=tiny_embeddings().half())
     torch.testing.assert_close(output, expected, rtol=1e-2, atol=1e-2)
+    assert not unit_rms(torch.zeros(1, CLIP_DIM).half()).any()  # 0 / 0 where 1e-12 is not representable
 
 
 def test_dropped_rows_forget_their_embedding_and_no_others() -> None:
