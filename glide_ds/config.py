@@ -83,6 +83,27 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class FilterConfig:
+    """What a sample's JSON record must say for it to be used; a record that does not say it is dropped."""
+
+    min_size: int = 0  # pixels of the original's shorter side
+    max_aspect: float = 0.0  # longer by shorter side; 0 takes any
+    min_similarity: float | None = None  # CLIP similarity of picture and caption
+    max_punsafe: float | None = None
+    nsfw: tuple[str, ...] = ()  # allowed values, such as UNLIKELY; none: any
+    language: tuple[str, ...] = ()  # allowed values, such as en; none: any
+
+    def __post_init__(self) -> None:
+        _in_range("data.filter.min_size", self.min_size, 0)
+        if self.max_aspect and self.max_aspect < 1:
+            raise ConfigError(f"data.filter.max_aspect={self.max_aspect} drops every picture; give 1 or more")
+
+    @property
+    def active(self) -> bool:
+        return self != FilterConfig()
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Which samples, and how a picture and its caption become a training pair."""
 
@@ -97,6 +118,7 @@ class DataConfig:
     min_side: int = 2  # pictures with a shorter side are skipped
     max_pixels: int = 64_000_000  # larger pictures are skipped undecoded: decompression bombs
     max_bad_fraction: float = 0.5  # a larger share of unusable samples stops the run
+    filter: FilterConfig = field(default_factory=FilterConfig)
     tail: str = "drop"  # what an epoch's last, partial batch becomes: drop | pad (with the epoch's first)
     damaged_shards: str = "stop"  # stop | salvage: train on the members of a damaged tar that are whole
     index_dir: str | None = None  # where shard indexes lie; none: beside the shards, or in the user's cache

@@ -19,8 +19,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from glide_ds import tokenizer
-from glide_ds.config import ClipConfig, DataConfig
-from glide_ds.data import shapes
+from glide_ds.config import ClipConfig, DataConfig, FilterConfig
+from glide_ds.data import filters, shapes
 from glide_ds.data.captions import Cause, Unusable, read_caption
 from glide_ds.data.clip_store import ClipStore, Encoder
 from glide_ds.data.decode import DecodeOptions, Pixels, decode, image_member, resize
@@ -64,8 +64,8 @@ class SampleSet(Protocol):
 class ShardSamples:
     """Samples of tar shards."""
 
-    def __init__(self, shards: ShardSet, options: DecodeOptions) -> None:
-        self.shards, self.options = shards, options
+    def __init__(self, shards: ShardSet, options: DecodeOptions, filters: FilterConfig) -> None:
+        self.shards, self.options, self.filters = shards, options, filters
         self.sizes, self.fingerprint, self.name = shards.sizes, shards.fingerprint, shards.name
 
     def __len__(self) -> int:
@@ -76,6 +76,7 @@ class ShardSamples:
             members = self.shards.read(sample)
         except (OSError, EOFError) as error:
             raise Unusable(Cause.UNREADABLE, str(error)) from None
+        filters.check(members, self.filters)
         caption, notes = read_caption(members, draw)
         return Sample(decode(image_member(members), self.options), caption, notes)
 
@@ -108,6 +109,7 @@ class Tally:
     read: int = 0  # samples tried, substitutes among them
     delivered: int = 0
     skipped: Counter[str] = field(default_factory=Counter)  # by cause
+    filtered: Counter[str] = field(default_factory=Counter)  # by rule
     tolerated: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)  # by cause
 
@@ -119,6 +121,7 @@ class Tally:
         self.read += other.read
         self.delivered += other.delivered
         self.skipped.update(other.skipped)
+        self.filtered.update(other.filtered)
         self.tolerated.update(other.tolerated)
         for cause, examples in other.examples.items():
             self._example(cause, examples)
@@ -133,15 +136,19 @@ class Tally:
         return sum(self.skipped.values())
 
     def describe(self) -> str:
-        """The causes in one line, the commonest first."""
-        return ", ".join(f"{cause} {count}" for cause, count in self.skipped.most_common()) or "none"
+        """The causes and rules in one line, the commonest first."""
+        counts = (
+            self.skipped + Counter({f"filter {rule}": n for rule, n in self.filtered.items()})
+        ).most_common()
+        return ", ".join(f"{cause} {count}" for cause, count in counts) or "none"
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "read": self.read,
             "delivered": self.delivered,
-            "replaced": self.bad,
+            "replaced": self.bad + self.filtered.total(),
             "skipped": dict(self.skipped.most_common()),
+            "filtered": dict(self.filtered.most_common()),
             "tolerated": dict(self.tolerated.most_common()),
             "examples": {cause: list(examples) for cause, examples in self.examples.items()},
         }
@@ -231,6 +238,8 @@ class MicroBatches(Dataset[Made]):
                 # A store has one embedding per sample: that of the caption its first draw gives.
                 draw = 0.0 if self.clip else float(uniform(_CAPTION, seed, epoch, candidate)[0])
                 sample = self.samples.load(candidate, draw)
+            except filters.Filtered as finding:
+                tally.filtered[finding.cause] += 1
             except Unusable as finding:
                 tally.skip(finding.cause, f"{self.samples.name(candidate)}: {finding.detail or finding.cause}")
             else:
@@ -240,10 +249,11 @@ class MicroBatches(Dataset[Made]):
         return None
 
     def _hopeless(self, wanted: int, tally: Tally) -> str:
-        examples = "; ".join(names[0] for names in tally.examples.values())
+        examples = "; ".join(names[0] for names in tally.examples.values()) or "none"
         return (
             f"no usable sample in {SUBSTITUTES} tried in place of sample {wanted}: {tally.describe()}. "
-            f"For example {examples}. Mend the data, or check that data.shards names image-caption shards"
+            f"Examples: {examples}. Mend the data, loosen data.filter, or check that data.shards names "
+            "image-caption shards"
         )
 
     def _batch(
@@ -389,7 +399,7 @@ def open_samples(config: DataConfig, image_size: int, rank: int = 0, world_size:
         part=(rank, world_size),
     )
     options = DecodeOptions(image_size, config.crop, config.trim, config.min_side, config.max_pixels)
-    return ShardSamples(shards, options)
+    return ShardSamples(shards, options, config.filter)
 
 
 def build_source(

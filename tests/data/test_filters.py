@@ -1,0 +1,63 @@
+"""Filters drop what they say, count it by rule, and are off by default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_kit import json_bytes, sample, source, take, write_tar
+
+from glide_ds.config import FilterConfig
+from glide_ds.data.filters import Filtered, check
+from glide_ds.types import ConfigError, DataError
+
+RECORD = {
+    "width": 300,
+    "height": 200,
+    "similarity": 0.31,
+    "punsafe": 0.02,
+    "NSFW": "UNLIKELY",
+    "LANGUAGE": "en",
+}
+
+
+@pytest.mark.parametrize(
+    ("keeps", "drops"),
+    [
+        ({"min_size": 200}, {"min_size": 201}),
+        ({"max_aspect": 1.5}, {"max_aspect": 1.49}),
+        ({"min_similarity": 0.31}, {"min_similarity": 0.32}),
+        ({"max_punsafe": 0.02}, {"max_punsafe": 0.01}),
+        ({"nsfw": ("unlikely",)}, {"nsfw": ("UNSURE",)}),
+        ({"language": ("de", "en")}, {"language": ("de",)}),
+    ],
+)
+def test_rules(keeps: dict[str, Any], drops: dict[str, Any]) -> None:
+    members = {"json": json_bytes(**RECORD)}
+    check(members, FilterConfig(**keeps))
+    (rule,) = drops
+    with pytest.raises(Filtered) as dropped:
+        check(members, FilterConfig(**drops))
+    assert dropped.value.cause == rule
+    with pytest.raises(Filtered, match="not recorded"):
+        check({"json": b"{}"}, FilterConfig(**drops))
+
+
+def test_off_by_default() -> None:
+    check({}, FilterConfig())
+    with pytest.raises(ConfigError, match="max_aspect"):
+        FilterConfig(max_aspect=0.5)
+
+
+def test_the_report_counts_by_rule(tmp_path: Path) -> None:
+    samples = [(f"{n}", sample(n, json=json_bytes(similarity=n / 20))) for n in range(20)]
+    path = str(write_tar(tmp_path / "x.tar", samples))
+    made = source(path, batch=20, filter=FilterConfig(min_similarity=0.5), max_bad_fraction=0.0)
+    (batch,) = take(made, 1)
+    assert min(batch.sample_ids) >= 10
+    report = made.report()
+    assert report["filtered"]["min_similarity"] >= 10
+    assert report["skipped"] == {}
+    with pytest.raises(DataError, match=r"filter min_similarity 256.*loosen data\.filter"):
+        take(source(path, filter=FilterConfig(min_similarity=2.0)), 1)
