@@ -168,6 +168,7 @@ def scan_tar(read: Callable[[int, int], bytes], size: int) -> Scan:
 def _valid(header: bytes) -> bool:
     try:
         stated = _number(header[148:156])
+        _number(header[124:136])
     except ValueError:
         return False
     return stated == sum(header) - sum(header[148:156]) + 8 * 32 and header[0] != 0
