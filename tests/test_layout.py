@@ -13,7 +13,7 @@ LAYERS = (
     {"data", "model", "tokenizer"},
     {"diffusion"},
     {"training"},
-    {"export", "sample", "evaluate", "preflight", "plan"},
+    {"prepare", "export", "sample", "evaluate", "preflight", "plan"},
     {"cli"},
 )
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
