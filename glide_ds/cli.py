@@ -38,6 +38,12 @@ COMMANDS = (
         "glide-ds prepare shapes --out shards/ --count 10000",
     ),
     Command(
+        ("prepare", "clip"),
+        "glide_ds.prepare",
+        "compute the CLIP embeddings of shards beforehand, over every process it is launched with",
+        "glide-ds prepare clip 'shards/{000000..000009}.tar' --model ViT-L/14 --out clip/",
+    ),
+    Command(
         ("export",),
         "glide_ds.export",
         "consolidated fp32 weights of a run, verified; drops into stock GLIDE code",
