@@ -161,11 +161,11 @@ class RunLog:
                 }
             )
 
-    def step(self, step: int, metrics: Mapping[str, Any] | None) -> None:
-        """After every update; `metrics` (see loop.Meter) at log steps on rank 0."""
-        if metrics and self.metrics:
+    def step(self, step: int, metrics: Mapping[str, Any] | None, recorded: bool) -> None:
+        """After every update; `metrics` (see loop.read_metrics) where they are shown, `recorded` where also kept."""
+        if recorded and metrics and self.metrics:
             self.metrics.write(metrics)
-        if metrics and self.tensorboard:
+        if recorded and metrics and self.tensorboard:
             for name, value in _flat(metrics):
                 self.tensorboard.add_scalar(name, value, step)
         self.progress.step(step, metrics)
