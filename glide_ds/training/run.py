@@ -163,6 +163,7 @@ def open_source(config: Config, arithmetic: BatchArithmetic, rank: int) -> Sourc
         world_size=arithmetic.world_size,
         seed=phase_seed(config),
         low_res=architecture.upsamples,
+        clip=config.clip if config.uses_clip else None,
     )
 
 
