@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glide_ds.model.dual_attention import gate_value, new_gate
-from glide_ds.model.layers import LayerNorm
+from glide_ds.model.layers import LayerNorm, normal_parameter
 
 
 def unit_rms(embedding_bd: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ class ClipAdapter(nn.Module):
     def __init__(self, clip_dim: int, width: int, tokens: int) -> None:
         super().__init__()
         self.tokens = tokens
-        self.clip_null_embedding = nn.Parameter(torch.randn(clip_dim) * 0.02)
+        self.clip_null_embedding = normal_parameter(clip_dim, std=0.02)
         self.proj = nn.Linear(clip_dim, width)
         self.norm = LayerNorm(clip_dim)
         self.mlp = nn.Sequential(nn.Linear(clip_dim, 2 * width), nn.GELU(), nn.Linear(2 * width, width))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from glide_ds.model.clip_adapter import ClipAdapter
 from glide_ds.model.dual_attention import DualAttention
-from glide_ds.model.layers import LayerNorm
+from glide_ds.model.layers import LayerNorm, normal_parameter
 from glide_ds.model.text import TextEncoding, Transformer
 from glide_ds.model.unet import AttentionBlock, ClipContext, Context, UNet, timestep_embedding
 from glide_ds.tokenizer import N_VOCAB
@@ -41,8 +41,8 @@ class Glide(UNet):
         self.transformer = Transformer(width, config.xf_layers, config.xf_heads)
         self.final_ln = LayerNorm(width)
         self.token_embedding = nn.Embedding(N_VOCAB, width)
-        self.positional_embedding = nn.Parameter(torch.randn(config.text_ctx, width) * _EMBEDDING_STD)
-        self.padding_embedding = nn.Parameter(torch.randn(config.text_ctx, width) * _EMBEDDING_STD)
+        self.positional_embedding = normal_parameter(config.text_ctx, width, std=_EMBEDDING_STD)
+        self.padding_embedding = normal_parameter(config.text_ctx, width, std=_EMBEDDING_STD)
         self.transformer_proj = nn.Linear(width, self.emb_width)
         if config.clip_dim is not None:
             self.clip_adapter = ClipAdapter(config.clip_dim, width, config.clip_tokens)

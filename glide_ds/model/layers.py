@@ -50,6 +50,11 @@ def zero_init(module: AnyModule) -> AnyModule:
     return module
 
 
+def normal_parameter(*shape: int, std: float) -> nn.Parameter:
+    """A parameter drawn from N(0, std^2)."""
+    return nn.Parameter(nn.init.normal_(torch.empty(shape), std=std))
+
+
 def run_block(block: nn.Module, *inputs: Any, checkpointing: bool) -> Tensor:
     """Call `block`; with `checkpointing`, keep its inputs only and compute it again in the backward pass."""
     if checkpointing:
