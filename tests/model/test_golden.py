@@ -1,6 +1,6 @@
 """Small models against the published code: forward pass, text, training losses, gradients, sampling."""
 
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from glide_ds.diffusion import Diffusion, create_diffusion, sample
 from glide_ds.diffusion.samplers import ddim_step, ddpm_step, guide, run_steps
+from glide_ds.model.text import TextEncoding
 from glide_ds.model.unet import timestep_embedding
 
 SMALL = ["small_base", "small_sr", "small_inpaint", "small_srinpaint"]
@@ -104,13 +105,18 @@ def test_training_losses_and_gradients(schedule: str) -> None:
         assert norms[name] == pytest.approx(norm, rel=1e-9), name
 
 
+@cache
+def guidance_text() -> TextEncoding:
+    with torch.no_grad():
+        return golden_model("small_base", torch.float64).encode_text(*captions(GUIDANCE["captions"]))
+
+
 def guided_model(diffusion: Diffusion, x: Tensor, t: Tensor) -> Tensor:
     """As the published sampler: 4 rows, of which the first half enters twice."""
-    tokens, mask = captions(GUIDANCE["captions"])
     half = x[: len(x) // 2]
     with torch.no_grad():
         output = golden_model("small_base", torch.float64)(
-            torch.cat([half, half]), diffusion.model_timesteps(t), tokens, mask
+            torch.cat([half, half]), diffusion.model_timesteps(t), text=guidance_text()
         )
     return guide(output, GUIDANCE["scale"])
 
