@@ -98,8 +98,10 @@ class Objective:
         )
         x0 = to_signed(batch.images)
         x_t = diffusion.q_sample(x0, draws.timesteps, draws.noise)
-        if train.channels_last:
-            x_t = x_t.contiguous(memory_format=torch.channels_last)
+        # Said either way: pictures come as [B, S, S, 3], so their layout is NHWC already.
+        x_t = x_t.contiguous(
+            memory_format=torch.channels_last if train.channels_last else torch.contiguous_format
+        )
         inputs: dict[str, Any] = {"tokens": batch.tokens, "mask": batch.mask}
         if batch.low_res is not None:
             inputs["low_res"] = to_signed(batch.low_res)
