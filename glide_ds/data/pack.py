@@ -1,0 +1,233 @@
+"""`glide-ds prepare pack`: a folder, a jsonl or a parquet of pictures and captions to balanced tar shards.
+
+    glide-ds prepare pack photos/ --out shards/            pictures with a .txt (or .json) of the same name
+    glide-ds prepare pack pairs.jsonl --out shards/        {"image": path, "caption": text, …} a line
+    glide-ds prepare pack pairs.parquet --out shards/      columns image (path or bytes) and caption
+
+Shard n holds the n-th consecutive part of the input, all parts equal but for one sample, and is written under
+its name only when whole. The same input gives the same bytes; a second run writes what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from glide_ds.data.captions import Unusable, read_caption
+from glide_ds.data.decode import IMAGE_EXTENSIONS, DecodeOptions, decode
+from glide_ds.data.index import index_one
+from glide_ds.data.shards import write_atomically
+from glide_ds.types import DataError
+
+IMAGE_FIELDS = ("image", "image_path", "path", "file_name", "filename", "file", "jpg")
+TEXT_FIELDS = ("caption", "text", "TEXT", "prompt", "title")
+SHEET, CELL = 8, 96  # the contact sheet has SHEET x SHEET pictures of CELL pixels
+EXTENSIONS = {b"\xff\xd8\xff": "jpg", b"\x89PN": "png", b"RIF": "webp", b"GIF": "gif"}
+
+
+class Pair(NamedTuple):
+    """One input sample, not yet read: where its picture is, and its text."""
+
+    image: str | bytes
+    caption: str | None  # None: in a file beside the picture
+    record: dict[str, Any]
+
+
+class Packed(NamedTuple):
+    """What became of one shard's part of the input."""
+
+    input_hash: str  # of what the shard was made from
+    samples: int
+    bytes: int
+    caption_lengths: list[int]
+    skipped: list[str]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", type=Path, help="a folder, a .jsonl or a .parquet")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--per_shard", type=int, default=1000)
+    parser.add_argument("--workers", type=int, default=4)
+
+
+def run(args: argparse.Namespace) -> None:
+    summary = pack(args.input, args.out, args.per_shard, args.workers)
+    print(json.dumps({key: value for key, value in summary.items() if key != "skipped"}, indent=1))
+    for line in summary["skipped"][:20]:
+        print(f"skipped {line}")
+
+
+def pack(source: Path, out: Path, per_shard: int = 1000, workers: int = 1) -> dict[str, Any]:
+    """Write shards, their indexes, summary.json and contact.png under `out`; returns the summary."""
+    pairs = list(read_pairs(source))
+    if not pairs or per_shard < 1:
+        raise DataError(f"{source} has {len(pairs)} pictures for shards of {per_shard}; nothing to pack")
+    out.mkdir(parents=True, exist_ok=True)
+    count = -(-len(pairs) // per_shard)
+    edges = [len(pairs) * n // count for n in range(count + 1)]
+    parts = [(out / f"{n:06d}.tar", pairs[edges[n] : edges[n + 1]]) for n in range(count)]
+    task = partial(_write_shard, source.parent if source.is_file() else source)
+    if workers > 1:
+        with ProcessPoolExecutor(min(workers, count)) as pool:
+            packed = list(pool.map(task, parts))
+    else:
+        packed = list(map(task, parts))
+    summary = _summary(packed)
+    write_atomically(out / "summary.json", json.dumps(summary, indent=1).encode())
+    write_atomically(out / "contact.png", _contact_sheet(pairs, source))
+    return summary
+
+
+# ---- input
+
+
+def read_pairs(source: Path) -> Iterator[Pair]:
+    """The input's pairs in a fixed order. Raises DataError where it is of no known kind or lacks its fields."""
+    if source.is_dir():
+        for path in sorted(source.rglob("*")):
+            if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS:
+                yield Pair(str(path.relative_to(source)), None, {})
+    elif source.suffix == ".jsonl":
+        for number, line in enumerate(source.read_text("utf-8").splitlines(), 1):
+            if line.strip():
+                yield _pair(_json_line(source, number, line), f"{source} line {number}")
+    elif source.suffix == ".parquet":
+        for number, record in enumerate(_parquet_rows(source)):
+            yield _pair(record, f"{source} row {number}")
+    else:
+        raise DataError(f"{source} is no folder, .jsonl or .parquet that exists; name one of these")
+
+
+def _json_line(source: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{source} line {number} is no JSON: {error}; correct it") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{source} line {number} is no JSON object; give it an image and a caption")
+    return record
+
+
+def _parquet_rows(source: Path) -> Iterator[dict[str, Any]]:
+    try:
+        from pyarrow import parquet  # optional: nothing else needs it
+    except ImportError as error:
+        raise DataError(f"reading {source} needs pyarrow; pip install pyarrow") from error
+    for batch in parquet.ParquetFile(source).iter_batches():
+        yield from batch.to_pylist()
+
+
+def _pair(record: dict[str, Any], where: str) -> Pair:
+    image = next((record[name] for name in IMAGE_FIELDS if record.get(name) is not None), None)
+    if isinstance(image, dict):  # Hugging Face's image column
+        image = image.get("bytes") or image.get("path")
+    text = next((record[name] for name in TEXT_FIELDS if isinstance(record.get(name), str)), None)
+    if not isinstance(image, str | bytes) or text is None:
+        raise DataError(
+            f"{where} has the fields {', '.join(record)}; it needs one of {', '.join(IMAGE_FIELDS)} and one of "
+            f"{', '.join(TEXT_FIELDS)}"
+        )
+    rest = {
+        k: v for k, v in record.items() if k not in IMAGE_FIELDS and isinstance(v, str | int | float | bool)
+    }
+    return Pair(image, text, rest)
+
+
+# ---- output
+
+
+def _write_shard(root: Path, part: tuple[Path, Sequence[Pair]]) -> Packed:
+    path, pairs = part
+    note = path.with_suffix(".packed.json")
+    digest = hashlib.blake2b(repr(pairs).encode(), digest_size=16).hexdigest()
+    if path.exists() and note.exists():  # written by an earlier, interrupted run
+        earlier = Packed(**json.loads(note.read_bytes()))
+        if earlier.input_hash == digest:
+            return earlier
+    body = io.BytesIO()
+    lengths, skipped = [], []
+    with tarfile.open(fileobj=body, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, pair in enumerate(pairs):
+            try:
+                image, members = _members(root, pair)
+            except (OSError, Unusable) as error:
+                skipped.append(f"{pair.image if isinstance(pair.image, str) else path.name}: {error}")
+                continue
+            lengths.append(len(members["txt"].decode()))
+            for extension, data in ({_extension(image): image} | members).items():
+                info = tarfile.TarInfo(f"{path.stem}{number:06d}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    packed = Packed(digest, len(lengths), body.tell(), lengths, skipped)
+    write_atomically(path, body.getvalue())
+    index_one(str(path), force=True)
+    write_atomically(note, json.dumps(packed._asdict()).encode())
+    return packed
+
+
+def _members(root: Path, pair: Pair) -> tuple[bytes, dict[str, bytes]]:
+    """The picture's bytes, unchanged, and the text members. Raises OSError or Unusable."""
+    if isinstance(pair.image, bytes):
+        image, beside = pair.image, None
+    else:
+        beside = root / pair.image
+        image = beside.read_bytes()
+    decode(image, DecodeOptions(16))
+    if pair.caption is not None:
+        caption, _ = read_caption({"txt": pair.caption.encode()}, 0.0)
+        return image, {"txt": caption.encode()} | (
+            {"json": json.dumps(pair.record, ensure_ascii=False).encode()} if pair.record else {}
+        )
+    assert beside is not None
+    names = {extension: beside.with_suffix(f".{extension}") for extension in ("txt", "json")}
+    texts = {extension: name.read_bytes() for extension, name in names.items() if name.exists()}
+    caption, _ = read_caption(texts, 0.0)
+    return image, {**texts, "txt": caption.encode()}
+
+
+def _extension(image: bytes) -> str:
+    return EXTENSIONS.get(image[:3], "img")
+
+
+def _summary(packed: Sequence[Packed]) -> dict[str, Any]:
+    lengths = np.array([length for shard in packed for length in shard.caption_lengths] or [0])
+    return {
+        "shards": len(packed),
+        "samples": sum(shard.samples for shard in packed),
+        "bytes": sum(shard.bytes for shard in packed),
+        "samples_per_shard": [min(s.samples for s in packed), max(s.samples for s in packed)],
+        "caption_characters": {
+            "min": int(lengths.min()),
+            "median": float(np.median(lengths)),
+            "max": int(lengths.max()),
+        },
+        "skipped": [line for shard in packed for line in shard.skipped],
+    }
+
+
+def _contact_sheet(pairs: Sequence[Pair], source: Path) -> bytes:
+    """PNG of pictures spread evenly over the input, as training would see them."""
+    root = source.parent if source.is_file() else source
+    sheet = np.full((SHEET * CELL, SHEET * CELL, 3), 255, np.uint8)
+    chosen = [pairs[len(pairs) * n // SHEET**2] for n in range(min(len(pairs), SHEET**2))]
+    for number, pair in enumerate(chosen):
+        try:
+            pixels = decode(_members(root, pair)[0], DecodeOptions(CELL))
+        except (OSError, Unusable):
+            continue
+        top, left = (number // SHEET) * CELL, (number % SHEET) * CELL
+        sheet[top : top + CELL, left : left + CELL] = pixels
+    out = io.BytesIO()
+    Image.fromarray(sheet).save(out, "PNG")
+    return out.getvalue()
