@@ -1,0 +1,256 @@
+"""The loader's costs per sample against their floors, in CPU time of one core, interleaved in one run.
+
+    python benchmarks/loader.py [--samples 400] [--rounds 5]
+
+The floor is the raw read plus the JPEG's entropy decoding (libjpeg-turbo at 1/8). The set is synthetic: dead
+leaves over 1/f clouds, shorter side 256-471 px, 20 % with white or black borders, JPEG + txt + json. Compare
+ratios within one run only. Writes a JSON with --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simplejpeg
+import torch
+import webdataset
+from PIL import Image
+
+from glide_ds import tokenizer
+from glide_ds.config import DataConfig
+from glide_ds.data import build_source
+from glide_ds.data.clip_store import ClipStore, Encoder, StoreNote, store_path, write_store
+from glide_ds.data.decode import REDUCED_SIDE, DecodeOptions, _scale, content_box, decode, open_pixels
+from glide_ds.data.shards import open_shards, scan_shard
+
+SIDE, BATCH, CONTEXT = 64, 64, 128
+PER_SHARD = 100
+
+
+def picture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Occluding discs of power-law radii over 1/f clouds, with sensor noise: uint8 [height, width, 3]."""
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = 1 / max(height, width)
+
+    def clouds(slope: float) -> np.ndarray:
+        phase = np.exp(2j * np.pi * rng.random(frequency.shape))
+        noise = np.fft.irfft2(phase / frequency**slope, s=(height, width))
+        return (noise - noise.mean()) / noise.std()
+
+    texture = clouds(1.3)
+    pixels = rng.integers(40, 200, 3) + np.stack([clouds(1.4) * 25 for _ in range(3)], -1)
+    rows, columns = np.mgrid[:height, :width]
+    for _ in range(60):
+        radius = min(max(height, width) / 2, 6 * (1 - rng.random()) ** (-1 / 1.5))
+        inside = (rows - rng.random() * height) ** 2 + (columns - rng.random() * width) ** 2 < radius**2
+        shade = texture[inside, None] * rng.choice([3, 12, 25])
+        pixels[inside] = rng.integers(0, 256, 3) + shade
+    return (pixels + rng.normal(0, 2, pixels.shape)).clip(0, 255).astype(np.uint8)
+
+
+def photo(number: int) -> tuple[np.ndarray, tuple[int, int, int, int]]:
+    """A picture and the (top, bottom, left, right) of what lies inside its borders."""
+    rng = np.random.default_rng(number)
+    side = int(rng.integers(256, 472))
+    if number % 5:
+        longer = int(side * rng.uniform(1, 1.6))
+        height, width = (side, longer) if number % 2 else (longer, side)
+        return picture(rng, height, width), (0, height, 0, width)
+    shorter = int(side / rng.uniform(1.15, 1.7))
+    height, width = (shorter, side) if number % 2 else (side, shorter)
+    framed = np.full((side, side, 3), 255 * (number % 10 > 0), np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    framed[top : top + height, left : left + width] = picture(rng, height, width)
+    return framed, (top, top + height, left, left + width)
+
+
+def write_set(folder: Path, samples: int, corrupt: float = 0.0) -> list[tuple[int, int, int, int]]:
+    """Shards of PER_SHARD samples; returns the boxes of the pictures without their borders."""
+    boxes = []
+    for first in range(0, samples, PER_SHARD):
+        with tarfile.open(folder / f"{first // PER_SHARD:04d}.tar", "w") as tar:
+            for number in range(first, min(first + PER_SHARD, samples)):
+                pixels, box = photo(number)
+                boxes.append(box)
+                data = io.BytesIO()
+                Image.fromarray(pixels).save(data, "JPEG", quality=80 + number % 13)
+                image = data.getvalue()
+                if corrupt and number % round(1 / corrupt) == 7:
+                    image = image[: len(image) // 2]
+                text = f"a photo of many discs over clouds, number {number}"
+                record = {"caption": text, "width": pixels.shape[1], "height": pixels.shape[0]}
+                members = (("jpg", image), ("txt", text.encode()), ("json", json.dumps(record).encode()))
+                for extension, content in members:
+                    info = tarfile.TarInfo(f"{number:08d}.{extension}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return boxes
+
+
+def source(pattern: str, workers: int = 0) -> Any:
+    return build_source(
+        DataConfig(shards=pattern, workers=workers),
+        image_size=SIDE,
+        context_length=CONTEXT,
+        global_batch=BATCH,
+        micro_batch=BATCH,
+        rank=0,
+        world_size=1,
+        seed=0,
+    )
+
+
+def webdataset_recipe(urls: list[str]) -> Iterator[Any]:
+    """webdataset's documented pipeline to the same output: decode, resize and crop, tokenise, batch."""
+    from torchvision import transforms
+
+    resize = transforms.Compose([transforms.Resize(SIDE), transforms.CenterCrop(SIDE), transforms.ToTensor()])
+
+    def prepare(sample: tuple[Image.Image, str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        tokens, mask = tokenizer.encode([sample[1]], CONTEXT)
+        return resize(sample[0]), tokens[0], mask[0]
+
+    dataset = webdataset.WebDataset(urls, shardshuffle=False).shuffle(100).decode("pil")
+    return iter(dataset.to_tuple("jpg", "txt").map(prepare).batched(BATCH))
+
+
+def drain(batches: Iterator[Any], count: int) -> None:
+    for _ in range(count):
+        next(batches)
+
+
+def quality(datas: list[bytes], boxes: list[tuple[int, int, int, int]], *, aligned: bool) -> list[float]:
+    """dB against full decode, exact trim and Lanczos; `aligned`: the crop keeps to the reduced grid, as ours does."""
+    found = []
+    for data, (top, bottom, left, right) in zip(datas, boxes, strict=True):
+        full = simplejpeg.decode_jpeg(data, "RGB")
+        scale = _scale(min(full.shape[:2]), round(SIDE * REDUCED_SIDE)) if aligned else 1
+        content = full[-(-top // scale) * scale : bottom // scale * scale]
+        content = content[:, -(-left // scale) * scale : right // scale * scale]
+        height, width = (n // scale for n in content.shape[:2])
+        cut = min(height, width)
+        y, x = (height - cut) // 2 * scale, (width - cut) // 2 * scale
+        square = Image.fromarray(content[y : y + cut * scale, x : x + cut * scale])
+        wanted = np.asarray(square.resize((SIDE, SIDE), Image.Resampling.LANCZOS)).astype(float)
+        error = ((decode(data, DecodeOptions(SIDE)) - wanted) ** 2).mean()
+        found.append(10 * np.log10(255**2 / max(error, 1e-9)))
+    return found
+
+
+def measure(stages: dict[str, tuple[int, Callable[[], None]]], rounds: int) -> dict[str, float]:
+    """Median CPU µs per sample of each stage, the stages taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in stages}
+    for _ in range(rounds):
+        for name, (count, stage) in stages.items():
+            start = time.process_time()
+            stage()
+            times[name].append((time.process_time() - start) / count * 1e6)
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, default=400)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        figures = benchmark(Path(folder), args.samples, args.rounds)
+    for name, value in figures.items():
+        print(f"{name:42s} {value:10.2f}")
+    if args.out:
+        args.out.write_text(json.dumps(figures, indent=1))
+
+
+def benchmark(folder: Path, samples: int, rounds: int) -> dict[str, float]:
+    clean, spoilt = folder / "clean", folder / "spoilt"
+    for path in (clean, spoilt):
+        path.mkdir()
+    boxes = write_set(clean, samples)
+    write_set(spoilt, samples, corrupt=0.01)
+    shards = open_shards(str(clean))
+    datas = [shards.read(n)["jpg"] for n in range(samples)]
+    options = DecodeOptions(SIDE)
+    opened = [open_pixels(data, options, round(SIDE * REDUCED_SIDE)) for data in datas]
+    clip = fill_store(folder / "clip", shards)
+    steps = samples // BATCH
+    loaders = {name: source(str(path)) for name, path in (("clean", clean), ("spoilt", spoilt))}
+    urls = shards.urls
+
+    def entropy() -> None:
+        for data in datas:
+            simplejpeg.decode_jpeg(data, "RGB", min_height=1, min_width=1)
+
+    def raw() -> None:
+        for url in urls:
+            with open(url, "rb") as file:
+                while file.read(1 << 20):
+                    pass
+
+    every = range(samples)
+    batches = [np.arange(n, n + BATCH) for n in range(0, samples - BATCH + 1, BATCH)]
+    stages: dict[str, tuple[int, Callable[[], None]]] = {
+        "raw read": (samples, raw),
+        "entropy decode": (samples, entropy),
+        "index scan": (samples, lambda: [scan_shard(url) for url in urls] and None),
+        "read + index": (samples, lambda: [shards.read(n) for n in every] and None),
+        "decode": (
+            samples,
+            lambda: [open_pixels(d, options, round(SIDE * REDUCED_SIDE)) for d in datas] and None,
+        ),
+        "trim": (samples, lambda: [content_box(p, reduced=s > 1) for p, s in opened] and None),
+        "decode + trim + resize": (samples, lambda: [decode(data, options) for data in datas] and None),
+        "CLIP join": (len(batches) * BATCH, lambda: [clip.rows(b) for b in batches] and None),
+        "whole loader": (steps * BATCH, lambda: drain(loaders["clean"].batches(0), steps)),
+        "whole loader, 1 % corrupt": (steps * BATCH, lambda: drain(loaders["spoilt"].batches(0), steps)),
+        "webdataset's recipe": (steps * BATCH, lambda: drain(webdataset_recipe(urls), steps)),
+    }
+    figures = measure(stages, rounds)
+    floor = figures["raw read"] + figures["entropy decode"]
+    figures |= {
+        "floor": floor,
+        "decode + trim + resize / floor": figures["decode + trim + resize"] / floor,
+        "whole loader / floor": figures["whole loader"] / floor,
+        "webdataset's recipe / whole loader": figures["webdataset's recipe"] / figures["whole loader"],
+        "slowdown by 1 % corrupt, %": (figures["whole loader, 1 % corrupt"] / figures["whole loader"] - 1)
+        * 100,
+        "2 workers / 1 worker": throughput(str(clean), 2, steps) / throughput(str(clean), 1, steps),
+    }
+    for name, aligned in (("aligned", True), ("exact centre", False)):
+        decibels = quality(datas, boxes, aligned=aligned)
+        figures[f"quality median dB, {name}"] = float(np.median(decibels))
+        figures[f"quality 5th percentile dB, {name}"] = float(np.percentile(decibels, 5))
+    return figures
+
+
+def throughput(pattern: str, workers: int, steps: int) -> float:
+    """Samples per second of wall clock, after the workers have started. Needs as many free cores."""
+    batches = source(pattern, workers).batches(0)
+    drain(batches, 4 * workers)
+    start = time.perf_counter()
+    drain(batches, 6 * steps)
+    return 6 * steps * BATCH / (time.perf_counter() - start)
+
+
+def fill_store(folder: Path, shards: Any) -> ClipStore:
+    encoder = Encoder("benchmark", "none", "text")
+    for url, key_hash, size in zip(shards.urls, shards.key_hashes, shards.sizes.tolist(), strict=True):
+        note = StoreNote(encoder, "", key_hash, size, 768, 0)
+        write_store(store_path(folder, url, key_hash), np.ones((size, 768), np.float16), note)
+    return ClipStore(folder, shards, encoder)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()

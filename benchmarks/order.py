@@ -1,0 +1,79 @@
+"""The order of a set of 100,000 shards x 10,000 samples at 1, 64 and 1,024 ranks, by the functions training uses.
+
+    python benchmarks/order.py [--shards 100000] [--per_shard 10000] [--lanes_checked 4]
+
+Coverage is checked on whole lanes: every position of a lane must give each sample of its span of the deck once,
+and nothing else. Lanes partition both the positions and the deck, so lanes that hold make an epoch that holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+
+from glide_ds.data.order import Order, micro_slots
+
+RANKS = (1, 64, 1024)
+BATCH = 4096
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shards", type=int, default=100_000)
+    parser.add_argument("--per_shard", type=int, default=10_000)
+    parser.add_argument("--lanes_checked", type=int, default=4)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    figures = simulate(args.shards, args.per_shard, args.lanes_checked)
+    for name, value in figures.items():
+        print(f"{name:48s} {value:12.4g}")
+    if args.out:
+        args.out.write_text(json.dumps(figures, indent=1))
+
+
+def simulate(shards: int, per_shard: int, lanes_checked: int) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    tracemalloc.start()
+    start = time.perf_counter()
+    order = Order(np.full(shards, per_shard, np.int64), BATCH, seed=0, fingerprint=1)
+    order.draw(0, np.arange(BATCH))
+    figures["start-up, s"] = time.perf_counter() - start
+    figures["state of one epoch, MB"] = tracemalloc.get_traced_memory()[0] / 1e6
+    tracemalloc.stop()
+    figures["lanes"] = order.lanes
+    rng = np.random.default_rng(0)
+    for ranks in RANKS:
+        rank = int(rng.integers(ranks))
+        slots = micro_slots(0, BATCH // ranks, rank, ranks)
+        seeks = []
+        for number in rng.integers(0, 3 * order.batches_per_epoch, 12).tolist():
+            start = time.perf_counter()
+            order.draw(number, slots)
+            seeks.append(time.perf_counter() - start)
+        figures[f"{ranks} ranks: slowest of 12 random seeks, s"] = max(seeks)
+        ids = np.concatenate([order.draw(number, slots).ids for number in range(64)])
+        figures[f"{ranks} ranks: shards one rank reads in 64 batches"] = len(np.unique(ids // per_shard))
+    for lane in rng.choice(order.lanes, lanes_checked, replace=False).tolist():
+        check_lane(order, lane)
+    figures["lanes checked exactly"] = lanes_checked
+    return figures
+
+
+def check_lane(order: Order, lane: int) -> None:
+    """Every sample of the lane's span of the deck exactly once, over the lane's whole epoch."""
+    positions = np.arange(lane, order.samples, order.lanes)
+    ids = np.sort(order.ids(0, positions))
+    assert len(np.unique(ids)) == len(positions), f"lane {lane} repeats a sample"
+    runs = np.flatnonzero(np.diff(ids) != 1) + 1
+    whole = [run for run in np.split(ids, runs) if len(run) != order.sizes[0]]
+    # A span of the deck is whole shards but for its two ends.
+    assert len(whole) <= 2 or order.samples < order.lanes * int(order.sizes[0]), f"lane {lane} has holes"
+
+
+if __name__ == "__main__":
+    main()
