@@ -18,6 +18,8 @@ KINDS = ("base", "upsample", "base-inpaint", "upsample-inpaint")
 class GlideError(Exception):
     """A mistake a person can mend. The message states fact, consequence and remedy, with the values."""
 
+    on_all_ranks = False  # True where every rank raises the same one, so that one of them need say it
+
 
 class ConfigError(GlideError):
     """The run's configuration is wrong or contradicts itself."""

@@ -209,7 +209,9 @@ def _agree(action: Any, consequence: str) -> None:
     dist.all_gather_object(failures, failure)
     first = next(((rank, text) for rank, text in enumerate(failures) if text), None)
     if first:
-        raise CheckpointError(
+        shared = CheckpointError(
             f"{consequence} (rank {first[0]}: {first[1]}); the previous checkpoint stands. Check free disk "
             "space and permissions, then start the same command again"
         )
+        shared.on_all_ranks = True
+        raise shared

@@ -80,6 +80,7 @@ def agreed(action: Callable[[], T]) -> T:
     dist.all_gather_object(failures, failure)
     for first in failures:
         if first is not None:
+            first.on_all_ranks = True
             raise first
     return value  # type: ignore[return-value]
 

@@ -131,6 +131,33 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def merge_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The ranks' accounts of their data (BatchSource.report) as one: counts added, examples joined."""
+    merged: dict[str, Any] = {}
+    for report in reports:
+        for key, value in report.items():
+            if isinstance(value, Mapping):
+                merged[key] = merge_reports([merged.get(key, {}), value])
+            elif isinstance(value, list):
+                merged[key] = [*merged.get(key, []), *value]
+            else:
+                merged[key] = merged.get(key, 0) + value
+    return merged
+
+
+def describe_report(report: Mapping[str, Any]) -> str:
+    """What became of the data, in one line; causes with an example each."""
+    parts = [f"data: {report['delivered']:,} samples delivered of {report['read']:,} read"]
+    for name in ("skipped", "filtered", "tolerated"):
+        if counts := report.get(name):
+            causes = []
+            for cause, count in counts.items():
+                examples = report["examples"].get(cause)
+                causes.append(f"{cause} {count:,}" + (f" (such as {examples[0]})" if examples else ""))
+            parts.append(f"{name} {', '.join(causes)}")
+    return "; ".join(parts)
+
+
 class RunLog:
     """All outputs of one phase on one rank."""
 
@@ -180,6 +207,12 @@ class RunLog:
             pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
             self.tensorboard.add_image("samples", pixels.view(*picture.size[::-1], 3), step, dataformats="HWC")
         return path
+
+    def data_report(self, report: Mapping[str, Any]) -> None:
+        """Say what became of the data, and keep it in data-PHASE.json. Rank 0 only."""
+        path = self.folder / f"data-{self.phase}.json"
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        self.line(describe_report(report))
 
     def line(self, text: str) -> None:
         self.progress.line(text)

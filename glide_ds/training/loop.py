@@ -8,10 +8,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from glide_ds.training import checkpoint
 from glide_ds.training.lineage import folder_of, lineage
-from glide_ds.training.logging import Clock
+from glide_ds.training.logging import Clock, merge_reports
 from glide_ds.training.objective import Meter, Objective, hash64, phase_seed
 from glide_ds.training.phases import gate_offset, gates
 from glide_ds.training.samples import Sampler
@@ -52,13 +53,14 @@ def train(run: PhaseRun) -> None:
         if config.log.samples_every and (done % config.log.samples_every == 0 or last):
             with clock.paused():
                 sampler.draw(done)
+    report_data(run)
 
 
 def _prepare(run: PhaseRun, step: int, first_offset: float) -> None:
     """The state that update `step` (0-based) depends on and no checkpoint needs to hold."""
     run.engine.train()
     # Dropout masks follow from (seed, step, rank): a resumed run draws what an uninterrupted one does.
-    torch.manual_seed(hash64(phase_seed(run.config), step, torch.distributed.get_rank()))
+    torch.manual_seed(hash64(phase_seed(run.config), step, dist.get_rank()))
     if run.clip is not None:
         run.model.clip_gate_offset.fill_(gate_offset(run.config, first_offset, step))
 
@@ -99,6 +101,14 @@ def describe_data(own: dict[str, Any]) -> str:
     causes = ", ".join(f"{cause} {count:,}" for cause, count in skipped.most_common())
     read = sum(report["read"] for report in reports)
     return f"data: {read:,} samples read, {skipped.total():,} skipped{f' ({causes})' if causes else ''}"
+
+
+def report_data(run: PhaseRun) -> None:
+    """What all ranks read, skipped, filtered and replaced since the start of this process. Collective."""
+    reports: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(reports, run.source.report())
+    if dist.get_rank() == 0:
+        run.log.data_report(merge_reports(reports))
 
 
 def read_metrics(run: PhaseRun, done: int, meter: Meter, clock: Clock) -> dict[str, Any]:

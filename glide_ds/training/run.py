@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from glide_ds.training.logging import RunLog
 from glide_ds.training.loop import train
 from glide_ds.training.objective import phase_seed
 from glide_ds.training.phases import PHASES, parameter_groups
-from glide_ds.types import ConfigError, GlideConfig
+from glide_ds.types import ConfigError, DataError, GlideConfig
 
 
 @dataclass
@@ -64,6 +65,10 @@ def main(paths: Sequence[str], overlay: str | None, sets: Sequence[str], dry_run
         model = None
         for config in configs:
             model = run_phase(config, device, model)
+    except DataError as error:
+        if rank and not error.on_all_ranks:  # rank 0's errors are said by launch/train.py
+            print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        raise
     finally:
         dist.destroy_process_group()
 
