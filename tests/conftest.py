@@ -45,3 +45,36 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+@pytest.fixture(scope="session")
+def group() -> Any:
+    """A process group of this one process over gloo, for everything that is collective; returns the device."""
+    import torch.distributed as dist
+
+    from glide_ds.training.distributed import read_environment, start_process_group
+
+    before = dict(os.environ)
+    read_environment()
+    yield start_process_group(timeout_s=60)
+    dist.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def trained(group: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short, finished run of phase full with everything switched on; not to be changed."""
+    from train_kit import make_config, shake, train_phase
+
+    folder = tmp_path_factory.mktemp("trained")
+    log = {
+        "every": 2,
+        "tensorboard": True,
+        "samples_every": 100,
+        "sample_prompts": ["a red circle", "a blue square"],
+        "sample_steps": 2,
+    }
+    train = {"steps": 5, "lr_scale": {"gates": 3.0}}
+    train_phase(make_config(folder, train=train, log=log, checkpoint={"every": 2}), shake)
+    return folder
