@@ -1,0 +1,258 @@
+"""What a micro-batch is trained on: draws by slot, the terms of the loss, sums over an update."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from train_kit import make_config
+
+from glide_ds.diffusion import create_diffusion
+from glide_ds.diffusion.losses import reverse_kl
+from glide_ds.tokenizer import encode
+from glide_ds.training.objective import (
+    Losses,
+    Meter,
+    Objective,
+    draw,
+    hash64,
+    phase_seed,
+    to_signed,
+)
+from glide_ds.types import Batch
+
+B, SIDE, WIDTH = 4, 16, 8
+
+
+class Echo:
+    """A model whose output depends on everything that it is given."""
+
+    def __init__(self) -> None:
+        self.module = self
+        self.weight = torch.tensor(0.3, requires_grad=True)
+        self.calls: list[dict[str, Any]] = []
+
+    def __call__(self, x: Tensor, t: Tensor, **inputs: Any) -> Tensor:
+        self.calls.append({"x": x, "t": t, "grad": torch.is_grad_enabled(), **inputs})
+        out = self.weight * x + t[:, None, None, None] / 1000
+        if "clip_embedding" in inputs:
+            kept = inputs["clip_embedding"].mean(1) * ~inputs["clip_drop"]
+            out = out + self.weight * kept[:, None, None, None]
+        return torch.cat([out, out], 1)
+
+
+class Encoder:
+    def encode_text(self, captions: Any) -> Tensor:
+        return torch.tensor([[float(len(c))] for c in captions]).expand(-1, WIDTH)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return images.float().mean((1, 2, 3))[:, None].expand(-1, WIDTH) / 255
+
+
+def batch(drop: bool = False, **extra: Any) -> Batch:
+    captions = tuple(f"circle {i}" * (i + 1) for i in range(B))
+    tokens, mask = encode(captions, 12)
+    images = torch.randint(0, 256, (B, SIDE, SIDE, 3), generator=torch.Generator().manual_seed(1))
+    return Batch(
+        sample_ids=torch.arange(B),
+        slots=torch.arange(B),
+        images=images.to(torch.uint8),
+        tokens=tokens,
+        mask=mask,
+        drop_clip=torch.full((B,), drop),
+        captions=captions,
+        **extra,
+    )
+
+
+def objective(
+    folder: Path, phase: str = "full", encoder: bool = True, **sections: Any
+) -> tuple[Objective, Echo]:
+    config = make_config(folder, phase, **sections)
+    model = Echo()
+    diffusion = create_diffusion(config.model.noise_schedule)
+    return Objective(config, diffusion, model, Encoder() if encoder else None), model  # type: ignore[arg-type]
+
+
+# --- draws ---
+
+
+def test_a_slots_numbers_do_not_depend_on_who_draws_them():
+    whole = draw(7, 3, list(range(8)), SIDE, 1000, 0.5, "cpu")
+    for slots in ([0, 1], [6, 2, 7], [5]):
+        part = draw(7, 3, slots, SIDE, 1000, 0.5, "cpu")
+        for one, all_ in zip(part, whole, strict=True):
+            assert torch.equal(one, all_[slots])
+
+
+def test_seed_step_and_slot_each_change_all_numbers():
+    first = draw(7, 3, [0], SIDE, 1000, 0.5, "cpu")
+    for seed, step, slot in ((8, 3, 0), (7, 4, 0), (7, 3, 1)):
+        other = draw(seed, step, [slot], SIDE, 1000, 0.5, "cpu")
+        assert not torch.equal(first.noise, other.noise)
+        assert first.timesteps != other.timesteps
+
+
+def test_draws_drop_as_often_as_asked():
+    slots = list(range(2000))
+    drops = {rate: draw(0, 0, slots, 1, 1000, rate, "cpu").drop_clip for rate in (0.0, 0.1, 1.0)}
+    assert not drops[0.0].any()
+    assert drops[1.0].all()
+    assert 0.07 < drops[0.1].float().mean() < 0.13
+
+
+def test_timesteps_are_uniform_and_noise_is_normal():
+    drawn = draw(0, 0, list(range(2000)), 4, 1000, 0.1, "cpu")
+    counts = torch.bincount(drawn.timesteps // 100, minlength=10)
+    assert counts.min() > 140
+    assert counts.max() < 260
+    assert drawn.timesteps.min() >= 0
+    assert drawn.timesteps.max() < 1000
+    assert drawn.noise.mean().abs() < 0.01
+    assert drawn.noise.std() == pytest.approx(1, abs=0.01)
+
+
+def test_seed_and_phase_decide_the_numbers(tmp_path: Path):
+    seeds = {
+        (phase, seed): phase_seed(make_config(tmp_path, phase, train={"seed": seed}))
+        for phase in ("base", "adapter_only", "adapter_gates", "full")
+        for seed in (0, 1)
+    }
+    assert len(set(seeds.values())) == len(seeds)
+    assert hash64(1, 2) != hash64(2, 1)
+    assert all(0 <= hash64(i) < 2**63 for i in range(50))
+
+
+def test_pictures_fill_minus_one_to_one():
+    images = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 2, 1).expand(1, 2, 2, 3)
+    signed = to_signed(images)
+    assert signed.shape == (1, 3, 2, 2)
+    assert signed[..., 0].unique().tolist() == [-1.0]
+    assert signed[..., 1].unique().tolist() == [1.0]
+
+
+# --- the loss ---
+
+
+def test_the_total_is_what_its_terms_say(tmp_path: Path):
+    plain, _ = objective(tmp_path)
+    losses = plain(batch(), 0)
+    assert losses.kl is None
+    torch.testing.assert_close(losses.total, losses.mse.mean())
+
+    hybrid, _ = objective(tmp_path, train={"loss": "hybrid", "vb_weight": 0.002})
+    losses = hybrid(batch(), 0)
+    torch.testing.assert_close(losses.total, losses.mse.mean() + 0.002 * 1000 * losses.vb.mean())
+
+    with_kl, _ = objective(tmp_path, train={"kl_weight": 0.5, "kl_every": 3})
+    has_kl = []
+    for step in range(7):
+        losses = with_kl(batch(), step)
+        has_kl.append(losses.kl is not None)
+        if losses.kl is not None:
+            assert losses.kl > 0
+            torch.testing.assert_close(losses.total, losses.mse.mean() + 0.5 * losses.kl)
+    assert has_kl == [True, False, False, True, False, False, True]
+
+
+def test_the_kl_is_to_the_clip_off_pass_which_gets_no_gradient(tmp_path: Path):
+    with_kl, model = objective(tmp_path, train={"kl_weight": 1.0, "kl_every": 1})
+    losses = with_kl(batch(), 0)
+    on, off = model.calls
+    assert on["grad"]
+    assert not off["grad"]
+    assert "clip_embedding" in on
+    assert "clip_embedding" not in off
+    assert torch.equal(on["x"], off["x"])
+    diffusion = with_kl.diffusion
+    means = [
+        diffusion.p_mean_variance(model(**call), on["x"], losses.timesteps, clip_x0=False).gaussian
+        for call in ({k: v for k, v in c.items() if k != "grad"} for c in (on, off))
+    ]
+    torch.testing.assert_close(losses.kl, reverse_kl(*means).mean().detach())
+    (gradient,) = torch.autograd.grad(losses.total - losses.mse.mean(), model.weight, retain_graph=True)
+    assert gradient != 0
+
+
+def test_without_clip_there_is_neither_embedding_nor_kl(tmp_path: Path):
+    base, model = objective(tmp_path, "base", encoder=False, train={"kl_weight": 1.0, "kl_every": 1})
+    assert base(batch(), 0).kl is None
+    assert len(model.calls) == 1
+    assert "clip_embedding" not in model.calls[0]
+
+
+def test_the_schedule_reaches_the_noise(tmp_path: Path):
+    noisy = []
+    for schedule in ("squaredcos_cap_v2", "linear"):
+        one, model = objective(tmp_path, model={"schedule": schedule})
+        one(batch(), 0)
+        noisy.append(model.calls[0]["x"])
+    assert not torch.allclose(noisy[0], noisy[1])
+
+
+def test_the_source_says_which_embedding_conditions(tmp_path: Path):
+    of_text, model_t = objective(tmp_path)
+    of_image, model_i = objective(tmp_path, clip={"source": "image"})
+    of_text(batch(), 0)
+    of_image(batch(), 0)
+    encoder, one = Encoder(), batch()
+    assert torch.equal(model_t.calls[0]["clip_embedding"], encoder.encode_text(one.captions))
+    assert torch.equal(model_i.calls[0]["clip_embedding"], encoder.encode_image(one.images))
+    stored, model_s = objective(tmp_path)
+    rows = torch.ones(B, WIDTH, dtype=torch.float16) / 3
+    stored(batch(clip=rows), 0)
+    assert torch.equal(model_s.calls[0]["clip_embedding"], rows.float())
+
+
+def test_clip_is_dropped_with_the_caption_and_on_its_own(tmp_path: Path):
+    never, model = objective(tmp_path, clip={"drop": 0.0})
+    never(batch(), 0)
+    never(batch(drop=True), 0)
+    assert [bool(call["clip_drop"].any()) for call in model.calls] == [False, True]
+    always, model = objective(tmp_path, clip={"drop": 1.0})
+    always(batch(), 0)
+    assert model.calls[0]["clip_drop"].all()
+
+
+def test_channels_last_changes_the_layout_and_nothing_else(tmp_path: Path):
+    seen = []
+    for nhwc in (False, True):
+        one, model = objective(tmp_path, train={"channels_last": nhwc})
+        losses = one(batch(), 0)
+        seen.append((losses.total, model.calls[0]["x"]))
+    torch.testing.assert_close(seen[0][0], seen[1][0])
+    assert seen[1][1].is_contiguous(memory_format=torch.channels_last)
+    assert not seen[0][1].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_enlarged_picture_goes_to_an_upsampler(tmp_path: Path):
+    one, model = objective(tmp_path)
+    low = torch.full((B, SIDE // 4, SIDE // 4, 3), 255, dtype=torch.uint8)
+    one(batch(low_res=low), 0)
+    assert model.calls[0]["low_res"].shape == (B, 3, 4, 4)
+    assert model.calls[0]["low_res"].unique().tolist() == [1.0]
+
+
+# --- sums over an update ---
+
+
+def losses(mse: list[float], t: list[int], kl: float | None = None) -> Losses:
+    values = torch.tensor(mse)
+    return Losses(values.mean(), values, values * 2, None if kl is None else torch.tensor(kl), torch.tensor(t))
+
+
+def test_the_meter_means_over_micro_batches_and_quartiles(group: torch.device):
+    meter = Meter(1000, "cpu")
+    meter.add(losses([1.0, 2.0], [0, 249], kl=4.0))
+    meter.add(losses([3.0, 6.0], [250, 999]))
+    read = meter.read()
+    assert read["loss"] == 3.0
+    assert read["vb"] == 6.0
+    assert read["kl"] == 4.0
+    assert read["loss_by_quartile"] == {"q1": 1.5, "q2": 3.0, "q4": 6.0}  # none fell into the third
+    none = Meter(1000, "cpu")
+    none.add(losses([1.0], [500]))
+    assert "kl" not in none.read()
