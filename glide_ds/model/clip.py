@@ -69,8 +69,8 @@ class FrozenClip:
         self.dim: int = found.architecture["embed_dim"]
         self.quick_gelu: bool = bool(found.architecture.get("quick_gelu", False))
         self.weights_hash = found.hash
-        self._model = _load(found, source).to(self.device)
         self._tokenize = _tokenizer(found)
+        self._model = _load(found, source).to(self.device)
         self._size: int = found.architecture["vision_cfg"]["image_size"]
         self._mean, self._std = (
             torch.tensor(v, device=self.device).view(3, 1, 1) for v in (found.mean, found.std)
@@ -367,6 +367,12 @@ def _tokenizer(found: _Found) -> Callable[[list[str]], Tensor]:
 
     text = found.architecture["text_cfg"]
     if "hf_tokenizer_name" in text or "siglip" in found.name.lower():
-        tokenizer: Callable[[list[str]], Tensor] = get_tokenizer(found.name)
+        try:
+            tokenizer: Callable[[list[str]], Tensor] = get_tokenizer(found.name)
+        except (ImportError, OSError) as error:
+            raise ConfigError(
+                f"clip.model={found.name} has a tokenizer of its own, which cannot be had ({error}); "
+                "pip install transformers and run once where there is a network, or choose ViT-L/14"
+            ) from error
         return tokenizer
     return SimpleTokenizer(context_length=text.get("context_length", 77))

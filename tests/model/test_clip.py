@@ -115,6 +115,16 @@ def test_a_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> N
         FrozenClip("ViT-L/14", "openai")
 
 
+def test_a_tokenizer_that_cannot_be_had(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(_: str) -> None:
+        raise ImportError("No module named 'transformers'")
+
+    monkeypatch.setattr("open_clip.get_tokenizer", absent)
+    monkeypatch.setattr(clip_module, "_architecture", lambda _: ("ViT-B-16-SigLIP", MINI))
+    with pytest.raises(ConfigError, match=r"ViT-B-16-SigLIP.*pip install transformers"):
+        FrozenClip("ViT-B-16-SigLIP", weights)
+
+
 # --- encoding -----------------------------------------------------------------------------------------------
 
 
