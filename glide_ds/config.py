@@ -103,6 +103,14 @@ class FilterConfig:
         return self != FilterConfig()
 
 
+class MixPart(NamedTuple):
+    """One data set of a mix."""
+
+    shards: str | tuple[str, ...]
+    weight: float
+    filter: FilterConfig
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Which samples, and how a picture and its caption become a training pair."""
@@ -118,6 +126,7 @@ class DataConfig:
     min_side: int = 2  # pictures with a shorter side are skipped
     max_pixels: int = 64_000_000  # larger pictures are skipped undecoded: decompression bombs
     max_bad_fraction: float = 0.5  # a larger share of unusable samples stops the run
+    mix: Mapping[str, Any] = field(default_factory=dict)  # instead of shards: name -> {shards, weight, filter}
     filter: FilterConfig = field(default_factory=FilterConfig)
     tail: str = "drop"  # what an epoch's last, partial batch becomes: drop | pad (with the epoch's first)
     damaged_shards: str = "stop"  # stop | salvage: train on the members of a damaged tar that are whole
@@ -147,6 +156,33 @@ class DataConfig:
                 f"data.drop_caption={self.drop_caption} and data.drop_both={self.drop_both} add up to more than "
                 "1, but a sample is dropped in one way only; lower one of them"
             )
+        if self.mix:
+            _ = self.mix_parts  # its keys and values are checked where they are read
+
+    @property
+    def mix_parts(self) -> tuple[MixPart, ...]:
+        """The data sets to mix; one, of `shards`, where there is no mix. `filter` holds where a part has none."""
+        if not self.mix:
+            return (MixPart(self.shards, 1.0, self.filter),)
+        return tuple(_mix_part(f"data.mix.{name}", part, self.filter) for name, part in self.mix.items())
+
+
+def _mix_part(name: str, part: Any, default: FilterConfig) -> MixPart:
+    if not isinstance(part, Mapping) or "shards" not in part:
+        raise ConfigError(f'{name} = {part!r}; give {{"shards": …, "weight": …, "filter": {{…}}}}')
+    for key in part:
+        if key not in MixPart._fields:
+            raise ConfigError(f"unknown key {name}.{key}{_nearest(key, MixPart._fields)}; correct or remove it")
+    weight = _coerce(f"{name}.weight", part.get("weight", 1.0), float)
+    if not 0 < weight < float("inf"):
+        raise ConfigError(f"{name}.weight = {weight}; give a positive number, or leave the set out")
+    shards = _coerce(f"{name}.shards", part["shards"], str | tuple[str, ...])
+    if isinstance(shards, str) and shards.startswith("builtin:"):
+        raise ConfigError(
+            f"{name}.shards = {shards!r}: only tar shards can be mixed; write them with prepare shapes"
+        )
+    rules = part.get("filter")
+    return MixPart(shards, weight, default if rules is None else _build(FilterConfig, rules, f"{name}.filter."))
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,12 @@ S image side, B micro-batch, T caption tokens.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import add
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -24,7 +27,7 @@ from glide_ds.data import filters, shapes
 from glide_ds.data.captions import Cause, Unusable, read_caption
 from glide_ds.data.clip_store import ClipStore, Encoder
 from glide_ds.data.decode import DecodeOptions, Pixels, decode, image_member, resize
-from glide_ds.data.order import Order, micro_slots, mix, uniform
+from glide_ds.data.order import MixOrder, Order, micro_slots, mix, uniform
 from glide_ds.data.shards import ShardSet, open_shards
 from glide_ds.data.storage import CacheOptions, Storage, cache_folder
 from glide_ds.types import Batch, ConfigError, DataError
@@ -50,9 +53,14 @@ class SampleSet(Protocol):
     """Numbered samples."""
 
     sizes: np.ndarray[Any, np.dtype[np.int64]]  # samples per shard
+    part_sizes: list[np.ndarray[Any, np.dtype[np.int64]]]  # the same, by part of a mix
     fingerprint: str
 
     def __len__(self) -> int: ...
+
+    def span(self, sample: int) -> tuple[int, int]:
+        """(first sample, count) of the part of the mix that a sample belongs to."""
+        ...
 
     def load(self, sample: int, draw: float) -> Sample:
         """Raises Unusable with the cause. `draw` in [0, 1) picks among several captions."""
@@ -64,19 +72,28 @@ class SampleSet(Protocol):
 class ShardSamples:
     """Samples of tar shards."""
 
-    def __init__(self, shards: ShardSet, options: DecodeOptions, filters: FilterConfig) -> None:
-        self.shards, self.options, self.filters = shards, options, filters
-        self.sizes, self.fingerprint, self.name = shards.sizes, shards.fingerprint, shards.name
+    def __init__(self, parts: Sequence[tuple[ShardSet, FilterConfig]], options: DecodeOptions) -> None:
+        self.shards, self.options = reduce(add, (shards for shards, _ in parts)), options
+        self.part_sizes = [shards.sizes for shards, _ in parts]
+        self._ends = np.cumsum([len(shards) for shards, _ in parts]).tolist()
+        self._filters = [filter for _, filter in parts]
+        self.sizes, self.fingerprint = self.shards.sizes, self.shards.fingerprint
+        self.name = self.shards.name
 
     def __len__(self) -> int:
         return len(self.shards)
+
+    def span(self, sample: int) -> tuple[int, int]:
+        part = bisect_right(self._ends, sample)
+        first = self._ends[part - 1] if part else 0
+        return first, self._ends[part] - first
 
     def load(self, sample: int, draw: float) -> Sample:
         try:
             members = self.shards.read(sample)
         except (OSError, EOFError) as error:
             raise Unusable(Cause.UNREADABLE, str(error)) from None
-        filters.check(members, self.filters)
+        filters.check(members, self._filters[bisect_right(self._ends, sample)])
         caption, notes = read_caption(members, draw)
         return Sample(decode(image_member(members), self.options), caption, notes)
 
@@ -87,10 +104,14 @@ class ShapeSamples:
     def __init__(self, samples: int, size: int, *, held_out: bool = False) -> None:
         self.sizes = np.array([samples], np.int64)
         self.fingerprint = f"shapes-{'heldout-' if held_out else ''}{samples}"
+        self.part_sizes = [self.sizes]
         self._size, self._first = size, shapes.HELD_OUT if held_out else 0
 
     def __len__(self) -> int:
         return int(self.sizes[0])
+
+    def span(self, sample: int) -> tuple[int, int]:
+        return 0, len(self)
 
     def load(self, sample: int, draw: float) -> Sample:
         return Sample(*shapes.draw(self._first + sample, self._size))
@@ -200,7 +221,7 @@ class MicroBatches(Dataset[Made]):
     def __init__(
         self,
         samples: SampleSet,
-        order: Order,
+        order: Order | MixOrder,
         config: DataConfig,
         layout: Layout,
         clip: ClipStore | None = None,
@@ -245,7 +266,8 @@ class MicroBatches(Dataset[Made]):
             else:
                 tally.tolerated.update(sample.notes)
                 return candidate, sample
-            candidate = int(mix(_SUBSTITUTE, seed, epoch, wanted, attempt)[0] % np.uint64(len(self.samples)))
+            first, count = self.samples.span(wanted)
+            candidate = first + int(mix(_SUBSTITUTE, seed, epoch, wanted, attempt)[0] % np.uint64(count))
         return None
 
     def _hopeless(self, wanted: int, tally: Tally) -> str:
@@ -315,14 +337,7 @@ class Source:
         self, samples: SampleSet, config: DataConfig, layout: Layout, clip: ClipStore | None = None
     ) -> None:
         self.samples, self.config, self.layout, self.clip = samples, config, layout, clip
-        self.order = Order(
-            samples.sizes,
-            layout.global_batch,
-            layout.seed,
-            int(mix(*samples.fingerprint.encode())[0]),
-            shuffle=config.shuffle,
-            tail=config.tail,
-        )
+        self.order = _order(samples, config, layout)
         self._tally = Tally()
 
     @property
@@ -384,22 +399,47 @@ class Source:
         )
 
 
+def _order(samples: SampleSet, config: DataConfig, layout: Layout) -> Order | MixOrder:
+    fingerprint = int(mix(*samples.fingerprint.encode())[0])
+    parts = [
+        Order(
+            sizes,
+            layout.global_batch,
+            layout.seed,
+            fingerprint + number,
+            shuffle=config.shuffle,
+            # A part of a mix runs on from epoch to epoch, so it may be smaller than a batch.
+            tail="pad" if config.mix else config.tail,
+        )
+        for number, sizes in enumerate(samples.part_sizes)
+    ]
+    if config.mix:
+        return MixOrder(tuple(parts), tuple(part.weight for part in config.mix_parts))
+    return parts[0]
+
+
 def open_samples(config: DataConfig, image_size: int, rank: int = 0, world_size: int = 1) -> SampleSet:
-    """The samples that `data.shards` names."""
-    if config.shards in (SHAPES, SHAPES_HELD_OUT):
-        return ShapeSamples(config.shapes_samples, image_size, held_out=config.shards == SHAPES_HELD_OUT)
-    if isinstance(config.shards, str) and config.shards.startswith("builtin:"):
-        raise DataError(f"data.shards={config.shards} does not exist; there is {SHAPES} and {SHAPES_HELD_OUT}")
+    """The samples that `data.mix`, or else `data.shards`, names."""
+    if not config.mix:
+        if config.shards in (SHAPES, SHAPES_HELD_OUT):
+            return ShapeSamples(config.shapes_samples, image_size, held_out=config.shards == SHAPES_HELD_OUT)
+        if isinstance(config.shards, str) and config.shards.startswith("builtin:"):
+            raise DataError(
+                f"data.shards={config.shards} does not exist; there is {SHAPES} and {SHAPES_HELD_OUT}"
+            )
     cache = CacheOptions(config.cache_dir or str(cache_folder() / "blocks"), int(config.cache_gb * 2**30))
-    shards = open_shards(
-        config.shards,
-        config.index_dir,
-        storage=Storage(cache),
-        salvage=config.damaged_shards == "salvage",
-        part=(rank, world_size),
-    )
+    storage, salvage = Storage(cache), config.damaged_shards == "salvage"
+    parts = [
+        (
+            open_shards(
+                part.shards, config.index_dir, storage=storage, salvage=salvage, part=(rank, world_size)
+            ),
+            part.filter,
+        )
+        for part in config.mix_parts
+    ]
     options = DecodeOptions(image_size, config.crop, config.trim, config.min_side, config.max_pixels)
-    return ShardSamples(shards, options, config.filter)
+    return ShardSamples(parts, options)
 
 
 def build_source(

@@ -55,17 +55,17 @@ def uniform(*values: int | Ints | Words) -> NDArray[np.float64]:
     return (mix(*values) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def permute(index: Ints, size: Ints, key: Words) -> Ints:
+def permute(index: Ints, size: Ints | np.int64, key: Words) -> Ints:
     """Map each index in [0, size) to its place under the permutation of [0, size) that `key` names.
 
     All three broadcast. A balanced Feistel network permutes the next even power of two; values that fall
     outside are walked on along their cycle until they fall inside, which keeps it a bijection.
     """
-    index, size, key = np.broadcast_arrays(index, size, key)
-    bits = np.ceil(np.log2(np.maximum(size, 2)) / 2).astype(np.uint64)
+    index, sizes, key = np.broadcast_arrays(index, size, key)
+    bits = np.ceil(np.log2(np.maximum(sizes, 2)) / 2).astype(np.uint64)
     out = index.astype(np.uint64)
     todo = np.arange(out.size)
-    limit = size.astype(np.uint64)
+    limit = sizes.astype(np.uint64)
     while todo.size:
         out[todo] = _feistel(out[todo], bits[todo], key[todo])
         todo = todo[out[todo] >= limit[todo]]
@@ -177,6 +177,61 @@ def _deck(order: Order, key: int) -> _Deck:
     first = np.cumsum(order.sizes) - order.sizes
     ends = np.cumsum(order.sizes[turn])
     return _Deck(ends, first[turn] - (ends - order.sizes[turn]))
+
+
+@dataclass(frozen=True, eq=False)
+class MixOrder:
+    """Global batches from several sets in fixed proportions; each set runs through its own epochs.
+
+    Of the first P samples of the run, set 0 gives floor(P w0 / W), set 1 its share of the rest, and so on, so
+    the proportions hold at every step to within one sample per set and every set's stream has no gaps.
+    """
+
+    parts: tuple[Order, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def samples(self) -> int:
+        return sum(part.samples for part in self.parts)
+
+    @property
+    def lanes(self) -> int:
+        return min(part.lanes for part in self.parts)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return max(1, self.samples // self.parts[0].batch)
+
+    def draw(self, number: int, slots: Ints) -> Draw:
+        """The samples of global batch `number` at the given slots, as ids over the sets laid end to end."""
+        batch, seed = self.parts[0].batch, self.parts[0].seed
+        begin, end = self._given(number * batch), self._given((number + 1) * batch)
+        counts = np.array(end) - np.array(begin)
+        # A slot's rank must not tell its set, so the sets' runs are spread over the slots.
+        turn = permute(slots, np.int64(batch), mix(seed, number))
+        which = np.searchsorted(np.cumsum(counts), turn, side="right")
+        ids, epochs = np.empty(len(slots), np.int64), np.empty(len(slots), np.int64)
+        first, base = 0, 0
+        for part, order in enumerate(self.parts):
+            mine = which == part
+            position = begin[part] + turn[mine] - first
+            epochs[mine] = position // order.samples
+            found = np.empty(len(position), np.int64)
+            for epoch in np.unique(epochs[mine]).tolist():
+                here = epochs[mine] == epoch
+                found[here] = order.ids(epoch, position[here] % order.samples)
+            ids[mine] = base + found
+            first, base = first + int(counts[part]), base + order.samples
+        return Draw(ids, epochs, np.zeros(len(slots), np.bool_))
+
+    def _given(self, total: int) -> list[int]:
+        """How many of the first `total` samples each set gives."""
+        scaled = [max(1, round(weight / sum(self.weights) * 2**32)) for weight in self.weights]
+        given, rest = [], sum(scaled)
+        for weight in scaled:
+            given.append(total * weight // rest)  # whole numbers: exact at any total, and never decreasing
+            total, rest = total - given[-1], rest - weight
+        return given
 
 
 def micro_slots(micro: int, micro_batch: int, rank: int, world_size: int) -> Ints:

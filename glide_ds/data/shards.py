@@ -437,7 +437,7 @@ class ShardSet:
         storage: Storage,
         index_dir: str | None = None,
     ) -> None:
-        self.urls = list(urls)
+        self.urls, self.heads = list(urls), list(heads)
         self.key_hashes = [head.key_hash for head in heads]
         self.sizes = np.array([head.samples for head in heads], np.int64)
         self.ends = np.cumsum(self.sizes)
@@ -451,6 +451,11 @@ class ShardSet:
 
     def __len__(self) -> int:
         return int(self.ends[-1])
+
+    def __add__(self, other: ShardSet) -> ShardSet:
+        """Both sets' samples, this one's first."""
+        urls, heads, stats = self.urls + other.urls, self.heads + other.heads, self._stats + other._stats
+        return ShardSet(urls, heads, stats, self._storage, self._index_dir)
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(shard number, sample's number in that shard)."""
