@@ -44,8 +44,11 @@ class Committed:
 
     def model_state(self) -> dict[str, torch.Tensor]:
         """The module's state_dict as trained: fp32, or bf16 where the engine keeps a bf16 replica."""
-        state = torch.load(self.path / MODEL_FILE, map_location="cpu", weights_only=False, mmap=True)
-        return dict(state["module"])
+        return dict(self.read(MODEL_FILE)["module"])
+
+    def read(self, name: str) -> dict[str, Any]:
+        """One of DeepSpeed's files, its tensors memory-mapped. The manifest vouches for it being ours."""
+        return dict(torch.load(self.path / name, map_location="cpu", weights_only=False, mmap=True))
 
 
 def save(engine: Any, folder: Path, step: int, facts: dict[str, Any], keep: int) -> Committed:
@@ -119,19 +122,6 @@ def verify(checkpoint: Committed, part: int = 0, parts: int = 1) -> list[str]:
         elif sha256(path) != entry["sha256"]:
             problems.append(f"{name} does not match its hash")
     return problems
-
-
-def load(engine: Any, checkpoint: Committed) -> None:
-    """Put the engine into the checkpoint's state: parameters, optimizer, learning rate, counters."""
-    if checkpoint.world_size != dist.get_world_size():
-        raise CheckpointError(
-            f"{checkpoint.path} was written by {checkpoint.world_size} ranks and this run has "
-            f"{dist.get_world_size()}: its optimizer state can't be split again yet; start "
-            f"{checkpoint.world_size} ranks"
-        )
-    path, _ = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
-    if path is None:
-        raise CheckpointError(f"DeepSpeed found nothing to load in {checkpoint.path}; remove that folder")
 
 
 def sha256(path: Path) -> str:

@@ -19,15 +19,17 @@ from glide_ds.diffusion import Diffusion, create_diffusion
 from glide_ds.model import create_model
 from glide_ds.model.clip import FrozenClip, embedding_dim
 from glide_ds.model.glide import Glide
-from glide_ds.training import checkpoint, preview
+from glide_ds.training import preview
+from glide_ds.training.checkpoint import Committed
 from glide_ds.training.distributed import agreed, read_environment, start_process_group
+from glide_ds.training.elastic import load_repartitioned
 from glide_ds.training.engine import build_engine, release
 from glide_ds.training.lineage import Start, find_start, folder_of, load_start, record
 from glide_ds.training.logging import RunLog
 from glide_ds.training.loop import train
 from glide_ds.training.objective import phase_seed
 from glide_ds.training.phases import PHASES, parameter_groups
-from glide_ds.types import ConfigError, DataError, GlideConfig
+from glide_ds.types import CheckpointError, ConfigError, DataError, GlideConfig
 
 
 @dataclass
@@ -136,7 +138,7 @@ def phase_run(config: Config, device: torch.device, model: Glide | None = None) 
     engine = build_engine(model, parameter_groups(model, config), config, arithmetic)
     try:
         if start.resumed:
-            checkpoint.load(engine, start.resumed)
+            load_engine(engine, start.resumed)
         if rank == 0:
             record(config, start)
         log = RunLog(config, rank, start.step)
@@ -147,6 +149,16 @@ def phase_run(config: Config, device: torch.device, model: Glide | None = None) 
         log.close()
     finally:
         release(engine)
+
+
+def load_engine(engine: Any, checkpoint: Committed) -> None:
+    """Put the engine into the checkpoint's state: parameters, optimizer, learning rate, counters."""
+    if checkpoint.world_size != dist.get_world_size():
+        load_repartitioned(engine, checkpoint)
+        return
+    path, _ = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
+    if path is None:
+        raise CheckpointError(f"DeepSpeed found nothing to load in {checkpoint.path}; remove that folder")
 
 
 def glide_config(config: Config) -> GlideConfig:

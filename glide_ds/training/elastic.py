@@ -1,0 +1,79 @@
+"""A ZeRO-2 checkpoint loaded by another number of ranks.
+
+ZeRO lays the parameters of a group end to end, pads the end and cuts the line into one equal part per
+rank. Each new rank reads, from the files of the old ones, the stretches that its own part covers.
+DeepSpeed's own ways don't serve: the native load refuses, and Universal Checkpoint silently leaves
+frozen parameters and buffers at their initial values and knows no 8-bit state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from glide_ds.training.checkpoint import Committed
+from glide_ds.training.optimizer import state_dict_to_fp32
+from glide_ds.types import CheckpointError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def load_repartitioned(engine: Any, checkpoint: Committed) -> None:
+    """Put the engine into the state of a checkpoint that another number of ranks wrote.
+
+    Parameters, frozen ones, buffers, fp32 masters, moments, learning rate and counters are exact; 8-bit
+    moments are quantised anew where the cut moved.
+    """
+    zero = engine.optimizer
+    model = checkpoint.read("mp_rank_00_model_states.pt")
+    parts = [
+        checkpoint.read(f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")["optimizer_state_dict"]
+        for rank in range(checkpoint.world_size)
+    ]
+    bases = [state_dict_to_fp32(part["base_optimizer_state"]) for part in parts]
+    engine.module.load_state_dict(model["module"])
+    state: dict[int, dict[str, Any]] = {}
+    for i, group in enumerate(zero.bit16_groups):
+        total = sum(parameter.numel() for parameter in group)
+        master = zero.single_partition_of_fp32_groups[i]
+        masters = [part["single_partition_of_fp32_groups"][i] for part in parts]
+        if (
+            len(parts[0]["single_partition_of_fp32_groups"]) != len(zero.bit16_groups)
+            or sum(m.numel() for m in masters) < total
+        ):
+            raise CheckpointError(
+                f"{checkpoint.path} holds other parameter groups than this phase trains (group {i}: {total:,} "
+                "values wanted); it belongs to another configuration: choose another run.dir"
+            )
+        master.data.copy_(own_part(masters, total, master.numel()))
+        if i in bases[0]["state"]:
+            moments = {
+                key: own_part([base["state"][i][key] for base in bases], total, master.numel())
+                for key in MOMENTS
+            }
+            state[i] = {"step": bases[0]["state"][i]["step"], **moments}
+    zero.optimizer.load_state_dict({"state": state, "param_groups": bases[0]["param_groups"]})
+    zero.update_lp_params()
+    engine.lr_scheduler.load_state_dict(model["lr_scheduler"])
+    for counter in ("global_steps", "global_samples", "skipped_steps"):
+        setattr(engine, counter, model[counter])
+
+
+def own_part(parts: Sequence[Tensor], total: int, size: int) -> Tensor:
+    """This rank's `size` values of a line of `total`, cut elsewhere into `parts`; zeros beyond its end.
+
+    Only the stretches that overlap are touched: parts may be memory-mapped files.
+    """
+    start = dist.get_rank() * size
+    own = torch.zeros(size, dtype=parts[0].dtype)
+    position = 0
+    for part in parts:
+        low, high = max(start, position), min(start + size, position + part.numel(), total)
+        if low < high:
+            own[low - start : high - start] = part[low - position : high - position]
+        position += part.numel()
+    return own
