@@ -1,0 +1,140 @@
+"""Two ranks over gloo against one: the same numbers, the same errors, one launch for all tests here."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from train_kit import PARITY, make_config, metrics, shake, trace, train_phase
+
+from glide_ds.training.checkpoint import committed
+
+WORKER = Path(__file__).with_name("rank_worker.py")
+
+
+class Launch(NamedTuple):
+    folder: Path
+    results: list[dict[str, Any]]  # by rank
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory, group: torch.device) -> Launch:
+    """Both ranks' results; the one-rank run of the same configuration is trained in the meantime."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, str(WORKER), str(folder)]
+        with (folder / f"rank{rank}.log").open("w") as log:
+            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        train_phase(make_config(folder / "one", **PARITY), shake)
+        accumulated = {**PARITY, "train_micro_batch_size_per_gpu": 2}
+        train_phase(make_config(folder / "halves", **accumulated), shake)
+        codes = [process.wait(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    logs = "\n".join((folder / f"rank{rank}.log").read_text()[-3000:] for rank in range(2))
+    assert codes == [0, 0], logs
+    return Launch(folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)])
+
+
+def by_slot(folder: Path, ranks: int) -> list[list[tuple[int, int]]]:
+    """(sample, timestep) of every slot of every global batch; rank r has the slots that are r modulo the ranks."""
+    steps = []
+    for lines in zip(*(trace(folder, rank) for rank in range(ranks)), strict=True):
+        own = [zip(line["sample_ids"], line["timesteps"], strict=True) for line in lines]
+        steps.append([pair for turn in zip(*own, strict=True) for pair in turn])
+    return steps
+
+
+@pytest.mark.parametrize("other", ["two", "halves"])
+def test_ranks_and_accumulation_change_no_loss(two_ranks: Launch, other: str):
+    one, two = (metrics(two_ranks.folder / name) for name in ("one", other))
+    assert len(one) == len(two) == 20
+    for whole, parted in zip(one, two, strict=True):
+        for key in ("loss", "vb", "grad_norm"):
+            assert parted[key] == pytest.approx(whole[key], rel=1e-4), (whole["step"], key)
+        for key in ("loss_by_quartile", "grad_norm_by_role", "gates"):
+            assert parted[key] == pytest.approx(whole[key], rel=1e-3), (whole["step"], key)
+        assert ("kl" in whole) == ("kl" in parted) == (whole["step"] % 4 == 1)
+        assert parted.get("kl", 0) == pytest.approx(whole.get("kl", 0), rel=1e-3)
+        assert {k: parted[k] for k in ("step", "lr", "samples_seen")} == {
+            k: whole[k] for k in ("step", "lr", "samples_seen")
+        }
+    assert one[-1]["loss"] != one[0]["loss"]
+
+
+def test_every_slot_has_the_same_sample_and_timestep(two_ranks: Launch):
+    one = by_slot(two_ranks.folder / "one", 1)
+    assert [len(pairs) for pairs in one] == [4] * 20
+    assert by_slot(two_ranks.folder / "two", 2) == one
+    assert by_slot(two_ranks.folder / "halves", 1) == one
+
+
+def test_no_sample_is_read_by_two_ranks(two_ranks: Launch):
+    ids = [
+        {i for line in trace(two_ranks.folder / "two", rank)[:16] for i in line["sample_ids"]}
+        for rank in (0, 1)
+    ]
+    assert not ids[0] & ids[1]
+    assert len(ids[0]) == len(ids[1]) == 32  # one epoch of 64
+
+
+def test_an_error_on_one_rank_is_raised_by_all(two_ranks: Launch):
+    assert [r["agreed"] for r in two_ranks.results] == ["DataError: only rank 1 sees this"] * 2
+
+
+def test_the_logged_loss_is_the_mean_over_ranks(two_ranks: Launch):
+    assert [r["meter"] for r in two_ranks.results] == [4.0, 4.0]
+
+
+def test_all_ranks_fall_back_together(two_ranks: Launch):
+    for result in two_ranks.results:
+        newest, before, found, damaged = result["verified"]
+        assert (newest, before, found, damaged) == (20, [], 10, 1)
+
+
+def test_a_save_that_fails_on_one_rank_fails_on_all_and_the_previous_stands(two_ranks: Launch):
+    for result in two_ranks.results:
+        files, told, found = result["full_disk"]
+        assert files == ["part0.pt", "part1.pt"]
+        assert "rank 1: OSError: [Errno 28] No space left on device" in told
+        assert "the previous checkpoint stands" in told
+        assert found == 1
+
+
+def test_the_checkpoint_holds_both_ranks_files(two_ranks: Launch):
+    newest = committed(two_ranks.folder / "two" / "run" / "phase3")[0]
+    assert newest.world_size == 2
+    assert sum("optim_states" in name for name in newest.manifest["files"]) == 2
+    one = committed(two_ranks.folder / "one" / "run" / "phase3")[0].model_state()
+    state = newest.model_state()
+    assert one.keys() == state.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-2, atol=2e-3)
+
+
+def test_two_ranks_checkpoint_is_exported_by_one(two_ranks: Launch, tmp_path: Path):
+    from glide_ds.export import export, find_checkpoint
+
+    written = export(find_checkpoint(two_ranks.folder / "two" / "run"), tmp_path / "x.safetensors")
+    assert set(written) == {tmp_path / "x.safetensors"}
