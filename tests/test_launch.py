@@ -1,0 +1,192 @@
+"""The commands that people type. Slow: whole launches, each a minute or two on two idle cores."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from train_kit import UNSTEADY, read_lines
+
+BIN = Path(sys.executable).parent
+TINY = [f"ds_configs/tiny/phase{n}.json" for n in (1, 2, 3)]
+# A random start of a still smaller model: what is tested is the launch, not the picture.
+SMALL = [
+    "model.weights=random",
+    "model.architecture.image_size=16",
+    "model.architecture.xf_layers=1",
+    "model.architecture.channel_mult=[1, 2]",
+    "model.architecture.attention_ds=[2]",
+    "model.architecture.text_ctx=12",
+    "train_batch_size=8",
+    "data.workers=1",
+]
+
+
+def environment() -> dict[str, str]:
+    """This process's, without a launcher's variables: the tests' own process group has set them."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {key: value for key, value in os.environ.items() if key not in names}
+    return {**kept, "PATH": f"{BIN}:{kept['PATH']}", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def launch(root: Path, ranks: int, *arguments: str, port: int = 29611) -> list[str]:
+    launcher = [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(port)]
+    return [*launcher, str(root / "launch" / "train.py"), *arguments]
+
+
+def finish(root: Path, command: list[str], timeout: float = 600) -> str:
+    done = subprocess.run(
+        command, cwd=root, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+    )
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return done.stdout
+
+
+def steady(path: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in UNSTEADY} for line in read_lines(path)]
+
+
+def test_a_mistake_ends_the_command_with_one_message_and_code_2(root: Path):
+    arguments = ["--ds_config", "ds_configs/tiny/phase3.json", "--set", "trian.steps=2"]
+    command = [sys.executable, str(root / "launch" / "train.py"), *arguments]
+    done = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert (
+        done.stderr.strip().splitlines()[-1].startswith("ConfigError: --set trian.steps=2: unknown key 'trian'")
+    )
+    assert "Traceback" not in done.stderr
+    assert done.stdout.startswith("glide_ds: reading ds_configs/tiny/phase3.json")
+
+
+@pytest.mark.slow
+def test_the_literal_command_on_eight_ranks(root: Path, tmp_path: Path):
+    # Without built-in weights the same command starts at random; the file is part of the package later.
+    sets = ["train.steps=2", f"run.dir={tmp_path}/run"]
+    if not (root / "glide_ds" / "tiny" / "glide.safetensors").is_file():
+        sets.append("model.weights=random")
+    out = finish(root, launch(root, 8, "--ds_config", "ds_configs/tiny/phase3.json", "--set", *sets))
+    assert "batch   32 = micro-batch 4" in out
+    assert "8 ranks" in out
+    assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+    manifest = json.loads((tmp_path / "run" / "phase3" / "LAST" / "manifest.json").read_text())
+    assert manifest["world_size"] == 8
+
+
+@pytest.mark.slow
+def test_the_full_size_block_without_a_process_group(root: Path, tmp_path: Path):
+    command = [sys.executable, str(root / "launch" / "train.py"), "--ds_config", "ds_configs/phase3.json"]
+    out = finish(root, [*command, "--dry_run", "--set", f"run.dir={tmp_path}/run"])
+    text = " ".join(out.split())
+    assert "402,039,773 parameters" in text
+    counts = {
+        name: int(value.replace(",", "")) for name, value in re.findall(r"(\w+) ([\d,]{2,})(?=,| param)", text)
+    }
+    assert {"adapter", "gates", "unet", "text"} <= counts.keys()
+    assert sum(counts[role] for role in ("adapter", "gates", "unet", "text")) == 402_039_773
+    assert "frozen nothing" in text
+    assert "ViT-L/14 text embeddings, 768-d" in text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_pipeline_killed_at_any_instant_and_started_again_is_the_uninterrupted_one(
+    root: Path, tmp_path: Path
+):
+    def command(folder: Path, port: int) -> list[str]:
+        sets = [
+            *SMALL,
+            f"run.dir={folder}",
+            "train.steps=12",
+            "checkpoint.every=2",
+            "log.every=3",
+            "log.samples_every=0",
+            "data.trace=true",
+        ]
+        return launch(root, 2, "--ds_config", *TINY, "--set", *sets, port=port)
+
+    finish(root, command(tmp_path / "straight", 29612))
+    whole = steady(tmp_path / "straight" / "metrics.jsonl")
+    assert [(line["phase"], line["step"]) for line in whole] == [
+        (phase, step) for phase in ("adapter_only", "adapter_gates", "full") for step in (1, 3, 6, 9, 12)
+    ]
+    killed = tmp_path / "killed"
+    moments = random.Random(0)
+    for after in (4, 9, 17, 24, 31):  # traced updates of all phases
+        kill_after(
+            root, command(killed, 29613), killed / "trace" / "rank0.jsonl", after, moments.uniform(0, 0.4)
+        )
+    finish(root, command(killed, 29614))
+    assert steady(killed / "metrics.jsonl") == whole
+    for rank in range(2):
+        trace = f"trace/rank{rank}.jsonl"
+        assert read_lines(killed / trace) == read_lines(tmp_path / "straight" / trace)
+
+
+def kill_after(root: Path, command: list[str], trace: Path, updates: int, wait: float) -> None:
+    """SIGKILL to the launcher and its ranks, at once, `wait` seconds after an update was traced."""
+    process = subprocess.Popen(
+        command,
+        cwd=root,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    give_up = time.monotonic() + 300
+    try:
+        while not (trace.exists() and trace.read_text().count("\n") >= updates):
+            assert process.poll() is None, "the launch ended before it could be killed"
+            assert time.monotonic() < give_up
+            time.sleep(0.02)
+        time.sleep(wait)
+    finally:
+        for pid in descendants(process.pid):
+            try_kill(pid)
+        process.wait()
+
+
+def descendants(pid: int) -> list[int]:
+    """The process and all below it: the launcher puts its ranks into sessions of their own."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            continue  # ended meanwhile
+    found = [pid]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found
+
+
+def try_kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+@pytest.mark.slow
+def test_one_step_of_the_full_size_base_model_fits_in_24_gb(root: Path, tmp_path: Path):
+    sets = [
+        f"run.dir={tmp_path}/run",
+        "train.steps=1",
+        "train_batch_size=2",
+        "model.weights=random",
+        "log.samples_every=0",
+        "data.workers=0",
+    ]
+    before = time.monotonic()
+    finish(root, launch(root, 1, "--ds_config", "ds_configs/base.json", "--set", *sets), timeout=1500)
+    (line,) = read_lines(tmp_path / "run" / "metrics.jsonl")
+    print(f"peak memory {line['memory_gib']:.1f} GiB, {time.monotonic() - before:.0f} s")
+    assert line["memory_gib"] < 24
