@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -90,17 +89,6 @@ def save(run: PhaseRun, done: int, first_offset: float) -> None:
     folder = folder_of(run.config, run.config.train.phase)
     saved = checkpoint.save(run.engine, folder, done, facts, run.config.checkpoint.keep)
     run.log.line(f"committed {saved.path} in {time.monotonic() - started:.1f} s")
-    run.log.line(describe_data(run.source.report()))
-
-
-def describe_data(own: dict[str, Any]) -> str:
-    """What all ranks have read since the start, and left out by cause. Collective."""
-    reports: list[dict[str, Any]] = [{} for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(reports, own)
-    skipped = sum((Counter(report["skipped"]) for report in reports), Counter[str]())
-    causes = ", ".join(f"{cause} {count:,}" for cause, count in skipped.most_common())
-    read = sum(report["read"] for report in reports)
-    return f"data: {read:,} samples read, {skipped.total():,} skipped{f' ({causes})' if causes else ''}"
 
 
 def report_data(run: PhaseRun) -> None:
