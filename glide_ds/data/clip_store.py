@@ -107,8 +107,9 @@ class ClipStore:
         shards = np.searchsorted(self._ends, samples, side="right")
         rows = samples - (self._ends - self._sizes)[shards]
         out = np.empty((len(samples), self.dim), np.float16)
-        for place, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
-            out[place] = self._array(shard)[row]
+        for shard in set(shards.tolist()):
+            here = shards == shard
+            out[here] = self._array(shard)[rows[here]]
         missing = ~out.any(axis=1)
         if missing.any():
             raise DataError(

@@ -237,8 +237,10 @@ class MicroBatches(Dataset[Made]):
         images = np.empty((len(slots), size, size, 3), np.uint8)
         ids = drawn.ids.copy()
         captions = []
-        for row, (wanted, epoch) in enumerate(zip(drawn.ids.tolist(), drawn.epochs.tolist(), strict=True)):
-            found = self._usable(wanted, epoch, tally)
+        dice = uniform(_CAPTION, layout.seed, drawn.epochs, drawn.ids).tolist()
+        wishes = zip(drawn.ids.tolist(), drawn.epochs.tolist(), dice, strict=True)
+        for row, (wanted, epoch, die) in enumerate(wishes):
+            found = self._usable(wanted, epoch, die, tally)
             if found is None:
                 return Made(None, tally, self._hopeless(wanted, tally))
             ids[row], sample = found
@@ -250,15 +252,14 @@ class MicroBatches(Dataset[Made]):
             batch = replace(batch, sample_ids=torch.from_numpy(np.where(drawn.padding, -1 - ids, ids)))
         return Made(batch, tally)
 
-    def _usable(self, wanted: int, epoch: int, tally: Tally) -> tuple[int, Sample] | None:
+    def _usable(self, wanted: int, epoch: int, die: float, tally: Tally) -> tuple[int, Sample] | None:
         """The wanted sample, or the first usable one of a sequence that follows from its id and epoch."""
         seed, candidate = self.layout.seed, wanted
         for attempt in range(1, SUBSTITUTES + 1):
             tally.read += 1
             try:
                 # A store has one embedding per sample: that of the caption its first draw gives.
-                draw = 0.0 if self.clip else float(uniform(_CAPTION, seed, epoch, candidate)[0])
-                sample = self.samples.load(candidate, draw)
+                sample = self.samples.load(candidate, 0.0 if self.clip else die)
             except filters.Filtered as finding:
                 tally.filtered[finding.cause] += 1
             except Unusable as finding:
@@ -268,6 +269,7 @@ class MicroBatches(Dataset[Made]):
                 return candidate, sample
             first, count = self.samples.span(wanted)
             candidate = first + int(mix(_SUBSTITUTE, seed, epoch, wanted, attempt)[0] % np.uint64(count))
+            die = float(uniform(_CAPTION, seed, epoch, candidate)[0])
         return None
 
     def _hopeless(self, wanted: int, tally: Tally) -> str:

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import tempfile
+from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -231,11 +232,9 @@ class ShardIndex:
 
     def members(self, sample: int) -> list[tuple[str, int, int]]:
         """(extension, offset, size) of each member of a sample."""
-        rows = range(int(self.first[sample]), int(self.first[sample + 1]))
-        return [
-            (self.head.extensions[self.kinds[row]], int(self.blocks[row]) * BLOCK, int(self.sizes[row]))
-            for row in rows
-        ]
+        extensions, kind, block, size = self.head.extensions, self.kinds.item, self.blocks.item, self.sizes.item
+        rows = range(self.first.item(sample), self.first.item(sample + 1))
+        return [(extensions[kind(row)], block(row) * BLOCK, size(row)) for row in rows]
 
     def to_bytes(self) -> bytes:
         head = json.dumps(asdict(self.head), sort_keys=True).encode() + b"\n"
@@ -441,6 +440,7 @@ class ShardSet:
         self.key_hashes = [head.key_hash for head in heads]
         self.sizes = np.array([head.samples for head in heads], np.int64)
         self.ends = np.cumsum(self.sizes)
+        self._ends = self.ends.tolist()  # plain integers, for one sample at a time
         self.duplicates = sum(head.duplicates for head in heads)
         self.damaged = [(url, note) for url, head in zip(urls, heads, strict=True) for note in head.damage]
         digest = hashlib.blake2b("".join(head.fingerprint for head in heads).encode(), digest_size=8)
@@ -459,8 +459,8 @@ class ShardSet:
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(shard number, sample's number in that shard)."""
-        shard = int(np.searchsorted(self.ends, sample, side="right"))
-        return shard, sample - int(self.ends[shard] - self.sizes[shard])
+        shard = bisect_right(self._ends, sample)
+        return shard, sample - (self._ends[shard - 1] if shard else 0)
 
     def read(self, sample: int) -> dict[str, bytes]:
         """A sample's members by extension. Raises OSError or EOFError where the shard cannot give them."""
