@@ -92,7 +92,7 @@ def local(tmp_path: Path) -> str:
 @pytest.fixture
 def server(local: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakyServer]:
     monkeypatch.setattr(storage_module, "FIRST_WAIT", 0.001)
-    monkeypatch.setattr(storage_module, "BLOCK_BYTES", 1024)
+    monkeypatch.setattr(storage_module, "BLOCK_BYTES", 4096)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
     server = FlakyServer(Path(local).parent)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -109,12 +109,14 @@ def epoch(shards: str, steps: int = 6, **data: Any) -> tuple[torch.Tensor, torch
     return ids, torch.cat([b.images for b in batches]), made.report()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("workers", "fail"), [(0, 0.2), pytest.param(2, 0.05, marks=pytest.mark.slow)])
 def test_a_flaky_server_gives_the_local_epoch(
-    local: str, server: FlakyServer, tmp_path: Path, workers: int
+    local: str, server: FlakyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, fail: float
 ) -> None:
+    if workers:
+        monkeypatch.setattr(storage_module, "BLOCK_BYTES", 512)
     ids, images, _ = epoch(local, index_dir=str(tmp_path / "a"))
-    server.fail = 0.05
+    server.fail = fail
     remote = f"{server.url}/s-{{000..002}}.tar"
     far_ids, far_images, report = epoch(remote, index_dir=str(tmp_path / "b"), workers=workers)
     assert server.failed > 0
