@@ -67,6 +67,21 @@ def test_starting_at_a_step_is_going_on(shards: str) -> None:
     assert all(same(a, b) for a, b in zip(first[20:], again, strict=True))
 
 
+def test_stopped_on_two_ranks_it_goes_on_with_one_and_with_three(shards: str) -> None:
+    uninterrupted = [batch.sample_ids for batch in take(source(shards, batch=24), 9)]
+    trace = []
+    for ranks, start, stop in ((2, 0, 3), (1, 3, 4), (3, 4, 9)):
+        parts = [
+            take(source(shards, batch=24, rank=rank, ranks=ranks), stop - start, start) for rank in range(ranks)
+        ]
+        for step in zip(*parts, strict=True):
+            ids = torch.empty(24, dtype=torch.int64)
+            for part in step:
+                ids[part.slots] = part.sample_ids
+            trace.append(ids)
+    assert torch.equal(torch.stack(trace), torch.stack(uninterrupted))
+
+
 def test_epochs_differ_and_so_do_seeds(shards: str) -> None:
     made = source(shards, batch=34)
     first, second = take(made, 3), take(made, 3, start=3)
