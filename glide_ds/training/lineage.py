@@ -107,10 +107,11 @@ def _newest(folder: Path, verify: bool) -> tuple[Committed | None, list[str]]:
 def _given_weights(config: Config) -> str:
     """`model.weights`, with "auto" resolved; an error where the phase could not do with it."""
     phase, weights = PHASES[config.train.phase], config.model.weights
-    real_data = any(not str(s).startswith(BUILTIN_DATA) for s in _listed(config.data.shards))
+    shards = [pattern for part in config.data.mix_parts for pattern in _listed(part.shards)]
+    real_data = any(not pattern.startswith(BUILTIN_DATA) for pattern in shards)
     if weights == "auto" and real_data:
         raise WeightsError(
-            f"data.shards = {config.data.shards!r} is real data and phase {phase.name!r} has no weights to start "
+            f"data.shards = {shards} is real data and phase {phase.name!r} has no weights to start "
             "from: GLIDE from random weights would cost months; give model.weights=/path/base.pt, "
             "model.weights=openai to download the published ones, or model.weights=random if that is meant"
         )

@@ -51,8 +51,7 @@ def block(
         ),
         (
             "data",
-            f"{_listed(config.data.shards)}: {data['samples']:,} samples, "
-            f"{data['batches_per_epoch']:,} batches per epoch",
+            f"{_sets(config)}: {data['samples']:,} samples, {data['batches_per_epoch']:,} batches per epoch",
         ),
         ("batch", describe_batch(config, arithmetic)),
         ("steps", f"{steps_left:,} to go of {train.steps:,} ({epochs:.2f} epochs), {describe_rates(config)}"),
@@ -166,8 +165,18 @@ def activation_bytes(model: Any, micro_batch: int, checkpointing: bool) -> int:
     return per_image * micro_batch
 
 
+def _sets(config: Config) -> str:
+    """The data sets by their patterns, and by weight where they are mixed."""
+    parts = config.data.mix_parts
+    weight = sum(part.weight for part in parts)
+    shares = [f"{part.weight / weight:.0%} " if config.data.mix else "" for part in parts]
+    return ", ".join(share + _listed(part.shards) for share, part in zip(shares, parts, strict=True))
+
+
 def _listed(shards: str | tuple[str, ...]) -> str:
-    return shards if isinstance(shards, str) else f"{shards[0]} and {len(shards) - 1} more"
+    if isinstance(shards, str):
+        return shards
+    return shards[0] + (f" and {len(shards) - 1} more" if shards[1:] else "")
 
 
 def _counted(counts: Mapping[str, int], roles: list[str]) -> str:
