@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -143,3 +144,15 @@ PARITY: dict[str, Any] = {
     "checkpoint": {"every": 10},
     "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.98], "eps": 1e-4}},
 }
+
+
+def rewound(folder: Path, other: Path, step: int) -> Path:
+    """A copy of a run of phase full as a kill after update `step`'s checkpoint would have left it."""
+    shutil.copytree(folder / "run", other / "run", symlinks=True)
+    phase = other / "run" / "phase3"
+    for path in phase.glob("step-*"):
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    (phase / "LAST").unlink()
+    (phase / "LAST").symlink_to(f"step-{step:08d}")
+    return other

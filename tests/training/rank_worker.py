@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch.distributed as dist
@@ -28,6 +29,7 @@ def main(folder: Path) -> None:
     train_phase(make_config(folder / "two", **PARITY), shake)
     results["verified"] = damage_seen_by_all(rank, folder / "two" / "run" / "phase3")
     results["full_disk"] = save_that_fails_on_one_rank(rank, folder)
+    resume_what_one_rank_began(folder)
     (folder / f"rank{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
@@ -68,6 +70,12 @@ def damage_seen_by_all(rank: int, folder: Path) -> list[object]:
     if rank == 0:
         path.write_bytes(whole)
     return [newest.step, before, found.step if found else None, len(damaged)]
+
+
+def resume_what_one_rank_began(folder: Path) -> None:
+    while not (folder / "grown.ready").exists():
+        time.sleep(0.05)
+    train_phase(make_config(folder / "grown", **PARITY), shake)
 
 
 def save_that_fails_on_one_rank(rank: int, folder: Path) -> list[object]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from train_kit import PARITY, make_config, metrics, shake, trace, train_phase
+from train_kit import PARITY, make_config, metrics, rewound, shake, trace, train_phase
 
 from glide_ds.training.checkpoint import committed
 
@@ -46,6 +46,8 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory, group: torch.device) -> 
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
     try:
         train_phase(make_config(folder / "one", **PARITY), shake)
+        rewound(folder / "one", folder / "grown", 10)
+        (folder / "grown.ready").touch()
         accumulated = {**PARITY, "train_micro_batch_size_per_gpu": 2}
         train_phase(make_config(folder / "halves", **accumulated), shake)
         codes = [process.wait(timeout=240) for process in processes]
@@ -54,6 +56,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory, group: torch.device) -> 
             process.kill()
     logs = "\n".join((folder / f"rank{rank}.log").read_text()[-3000:] for rank in range(2))
     assert codes == [0, 0], logs
+    train_phase(make_config(rewound(folder / "two", folder / "shrunk", 10), **PARITY), shake)
     return Launch(folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)])
 
 
@@ -66,8 +69,8 @@ def by_slot(folder: Path, ranks: int) -> list[list[tuple[int, int]]]:
     return steps
 
 
-@pytest.mark.parametrize("other", ["two", "halves"])
-def test_ranks_and_accumulation_change_no_loss(two_ranks: Launch, other: str):
+@pytest.mark.parametrize("other", ["two", "halves", "grown", "shrunk"])
+def test_ranks_accumulation_and_resuming_on_other_ranks_change_no_loss(two_ranks: Launch, other: str):
     one, two = (metrics(two_ranks.folder / name) for name in ("one", other))
     assert len(one) == len(two) == 20
     for whole, parted in zip(one, two, strict=True):

@@ -42,7 +42,7 @@ from glide_ds.training.logging import JsonLines, RunLog
 from glide_ds.training.loop import train
 from glide_ds.training.objective import QUARTILES, Objective
 from glide_ds.training.run import check_pipeline, main
-from glide_ds.types import CheckpointError, ConfigError, DataError, GlideError, WeightsError
+from glide_ds.types import ConfigError, DataError, GlideError, WeightsError
 
 pytestmark = pytest.mark.usefixtures("group")
 
@@ -235,15 +235,6 @@ def test_resume_takes_the_checkpoint_before_a_damaged_one(
     assert "step-00000003: mp_rank_00_model_states.pt has 1000 bytes instead of" in out.replace("!! ", "")
     assert metrics(tmp_path, steady=True) == before
     assert [c.step for c in committed(tmp_path / "run" / "phase3")] == [3, 2]
-
-
-def test_a_checkpoint_of_another_world_size_is_refused_by_name(tmp_path: Path):
-    config = make_config(tmp_path, train={"steps": 1}, train_batch_size=2)
-    train_phase(config)
-    path = tmp_path / "run" / "phase3" / "step-00000001" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"world_size": 4}))
-    with pytest.raises(CheckpointError, match=r"written by 4 ranks .* start 4 ranks"):
-        train_phase(config)
 
 
 def test_lines_of_other_phases_and_torn_lines_are_kept_and_cut(tmp_path: Path):
@@ -511,6 +502,19 @@ def test_real_data_without_weights_is_refused(tmp_path: Path, start: Callable[..
     message = fails(WeightsError, start, path)
     for remedy in ("model.weights=/path/base.pt", "model.weights=openai", "model.weights=random"):
         assert remedy in message
+
+
+def test_a_mix_is_real_data_and_named_by_share(
+    tmp_path: Path, start: Callable[..., None], photos: str, capsys: pytest.CaptureFixture[str]
+):
+    mix = {"a": {"shards": photos, "weight": 3}, "b": {"shards": [photos], "weight": 1}}
+    path = write_config(
+        tmp_path, "base", data={"shards": "builtin:shapes", "mix": mix}, model={"weights": "auto"}
+    )
+    assert "is real data" in fails(WeightsError, start, path)
+    with opened(make_config(tmp_path, "base", data={"mix": mix})) as run:
+        assert len(next(run.source.batches(0))) == 4
+    assert f"75% {photos}, 25% {photos}: 16 samples" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_run_directory_of_another_configuration_is_refused(tmp_path: Path, start: Callable[..., None]):
