@@ -38,6 +38,18 @@ COMMANDS = (
         "glide-ds prepare shapes --out shards/ --count 10000",
     ),
     Command(
+        ("prepare", "pack"),
+        "glide_ds.data.pack",
+        "turn a folder, a jsonl or a parquet of pictures and captions into shards",
+        "glide-ds prepare pack photos/ --out shards/",
+    ),
+    Command(
+        ("prepare", "index"),
+        "glide_ds.data.index",
+        "index shards before the first run, and find damaged ones",
+        "glide-ds prepare index 's3://bucket/laion/{00000..09999}.tar'",
+    ),
+    Command(
         ("prepare", "clip"),
         "glide_ds.prepare",
         "compute the CLIP embeddings of shards beforehand, over every process it is launched with",

@@ -138,7 +138,9 @@ def phase_run(config: Config, device: torch.device, model: Glide | None = None) 
     engine = build_engine(model, parameter_groups(model, config), config, arithmetic)
     try:
         if start.resumed:
-            load_engine(engine, start.resumed)
+            resumed = start.resumed
+            agreed(lambda: _check_data(resumed, source))
+            load_engine(engine, resumed)
         if rank == 0:
             record(config, start)
         log = RunLog(config, rank, start.step)
@@ -190,6 +192,17 @@ def _frozen_clip(config: Config, device: torch.device) -> FrozenClip | None:
     # Sample grids are drawn from captions, so the text tower is needed in any case.
     towers = "both" if config.clip.source == "image" else "text"
     return FrozenClip(config.clip.model, config.clip.weights, device, source=towers)
+
+
+def _check_data(resumed: Committed, source: Source) -> None:
+    """Refuse to go on with other data than the checkpoint's: its order would not be the same."""
+    before = resumed.manifest["data_fingerprint"]
+    if source.fingerprint != before:
+        raise DataError(
+            f"data.shards hold other samples than when {resumed.path} was written (fingerprint "
+            f"{source.fingerprint}, then {before}): some would be repeated and others missed. Put the shards "
+            "back, or choose another run.dir and start it from an export of this run"
+        )
 
 
 def _check_writable(folder: Path) -> None:
