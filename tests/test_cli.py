@@ -3,7 +3,6 @@
 import shlex
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -11,16 +10,13 @@ from glide_ds import __version__, cli
 from glide_ds.data import shapes
 
 
-def test_help_is_quick_and_imports_no_torch():
+def test_help_imports_no_torch():
     code = "import sys; from glide_ds.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     code += "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
-    start = time.perf_counter()
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    took = time.perf_counter() - start
     assert result.returncode == 0, result.stderr
     for command in cli.COMMANDS:
         assert command.words[0] in result.stdout
-    assert took < 0.5  # measured: 0.05 s
 
 
 def test_version(capsys):

@@ -6,7 +6,6 @@ import shutil
 import stat
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 
@@ -130,11 +129,8 @@ def test_env_installs_once_and_then_ends_at_once(checkout):
     assert [call.endswith("--editable .") for call in checkout.installs()] == [True]
     assert "env: ready: glide_ds 1" in first.stdout
     assert "torch==1" not in first.stdout + first.stderr  # the list of packages is not shown
-    start = time.perf_counter()
     again = checkout.run()
-    took = time.perf_counter() - start
     assert (again.returncode, again.stdout, checkout.calls) == (0, "", [])
-    assert took < 0.3  # measured: 0.05 s
 
 
 @pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt", "launch/env.sh"])
