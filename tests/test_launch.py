@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -44,11 +45,15 @@ def launch(root: Path, ranks: int, *arguments: str, port: int = 29611) -> list[s
 
 
 def finish(root: Path, command: list[str], timeout: float = 600) -> str:
-    done = subprocess.run(
-        command, cwd=root, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
-    )
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-    return done.stdout
+    with subprocess.Popen(
+        command, cwd=root, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        finally:
+            kill(process)  # a launcher that is stopped leaves its ranks running
+    assert process.returncode == 0, f"{' '.join(command)}\n{out[-3000:]}\n{err[-6000:]}"
+    return out
 
 
 def steady(path: Path) -> list[dict[str, Any]]:
@@ -149,8 +154,7 @@ def kill_after(root: Path, command: list[str], trace: Path, updates: int, wait: 
             time.sleep(0.02)
         time.sleep(wait)
     finally:
-        for pid in descendants(process.pid):
-            try_kill(pid)
+        kill(process)
         process.wait()
 
 
@@ -168,11 +172,13 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def try_kill(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
+def kill(process: subprocess.Popen[Any]) -> None:
+    """SIGKILL to the process and all below it; to nothing where it has ended."""
+    if process.poll() is not None:
         return
+    for pid in descendants(process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.slow
