@@ -36,10 +36,10 @@ PRESETS: dict[str, Callable[[], GlideConfig]] = {
         xf_width=64,
         xf_layers=3,
         xf_heads=2,
-        model_channels=32,
+        model_channels=64,  # 2 per norm group: with 1 the output could not see an image's mean colour
         num_res_blocks=1,
-        channel_mult=(1, 2, 2),
-        attention_ds=(2, 4),
+        channel_mult=(1, 1, 1),
+        attention_ds=(4,),
         num_head_channels=32,
         dropout=0.0,
     ),

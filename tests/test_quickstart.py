@@ -61,7 +61,11 @@ def test_the_pretrained_model_is_kept(quickstart):
 def test_every_phase_left_its_trace(quickstart):
     run, output, _ = quickstart
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [p for p in dict.fromkeys(line["phase"] for line in steps)] == ["adapter_only", "adapter_gates", "full"]
+    assert [p for p in dict.fromkeys(line["phase"] for line in steps)] == [
+        "adapter_only",
+        "adapter_gates",
+        "full",
+    ]
     assert steps[-1]["gate_mean"] > 0.4
     assert (run / "export" / "model.pt.json").is_file()
     assert "verified against the checkpoint" in output
