@@ -189,9 +189,10 @@ def crash_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 
 RESUMED = {
-    # The crash is in the middle of the gate's ramp, with KL terms before and after it.
+    # The crash is in the middle of the gate's ramp, with KL terms before and after it; step 5, the first one
+    # of the resumed run, is not a step that is logged.
     "train": {"steps": 9, "gate_warmup": 7, "kl_weight": 0.1, "kl_every": 3},
-    "checkpoint": {"every": 3},
+    "checkpoint": {"every": 4},
     "log": {"every": 2},
     "train_batch_size": 2,
 }
@@ -201,13 +202,13 @@ def test_resume_continues_bit_for_bit(tmp_path: Path, monkeypatch: pytest.Monkey
     whole, parts = make_config(tmp_path / "a", **RESUMED), make_config(tmp_path / "b", **RESUMED)
     straight = state_of(train_phase(whole, shake))
     with monkeypatch.context() as patch:
-        crash_after(patch, 5)
+        crash_after(patch, 6)
         with pytest.raises(Crash):
             train_phase(parts, shake)
-    assert [line["step"] for line in trace(tmp_path / "b")] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in trace(tmp_path / "b")] == [1, 2, 3, 4, 5, 6]
     with opened(parts) as run:
-        assert run.start.step == 3
-        assert [line["step"] for line in trace(tmp_path / "b")] == [1, 2, 3]  # cut back to what is saved
+        assert run.start.step == 4
+        assert [line["step"] for line in trace(tmp_path / "b")] == [1, 2, 3, 4]  # cut back to what is saved
         train(run)
     resumed = state_of(run.model)
     assert metrics(tmp_path / "b", steady=True) == metrics(tmp_path / "a", steady=True)
