@@ -295,21 +295,21 @@ def test_the_warm_up_is_torchs_linear_one(tmp_path: Path):
 # --- one engine after another ---
 
 
-def alive(*names: str) -> int:
-    gc.collect()
-    return sum(type(thing).__name__ in names for thing in gc.get_objects())
+ENGINE_PARTS = ("DeepSpeedEngine", "DeepSpeedZeroOptimizer", "RoleClipping", "AdamW", "LambdaLR")
 
 
-def tensor_memory() -> tuple[int, int]:
-    """(tensors, bytes of their distinct storages) that the garbage collector knows of."""
+def census() -> tuple[int, int, int]:
+    """(parts of engines, tensors, bytes of their distinct storages) that the garbage collector knows of."""
     gc.collect()
-    storages, count = {}, 0
+    parts, tensors, storages = 0, 0, {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), Tensor) and thing.device.type == "cpu":  # isinstance would wake lazy objects
-            count += 1
+        kind = type(thing)  # isinstance would wake lazy objects
+        parts += kind.__name__ in ENGINE_PARTS
+        if issubclass(kind, Tensor) and thing.device.type == "cpu":
+            tensors += 1
             storage = thing.untyped_storage()
             storages[storage._cdata] = storage.nbytes()
-    return count, sum(storages.values())
+    return parts, tensors, sum(storages.values())
 
 
 def hooks(model: nn.Module) -> int:
@@ -325,16 +325,16 @@ def transitions(tmp_path: Path) -> Iterator[Config]:
 
 
 def test_nine_phase_changes_leave_no_engine_hook_or_tensor_behind(tmp_path: Path, group: torch.device):
-    engines = ("DeepSpeedEngine", "DeepSpeedZeroOptimizer", "RoleClipping", "AdamW", "LambdaLR")
     model: nn.Module | None = None
-    engines_before, baseline = alive(*engines), (0, 0)
+    engines_before, baseline = census()[0], (0, 0, 0)
     for number, config in enumerate(transitions(tmp_path)):
         with phase_run(config, group, model) as run:
             assert model is None or run.model is model  # the module itself goes on
             update(run)
             model = run.model
         del run
-        assert alive(*engines) == engines_before
+        now = census()
+        assert now[0] == engines_before
         assert hooks(model) == 0
         for name, parameter in model.named_parameters():
             assert not [a for a in ZERO_ATTRIBUTES if hasattr(parameter, a)], name
@@ -343,6 +343,5 @@ def test_nine_phase_changes_leave_no_engine_hook_or_tensor_behind(tmp_path: Path
             assert parameter.requires_grad
             assert parameter.untyped_storage().nbytes() == parameter.nbytes, name  # out of ZeRO's flat buffer
         if number == 0:
-            baseline = tensor_memory()
-        else:
-            assert tensor_memory() == baseline
+            baseline = now
+        assert now == baseline
