@@ -218,6 +218,7 @@ class TrainConfig:
     seed: int = 0
     scope: str = "all"  # what phase base trains: all | unet | text
     loss: str = "mse"  # mse | hybrid: hybrid adds the variational bound for the variance channels
+    weighting: str = "eps"  # eps | v: v weighs noisy timesteps more, where conditioning decides
     vb_weight: float = 0.001  # of the variational bound (bits per dimension) in the hybrid loss
     lr_scale: LrScale = field(default_factory=LrScale)
     adapter_clipping: float = 0.5  # gradient norm threshold of adapter and gates; the rest: gradient_clipping
@@ -233,6 +234,7 @@ class TrainConfig:
         _one_of("train.phase", self.phase, ("base", "adapter_only", "adapter_gates", "full"))
         _one_of("train.scope", self.scope, ("all", "unet", "text"))
         _one_of("train.loss", self.loss, ("mse", "hybrid"))
+        _one_of("train.weighting", self.weighting, ("eps", "v"))
         for name in ("steps", "kl_every"):
             _in_range(f"train.{name}", getattr(self, name), 1)
         for name in ("seed", "vb_weight", "adapter_clipping", "gate_warmup", "kl_weight"):

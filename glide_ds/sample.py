@@ -92,6 +92,8 @@ def load_model(source: str, device: torch.device) -> Loaded:
         load_weights(model, source)
     upsamples = model.config.upsamples
     schedule = about.get("schedule", "linear" if upsamples else "squaredcos_cap_v2")
+    if device.type == "cpu":  # NHWC convolutions are up to 2.5 times as fast there
+        model = model.to(memory_format=torch.channels_last)
     return Loaded(model.to(device).eval(), schedule, clip_of(about) if model.config.clip_dim else None)
 
 

@@ -52,7 +52,8 @@ def train(run: PhaseRun) -> None:
         if config.log.samples_every and (done % config.log.samples_every == 0 or last):
             with clock.paused():
                 sampler.draw(done)
-    report_data(run)
+    if run.start.step < steps:
+        report_data(run)
 
 
 def _prepare(run: PhaseRun, step: int, first_offset: float) -> None:

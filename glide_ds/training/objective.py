@@ -20,6 +20,7 @@ from glide_ds.training.phases import PHASES
 from glide_ds.types import Batch
 
 QUARTILES = 4
+MAX_INVERSE_SNR = 20.0
 
 
 class Draws(NamedTuple):
@@ -111,7 +112,7 @@ class Objective:
         times = diffusion.model_timesteps(draws.timesteps)
         output = self.engine(x_t, times, **inputs, **clip)
         losses = diffusion.losses(output, x0, x_t, draws.timesteps, draws.noise)
-        total = losses["mse"].mean()
+        total = (losses["mse"] * self.weight(draws.timesteps)).mean()
         if train.loss == "hybrid":
             total = total + train.vb_weight * diffusion.num_timesteps * losses["vb"].mean()
         kl = None
@@ -130,6 +131,17 @@ class Objective:
             None if kl is None else kl.detach(),
             draws.timesteps,
         )
+
+    def weight(self, timesteps: Tensor) -> Tensor:
+        """Each sample's weight [B] in the eps-MSE; the logged loss is not weighted.
+
+        eps: 1. v: 1 + 1/SNR, which makes it the MSE of v-prediction (Salimans & Ho 2022, arXiv
+        2202.00512, section 4), with 1/SNR capped so that single samples don't dominate.
+        """
+        if self.config.train.weighting == "eps":
+            return torch.ones_like(timesteps, dtype=torch.float32)
+        alpha_bar = self.diffusion.table("alphas_cumprod", timesteps).flatten()
+        return 1 + ((1 - alpha_bar) / alpha_bar).clamp(max=MAX_INVERSE_SNR)
 
     def embed(self, batch: Batch) -> Tensor:
         """CLIP embeddings [B, D] of the batch: from its store, or encoded now."""

@@ -97,6 +97,8 @@ def example_inputs(config: Config) -> tuple[list[str], Tensor | None]:
     if prompts and not architecture.upsamples:
         return prompts, None
     count = len(prompts) or config.log.samples
+    if not prompts:  # a set may hold fewer samples than a grid has places
+        count = min(count, config.deepspeed["train_batch_size"])
     source = build_source(
         replace(config.data, workers=0),
         image_size=architecture.image_size,

@@ -147,6 +147,13 @@ def test_the_total_is_what_its_terms_say(tmp_path: Path):
     losses = hybrid(batch(), 0)
     torch.testing.assert_close(losses.total, losses.mse.mean() + 0.002 * 1000 * losses.vb.mean())
 
+    weighted, _ = objective(tmp_path, train={"weighting": "v"})
+    losses = weighted(batch(), 0)
+    alpha_bar = torch.tensor(weighted.diffusion.alphas_cumprod)[losses.timesteps].float()
+    weight = 1 + ((1 - alpha_bar) / alpha_bar).clamp(max=20)
+    torch.testing.assert_close(losses.total, (weight * losses.mse).mean())
+    assert losses.total > losses.mse.mean()
+
     with_kl, _ = objective(tmp_path, train={"kl_weight": 0.5, "kl_every": 3})
     has_kl = []
     for step in range(7):
