@@ -45,9 +45,10 @@ def test_constraints_are_names_and_versions_and_cover_every_requirement():
     assert [line for line in pins if not re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line)] == []
     pinned = {line.split("==")[0] for line in pins}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    required = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    extras = project["optional-dependencies"]
+    required = [*project["dependencies"], *(name for extra in extras.values() for name in extra)]
     names = {re.match(r"[\w-]+", line)[0].lower().replace("_", "-") for line in required}
-    assert names - pinned == set()
+    assert names - pinned == {"glide-ds"}  # an extra may name another
 
 
 STAND_IN = """#!/usr/bin/env bash

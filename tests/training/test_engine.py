@@ -324,6 +324,7 @@ def transitions(tmp_path: Path) -> Iterator[Config]:
             yield make_config(tmp_path / str(round_), phase)
 
 
+@pytest.mark.slow
 def test_nine_phase_changes_leave_no_engine_hook_or_tensor_behind(tmp_path: Path, group: torch.device):
     model: nn.Module | None = None
     engines_before, baseline = census()[0], (0, 0, 0)

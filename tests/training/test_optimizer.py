@@ -168,6 +168,7 @@ def test_without_a_compiler_it_warns_and_steps_the_same(monkeypatch, caplog):
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.slow
 def test_triton_kernel_in_the_interpreter_steps_like_the_reference():
     """In a process of its own: Triton reads the switch when it is imported, and others import it too."""
     done = subprocess.run(

@@ -17,6 +17,7 @@ from train_kit import PARITY, make_config, metrics, rewound, shake, trace, train
 from glide_ds.training.checkpoint import committed
 
 WORKER = Path(__file__).with_name("rank_worker.py")
+pytestmark = pytest.mark.slow  # three processes
 
 
 class Launch(NamedTuple):
