@@ -86,6 +86,7 @@ def test_the_schedule_of_the_export_is_used(exported: Path, trained: Path):
         assert loaded.clip.model == "builtin:tiny"
 
 
+@pytest.mark.slow
 def test_an_upsampler_enlarges_four_times(exported: Path, tmp_path: Path):
     sizes = {
         **ARCHITECTURE,

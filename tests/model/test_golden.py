@@ -148,6 +148,7 @@ def test_sampler_steps(case: str) -> None:
     check(unclipped.log_variance, expected["log_variance"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loop", "step"), [("ddim_loop", ddim_step), ("ancestral_loop", ddpm_step)])
 def test_sampling_loops(loop: str, step) -> None:
     diffusion = create_diffusion("squaredcos_cap_v2", respacing=GOLDEN[loop]["steps"])
