@@ -87,7 +87,9 @@ def shake_pretrained(model: nn.Module) -> None:
     model.load_state_dict(fresh, strict=False)
 
 
-@pytest.mark.parametrize("checkpointing", [True, False], ids=["recomputing", "keeping"])
+@pytest.mark.parametrize(
+    "checkpointing", [pytest.param(True, marks=pytest.mark.slow), False], ids=["recomputing", "keeping"]
+)
 @pytest.mark.parametrize(
     ("phase", "scope"),
     [

@@ -220,6 +220,7 @@ def test_resume_continues_bit_for_bit(tmp_path: Path, monkeypatch: pytest.Monkey
     assert all(torch.equal(resumed[name], tensor) for name, tensor in straight.items())
 
 
+@pytest.mark.slow
 def test_resume_takes_the_checkpoint_before_a_damaged_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -251,6 +252,7 @@ def test_lines_of_other_phases_and_torn_lines_are_kept_and_cut(tmp_path: Path):
 # --- one phase after another ---
 
 
+@pytest.mark.slow
 def test_three_phases_in_one_command_hand_over_weights_and_offset(tmp_path: Path, start: Callable[..., None]):
     paths = [
         write_config(tmp_path, phase, train={"steps": 2, "gate_warmup": warmup}, train_batch_size=2)
