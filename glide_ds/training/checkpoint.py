@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from glide_ds.model.tensor_files import sha256, sync_directory
 from glide_ds.types import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -124,12 +125,6 @@ def verify(checkpoint: Committed, part: int = 0, parts: int = 1) -> list[str]:
     return problems
 
 
-def sha256(path: Path) -> str:
-    """The file's SHA-256, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small file so that a reader, or a crash, sees the old text or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -138,7 +133,7 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    _sync_folder(path.parent)
+    sync_directory(path.parent)
 
 
 def _commit(target: Path, manifest: dict[str, Any]) -> None:
@@ -150,7 +145,7 @@ def _commit(target: Path, manifest: dict[str, Any]) -> None:
     link.unlink(missing_ok=True)
     link.symlink_to(target.name)
     link.replace(target.parent / LAST)
-    _sync_folder(target.parent)
+    sync_directory(target.parent)
 
 
 def _hashes(folder: Path, part: int, parts: int) -> dict[str, Any]:
@@ -178,14 +173,6 @@ def _prune(folder: Path, keep: int) -> None:
         # Anything newer than LAST is being written by nobody: this runs between commits.
         if path not in kept and int(path.name.removeprefix("step-")) <= last:
             shutil.rmtree(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _agree(action: Any, consequence: str) -> None:
