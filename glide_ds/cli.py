@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args._handler(args) or 0
     except GlideError as error:
         print(f"glide-ds: error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print("glide-ds: interrupted", file=sys.stderr)
         return 130

@@ -52,9 +52,18 @@ class RunConfig:
 
     dir: str = "runs/default"
     timeout_s: float = 600.0  # a rank that waits longer for the others ends the run with an error
+    hang_s: float = 0.0  # no rank moves for so long: the run ends, naming the late one; 0: half of timeout_s
+    max_hours: float = 0.0  # since the start of the process, then the run stops well; 0: no limit
 
     def __post_init__(self) -> None:
         _in_range("run.timeout_s", self.timeout_s, 1)
+        _in_range("run.hang_s", self.hang_s, 0)
+        _in_range("run.max_hours", self.max_hours, 0)
+        if self.hang_s >= self.timeout_s:
+            raise ConfigError(
+                f"run.hang_s = {self.hang_s} is not less than run.timeout_s = {self.timeout_s}: waiting ranks "
+                "would give up before the late one is named; lower run.hang_s or raise run.timeout_s"
+            )
 
 
 @dataclass(frozen=True)

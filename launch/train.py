@@ -12,12 +12,15 @@ import os
 import sys
 
 from glide_ds.training.command import add_arguments, run
+from glide_ds.training.signals import SIGNALS
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     args = parser.parse_args()
+    if not args.dry_run:
+        SIGNALS.install()
     speaks = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     if speaks:
         print(f"glide_ds: reading {', '.join(args.ds_config)}", flush=True)
@@ -28,7 +31,7 @@ def main() -> int:
     except GlideError as error:
         if speaks:  # every rank raises the same error; one of them says it
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return 2
+        return error.exit_code
     return 0
 
 

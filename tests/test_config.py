@@ -195,6 +195,8 @@ def test_a_choice_names_its_options(tmp_path: Path, name: str, value: str):
     ("name", "value"),
     [
         ("run.timeout_s", 0),
+        ("run.hang_s", -1),
+        ("run.max_hours", -1),
         ("data.workers", -1),
         ("data.flip", 1.5),
         ("data.drop_caption", -0.1),
@@ -308,6 +310,8 @@ def test_changed_copies_are_checked_too(tmp_path: Path):
 EFFECTS = {
     "run.dir": "test_run.py::test_a_run_leaves_what_the_design_says",
     "run.timeout_s": "test_run.py::test_the_timeout_reaches_the_process_group",
+    "run.hang_s": "test_watchdog.py::test_the_hang_limit_is_half_of_the_timeout_unless_given",
+    "run.max_hours": "test_stopping.py::test_the_time_limit_stops_a_run",
     "model.preset": "test_config.py::test_a_preset_gives_the_architecture_and_single_fields_depart_from_it",
     "model.weights": "test_run.py::test_weights_of_a_file_are_what_training_starts_from",
     "model.schedule": "test_objective.py::test_the_schedule_reaches_the_noise",

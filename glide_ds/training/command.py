@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from glide_ds.training.signals import SIGNALS
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -27,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if not args.dry_run:
+        SIGNALS.install()
     from glide_ds.training.run import main  # torch and DeepSpeed take seconds to import
 
     main(args.ds_config, args.config, args.set, args.dry_run)

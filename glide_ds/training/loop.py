@@ -24,17 +24,25 @@ def train(run: PhaseRun) -> None:
     """Take the phase from its start to its last step."""
     config, engine, steps = run.config, run.engine, run.config.train.steps
     objective = Objective(config, run.diffusion, engine, run.clip)
-    sampler, clock = Sampler(run), Clock()
+    sampler, clock, watch = Sampler(run), Clock(), run.watch
     first_offset = _first_gate_offset(run)
     batches = run.source.batches(run.start.step)
     for step in range(run.start.step, steps):
+        if run.stopper.agreed(step):
+            if step > run.start.step and step % config.checkpoint.every:  # else it is saved, or as it was found
+                save(run, step, first_offset)
+            break
         _prepare(run, step, first_offset)
         meter, seen, timesteps = Meter(run.diffusion.num_timesteps, run.device), [], []
         for _ in range(run.arithmetic.accumulation):
+            watch.at("data", step)
             with clock.waiting():
                 batch = next(batches)
+            watch.at("forward", step)
             losses = objective(batch.to(run.device), step)
+            watch.at("backward", step)
             engine.backward(losses.total)
+            watch.at("step", step)
             engine.step()
             meter.add(losses)
             seen.append(batch)
@@ -42,6 +50,7 @@ def train(run: PhaseRun) -> None:
         clock.steps += 1
         done = step + 1
         last = done == steps
+        watch.at("log", done)
         run.log.trace_step(done, seen, timesteps)
         recorded = done % config.log.every == 0 or last or done == 1
         shown = recorded or step == run.start.step  # a resumed run says at once that it goes on
@@ -76,6 +85,7 @@ def _first_gate_offset(run: PhaseRun) -> float:
 
 def save(run: PhaseRun, done: int, first_offset: float) -> None:
     """Commit a checkpoint. Collective."""
+    run.watch.at("save", done)
     started = time.monotonic()
     facts = {
         "phase": run.config.train.phase,

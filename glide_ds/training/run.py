@@ -29,6 +29,8 @@ from glide_ds.training.logging import RunLog
 from glide_ds.training.loop import train
 from glide_ds.training.objective import phase_seed
 from glide_ds.training.phases import PHASES, parameter_groups
+from glide_ds.training.stopping import Stop, Stopper, mark_stopped, start_again
+from glide_ds.training.watchdog import SET_UP, Watch
 from glide_ds.types import CheckpointError, ConfigError, DataError, GlideConfig
 
 
@@ -46,6 +48,8 @@ class PhaseRun:
     source: Source
     start: Start
     log: RunLog
+    watch: Watch
+    stopper: Stopper
 
 
 def main(paths: Sequence[str], overlay: str | None, sets: Sequence[str], dry_run: bool = False) -> None:
@@ -64,15 +68,27 @@ def main(paths: Sequence[str], overlay: str | None, sets: Sequence[str], dry_run
         return
     device = start_process_group(configs[0].run.timeout_s)
     try:
-        model = None
-        for config in configs:
-            model = run_phase(config, device, model)
+        run_phases(configs, device)
     except DataError as error:
         if rank and not error.on_all_ranks:  # rank 0's errors are said by launch/train.py
             print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         raise
     finally:
         dist.destroy_process_group()
+
+
+def run_phases(configs: Sequence[Config], device: torch.device) -> None:
+    """Train one phase after the other, until the last is done or all ranks agree to stop."""
+    folder, watch, model = Path(configs[0].run.dir), Watch(), None
+    if dist.get_rank() == 0:
+        start_again(folder)
+    for config in configs:
+        model, stop = run_phase(config, device, model, watch)
+        if stop:
+            finished = config is configs[-1] and stop.step == config.train.steps
+            if dist.get_rank() == 0:
+                mark_stopped(folder, stop, finished=finished)
+            return
 
 
 def dry_run_report(configs: Sequence[Config], world_size: int) -> None:
@@ -106,18 +122,23 @@ def check_pipeline(configs: Sequence[Config]) -> None:
         seen.append(phase.name)
 
 
-def run_phase(config: Config, device: torch.device, model: Glide | None = None) -> Glide:
-    """Set one phase up, train it to its last step, take its engine down; returns the bare model.
+def run_phase(
+    config: Config, device: torch.device, model: Glide | None, watch: Watch
+) -> tuple[Glide, Stop | None]:
+    """Set one phase up, train it to its last step or an agreed stop, take its engine down.
 
-    `model` is the module of the phase before, used again where its architecture is the same.
+    `model` is the module of the phase before, used again where its architecture is the same. Returns the bare
+    model, and the stop, which also says that no phase may follow.
     """
-    with phase_run(config, device, model) as run:
+    with phase_run(config, device, model, watch) as run:
         train(run)
-    return run.model
+    return run.model, run.stopper.stop
 
 
 @contextmanager
-def phase_run(config: Config, device: torch.device, model: Glide | None = None) -> Iterator[PhaseRun]:
+def phase_run(
+    config: Config, device: torch.device, model: Glide | None = None, watch: Watch | None = None
+) -> Iterator[PhaseRun]:
     """One phase ready to train, resumed where it was left; on exit nothing of its engine remains."""
     rank, train_config = dist.get_rank(), config.train
     arithmetic = config.batch_arithmetic(dist.get_world_size())
@@ -147,7 +168,12 @@ def phase_run(config: Config, device: torch.device, model: Glide | None = None) 
         for line in told:
             log.line(line)
         diffusion = create_diffusion(config.model.noise_schedule)
-        yield PhaseRun(config, arithmetic, device, model, engine, diffusion, clip, source, start, log)
+        watch, stopper = watch or Watch(), Stopper(config.run, train_config.phase)
+        yield PhaseRun(
+            config, arithmetic, device, model, engine, diffusion, clip, source, start, log, watch, stopper
+        )
+        stopper.close(train_config.steps)
+        watch.at(SET_UP, 0)
         log.close()
     finally:
         release(engine)

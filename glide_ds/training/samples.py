@@ -71,6 +71,7 @@ class Sampler:
 
     def draw(self, done: int) -> None:
         """Write the grid after update `done`."""
+        self.run.watch.at("sample", done)
         if not self.active:
             return
         run, log = self.run, self.run.config.log
@@ -84,6 +85,7 @@ class Sampler:
             steps=log.sample_steps,
             seed=run.config.train.seed,
             low_res=None if self.low_res is None else self.low_res.to(run.device),
+            progress=run.watch.over,
         )
         run.log.line(f"drew {run.log.pictures(done, images, self.captions)}")
 

@@ -63,7 +63,7 @@ METRICS = {
 def start(monkeypatch: pytest.MonkeyPatch, group: torch.device) -> Callable[..., None]:
     """launch/train.py's main(), inside the process group of the tests."""
     monkeypatch.setattr(run_module, "start_process_group", lambda timeout_s: group)
-    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda *group: None)
 
     def run(*paths: Path, sets: tuple[str, ...] = (), dry_run: bool = False) -> None:
         main([str(path) for path in paths], None, sets, dry_run)
