@@ -1,0 +1,206 @@
+"""Where a rank's memory goes, from counts alone: models on the meta device, nothing computed, no memory taken.
+
+A training step has two high points: in the backward pass, where activations go while gradients come, and in
+the optimizer's step, where ZeRO-2 lays the gradients of a parameter group flat once more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+
+from glide_ds.config import BatchArithmetic, Config
+from glide_ds.model import create_model
+from glide_ds.model.text import ResidualAttentionBlock
+from glide_ds.model.unet import AttentionBlock, ResBlock
+from glide_ds.training.phases import parameter_groups
+from glide_ds.types import GlideConfig
+
+# Which blocks keep their input only and are computed again in the backward pass, by train.checkpointing.
+DIALS: dict[str, tuple[type[nn.Module], ...]] = {
+    "none": (),
+    "attention": (AttentionBlock,),
+    "blocks": (ResBlock, AttentionBlock, ResidualAttentionBlock),
+}
+OPTIMIZER_BYTES = {"AdamW": 8.0, "AdamW8bit": 2.1}  # of moments per trained parameter
+
+
+@dataclass
+class Block:
+    """What autograd keeps of one block for one image, in bytes; what an earlier block keeps already is not in it."""
+
+    module: nn.Module
+    inside: int = 0
+    input: int = 0
+    gradients: int = 0  # of its trained parameters, whatever the batch
+
+
+@dataclass
+class Activations:
+    """What autograd keeps for one image, block by block in the order of the forward pass."""
+
+    blocks: list[Block] = field(default_factory=list)
+    outside: int = 0  # between blocks
+
+    def kept(self, dial: str) -> int:
+        """Bytes at the start of the backward pass: its high point where gradients are small."""
+        return self.outside + sum(
+            b.input if isinstance(b.module, DIALS[dial]) else b.inside for b in self.blocks
+        )
+
+    def backward_peak(self, dial: str, images: int, gradient_share: float) -> tuple[float, float]:
+        """Bytes of activations and of gradients at the worst moment of the backward pass.
+
+        `gradient_share` is the part of each gradient that stays: 1 / ranks under ZeRO-2.
+        """
+        left, arrived = float(self.kept(dial) * images), 0.0
+        worst = (left, arrived)
+        for block in reversed(self.blocks):
+            again = isinstance(block.module, DIALS[dial])
+            now = (left + (block.inside * images if again else 0), arrived + block.gradients)
+            worst = max(worst, now, key=sum)
+            left -= (block.input if again else block.inside) * images
+            arrived += block.gradients * gradient_share
+        return worst
+
+
+def activation_bytes(model: Any, micro_batch: int, dial: str) -> int:
+    """Bytes that autograd keeps for one micro-batch at that setting of train.checkpointing.
+
+    `model` is on the meta device and in the precision and with the frozen parameters that it trains with.
+    Where blocks are computed again, the largest of them is alive beside what is kept.
+    """
+    found = count_activations(model)
+    again = [block.inside for block in found.blocks if isinstance(block.module, DIALS[dial])]
+    return (found.kept(dial) + max(again, default=0)) * micro_batch
+
+
+def meta_model(glide: GlideConfig, config: Config) -> Any:
+    """The phase's model without memory: its precision, its frozen parameters."""
+    with torch.device("meta"):
+        model = create_model(glide)
+    parameter_groups(model, config)
+    return model.bfloat16() if weight_bytes(config) == 2 else model
+
+
+def weight_bytes(config: Config) -> int:
+    """Of one parameter in the module."""
+    return 2 if config.deepspeed.get("bf16", {}).get("enabled") else 4
+
+
+def memory_estimate(model: Any, config: Config, arithmetic: BatchArithmetic, dial: str) -> dict[str, float]:
+    """Bytes per rank by part at the step's high point, for a `meta_model`. The frozen CLIP encoder is left out."""
+    world, width = arithmetic.world_size, weight_bytes(config)
+    groups: dict[str, int] = {}
+    for group in parameter_groups(model, config):
+        name = f"{group['role']} {group['weight_decay'] > 0}"
+        groups[name] = groups.get(name, 0) + sum(p.numel() for p in group["params"])
+    trained = sum(groups.values())
+    zero = config.deepspeed.get("zero_optimization", {})
+    bucket = min(trained, int(zero.get("reduce_bucket_size", 5e8)))
+    accumulated = width * trained / world if arithmetic.accumulation > 1 else 0.0
+    gradients = width * trained / world
+    static = {
+        "weights": float(width * sum(p.numel() for p in (*model.parameters(), *model.buffers()))),
+        "master": 4.0 * trained / world,
+        "moments": OPTIMIZER_BYTES[config.deepspeed["optimizer"]["type"]] * trained / world,
+    }
+    bucket_bytes = float(width * bucket * (2 if zero.get("overlap_comm") else 1))
+    activations = count_activations(model)
+    kept, arrived = activations.backward_peak(dial, arithmetic.micro_batch, 1 / world)
+    flat = 4.0 * max(groups.values(), default=0) / world
+    if kept + arrived + bucket_bytes >= gradients + flat:
+        moment = {"gradients": accumulated + arrived, "activations": kept, "buckets": bucket_bytes}
+    else:
+        moment = {"gradients": accumulated + gradients + flat, "activations": 0.0, "buckets": 0.0}
+    return static | moment
+
+
+def count_activations(model: Any) -> Activations:
+    """Run one image through a model on the meta device and note what autograd keeps, and which block keeps it."""
+    found = Activations()
+    seen: dict[int, torch.UntypedStorage] = {}  # alive, so that no number is used twice
+    for tensor in (*model.parameters(), *model.buffers()):
+        seen[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+    current: list[Block] = []
+
+    def new_bytes(tensor: torch.Tensor) -> int:
+        storage = tensor.untyped_storage()
+        if storage._cdata in seen:
+            return 0
+        seen[storage._cdata] = storage
+        return storage.nbytes()
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if current:
+            current[-1].inside += new_bytes(tensor)
+        else:
+            found.outside += new_bytes(tensor)
+        return tensor
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        block = Block(module)
+        if args[0].requires_grad or any(p.requires_grad for p in module.parameters()):
+            block.input = args[0].untyped_storage().nbytes()
+        block.gradients = sum(p.nbytes for p in module.parameters() if p.requires_grad)
+        current.append(block)
+        found.blocks.append(block)
+
+    def leave(*_: object) -> None:
+        current.pop()
+
+    blocks = [m for m in model.modules() if isinstance(m, DIALS["blocks"])]
+    hooks = [m.register_forward_pre_hook(enter) for m in blocks]
+    hooks += [m.register_forward_hook(leave) for m in blocks]
+    with torch.device("meta"), saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention():
+        model(**_one_image(model.config))
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention as the fused kernels do it: the meta device would take the one that keeps the whole matrix."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _one_image(config: GlideConfig) -> dict[str, torch.Tensor]:
+    side, context = config.image_size, config.text_ctx
+    inputs = {
+        "x": torch.empty(1, 3, side, side),
+        "timesteps": torch.zeros(1, dtype=torch.int64),
+        "tokens": torch.zeros(1, context, dtype=torch.int64),
+        "mask": torch.ones(1, context, dtype=torch.bool),
+    }
+    if config.upsamples:
+        inputs["low_res"] = torch.empty(1, 3, side // 4, side // 4)
+    if config.clip_dim:
+        inputs["clip_embedding"] = torch.empty(1, config.clip_dim)
+    return inputs
+
+
+def gib(size: float) -> str:
+    """Bytes as a person reads them."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def dial_of(config: Config) -> str:
+    """The setting of train.checkpointing, by its name in DIALS."""
+    return "blocks" if config.train.checkpointing else "none"
+
+
+def checkpoint_bytes(model: Any, config: Config) -> float:
+    """Bytes of one checkpoint on disk, all ranks' files together: the module, master weights and moments."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    module = weight_bytes(config) * sum(p.numel() for p in (*model.parameters(), *model.buffers()))
+    return float(module + (4 + OPTIMIZER_BYTES[config.deepspeed["optimizer"]["type"]]) * trained)

@@ -1,0 +1,96 @@
+"""The memory estimate, by counts on the meta device. That it agrees with real steps: benchmarks/memory.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from train_kit import make_config
+
+from glide_ds.model import create_model
+from glide_ds.training import memory
+from glide_ds.training.phases import parameter_groups
+from glide_ds.training.run import glide_config
+
+pytestmark = pytest.mark.slow  # a model on the meta device imports half of torch: seconds of CPU
+
+
+def kept_for_real(config) -> int:
+    """Bytes that autograd keeps in a forward pass on the CPU, parameters apart, each storage once."""
+    model = create_model(glide_config(config))
+    parameter_groups(model, config)
+    seen = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    inputs = {
+        name: torch.zeros(tensor.shape, dtype=tensor.dtype)
+        for name, tensor in memory._one_image(model.config).items()
+    }
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(**inputs)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("phase", ["adapter_only", "full"])
+def test_activations_are_those_of_a_real_forward_pass(tmp_path: Path, phase: str):
+    config = make_config(tmp_path, phase)
+    model = memory.meta_model(glide_config(config), config)
+    assert memory.activation_bytes(model, 1, "none") == pytest.approx(kept_for_real(config), rel=0.02)
+
+
+def test_each_turn_of_the_dial_keeps_less_and_a_frozen_trunk_least(tmp_path: Path):
+    kept = {}
+    for phase in ("adapter_only", "full"):
+        config = make_config(tmp_path, phase)
+        model = memory.meta_model(glide_config(config), config)
+        kept[phase] = [memory.activation_bytes(model, 3, dial) for dial in memory.DIALS]
+        assert kept[phase] == sorted(kept[phase], reverse=True)
+        assert kept[phase][0] > 1.5 * kept[phase][-1]
+        assert memory.activation_bytes(model, 6, "none") == 2 * kept[phase][0]
+    assert all(frozen < free for frozen, free in zip(kept["adapter_only"], kept["full"], strict=True))
+
+
+def test_parts_follow_precision_optimizer_ranks_and_accumulation(tmp_path: Path):
+    def parts(ranks: int = 1, dial: str = "none", **sections):
+        config = make_config(tmp_path, "full", **sections)
+        model = memory.meta_model(glide_config(config), config)
+        return memory.memory_estimate(model, config, config.batch_arithmetic(ranks), dial)
+
+    plain = parts()
+    count = sum(p.numel() for p in create_model(glide_config(make_config(tmp_path))).parameters())
+    assert plain["master"] == 4 * count
+    assert plain["moments"] == 8 * count
+    assert plain["weights"] == pytest.approx(4 * count, rel=1e-5)
+    assert parts(ranks=2)["moments"] == plain["moments"] / 2
+    assert parts(optimizer={"type": "AdamW8bit", "params": {"lr": 1e-3}})["moments"] == pytest.approx(
+        2.1 * count
+    )
+    half = parts(bf16={"enabled": True})
+    assert half["weights"] == pytest.approx(plain["weights"] / 2, rel=1e-5)
+    assert half["master"] == plain["master"]
+    assert parts(train_micro_batch_size_per_gpu=1)["gradients"] > plain["gradients"]
+
+
+def test_a_small_batch_peaks_in_the_optimizers_step(tmp_path: Path):
+    # Two copies of the gradients are then more than all that the backward pass holds.
+    config = make_config(tmp_path, "full", train_batch_size=1)
+    model = memory.meta_model(glide_config(config), config)
+    parts = memory.memory_estimate(model, config, config.batch_arithmetic(1), "blocks")
+    trained = sum(p.numel() for p in model.parameters())
+    assert parts["activations"] == 0
+    assert parts["gradients"] > 4 * trained
+
+
+def test_a_checkpoint_on_disk_has_the_size_that_was_planned(trained: Path, tmp_path: Path):
+    config = make_config(tmp_path, "full")
+    planned = memory.checkpoint_bytes(memory.meta_model(glide_config(config), config), config)
+    (folder,) = sorted((trained / "run" / "phase3").glob("step-*"))[-1:]
+    assert planned == pytest.approx(sum(p.stat().st_size for p in folder.iterdir()), rel=0.1)
