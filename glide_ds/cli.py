@@ -56,6 +56,12 @@ COMMANDS = (
         "glide-ds prepare clip 'shards/{000000..000009}.tar' --model ViT-L/14 --out clip/",
     ),
     Command(
+        ("preflight",),
+        "glide_ds.preflight",
+        "find the mistake before the GPU hours: files, hosts, memory, disk, network, one real step",
+        "glide-ds preflight --ds_config ds_configs/tiny/phase1.json",
+    ),
+    Command(
         ("export",),
         "glide_ds.export",
         "consolidated fp32 weights of a run, verified; drops into stock GLIDE code",

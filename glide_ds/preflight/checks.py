@@ -1,0 +1,433 @@
+"""The checks, as a table. Each looks at one thing, says what it saw, and names every fault it finds.
+
+To add one, write a function from Site to Finding and give it a line in CHECKS. A GlideError that a check raises is
+its fault.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from braceexpand import braceexpand
+
+from glide_ds.config import Config, DataConfig
+from glide_ds.data.captions import Unusable
+from glide_ds.data.clip_store import ClipStore, Encoder
+from glide_ds.data.filters import Filtered
+from glide_ds.data.loader import SampleSet, ShardSamples, Tally, open_samples
+from glide_ds.data.shards import expand, open_index
+from glide_ds.data.storage import CacheOptions, Storage, cache_folder, is_remote
+from glide_ds.model import create_model
+from glide_ds.model.clip import FrozenClip
+from glide_ds.model.tensor_files import sync_directory
+from glide_ds.preflight import ranks, step
+from glide_ds.preflight.site import Fault, Finding, Site, fault_of
+from glide_ds.training.checkpoint import committed, verify
+from glide_ds.training.lineage import find_start, folder_of, load_start
+from glide_ds.training.memory import checkpoint_bytes, dial_of, gib, memory_estimate, meta_model
+from glide_ds.training.preview import describe_batch
+from glide_ds.training.run import check_pipeline, glide_config
+from glide_ds.types import ConfigError, DataError, GlideError, WeightsError
+
+STOP_FILE = "STOP"
+PROBE_BYTES = 32 * 2**20
+WORTHLESS = 0.9  # a larger share of samples that the filter drops is a mistake in the filter
+
+
+class Check(NamedTuple):
+    """One line of the report."""
+
+    name: str
+    look: Callable[[Site], Finding]
+    everywhere: bool = False  # on every rank of a launch; else on rank 0 alone
+
+
+# ---- the configuration
+
+
+def pipeline(site: Site) -> Finding:
+    check_pipeline(site.configs)
+    return Finding(f"{' → '.join(config.train.phase for config in site.configs)} in {site.config.run.dir}")
+
+
+def batch(site: Site) -> Finding:
+    texts, faults = [], []
+    for config in site.configs:
+        try:
+            texts.append(describe_batch(config, config.batch_arithmetic(site.world_size)))
+        except ConfigError as error:
+            faults.append(fault_of(error))
+    return Finding("; ".join(dict.fromkeys(texts)), _distinct(faults))
+
+
+def _distinct(faults: list[Fault]) -> tuple[Fault, ...]:
+    return tuple(dict.fromkeys(faults))
+
+
+# ---- the machines
+
+
+def hosts(site: Site) -> Finding:
+    """Every name that the run will look up; an unknown MASTER_ADDR is retried for minutes in silence."""
+    names: dict[str, str] = {}
+    if site.hostfile:
+        names = {name: f"--hostfile {site.hostfile}" for name, _ in read_hostfile(site.hostfile)}
+    if master := os.environ.get("MASTER_ADDR"):
+        names[master] = "MASTER_ADDR"
+    faults = []
+    for name, origin in names.items():
+        site.progress(f"looking {name} up")
+        try:
+            socket.getaddrinfo(name, None)
+        except OSError as error:
+            faults.append(
+                Fault(
+                    f"{origin} names the host {name!r}, which {site.host} can't look up ({error.strerror})",
+                    "correct the name, or add it to DNS or /etc/hosts on every node",
+                )
+            )
+    return Finding(f"{', '.join(names)} resolve" if names else "one machine: no name to look up", tuple(faults))
+
+
+def read_hostfile(path: Path) -> list[tuple[str, int]]:
+    """(host, slots) of DeepSpeed's hostfile: lines such as `node17 slots=8`."""
+    try:
+        lines = [line.split("#")[0].split() for line in path.read_text().splitlines()]
+    except OSError as error:
+        raise ConfigError(f"--hostfile {path} can't be read ({error.strerror}); correct the path") from error
+    found = []
+    for words in filter(None, lines):
+        name, *rest = words
+        slots = rest[0].removeprefix("slots=") if len(rest) == 1 and rest[0].startswith("slots=") else ""
+        if not slots.isdigit():
+            raise ConfigError(
+                f"--hostfile {path} has the line {' '.join(words)!r}, which DeepSpeed can't read; write 'HOST slots=N'"
+            )
+        found.append((name, int(slots)))
+    if not found:
+        raise ConfigError(f"--hostfile {path} names no host; write one line 'HOST slots=N' per node")
+    return found
+
+
+def memory(site: Site) -> Finding:
+    """The estimate of every phase against the smallest GPU, or this machine's free memory shared by its ranks."""
+    needs = {}
+    for config in site.configs:
+        try:
+            arithmetic = config.batch_arithmetic(site.world_size)
+        except ConfigError:
+            return Finding("the batch can't be split, so there is no estimate", skipped=True)
+        site.progress(f"counting phase {config.train.phase}")
+        model = meta_model(glide_config(config), config)
+        parts = memory_estimate(model, config, arithmetic, dial_of(config))
+        needs[config.train.phase] = sum(parts.values())
+    phase, need = max(needs.items(), key=lambda item: item[1])
+    text = f"phase {phase} takes about {gib(need)} per rank"
+    have = _memory_per_rank(site)
+    if need <= have:
+        return Finding(f"{text}, {gib(have)} are free")
+    fault = Fault(
+        f"{text}, but {site.host} has {gib(have)} free for each",
+        "lower train_micro_batch_size_per_gpu, set train.checkpointing, or use the optimizer AdamW8bit; "
+        "`glide-ds plan` shows what each would give",
+    )
+    return Finding(text, (fault,))
+
+
+def _memory_per_rank(site: Site) -> float:
+    if site.device.type == "cuda":
+        return float(torch.cuda.mem_get_info(site.device)[0])
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024 / site.gpus
+
+
+# ---- the data
+
+
+def shards(site: Site) -> Finding:
+    """Every shard is there, whole, and as it was when its index was made; indexes that are missing are made."""
+    faults: list[Fault] = []
+    count = samples = 0
+    for data, patterns in _data_sets(site):
+        if _built_in(patterns):
+            continue
+        urls, missing = _existing(patterns)
+        faults += missing
+        storage = _storage(data)
+
+        def look(url: str, data: DataConfig = data, storage: Storage = storage) -> tuple[int, str]:
+            try:
+                head = open_index(url, storage, data.index_dir)[0].head
+            except (DataError, OSError, EOFError) as error:
+                return 0, str(error)
+            if head.damage and data.damaged_shards != "salvage":
+                return 0, (
+                    f"shard {url} is damaged: {'; '.join(head.damage)}. Fetch it again, or set "
+                    "data.damaged_shards=salvage to train on the members that are whole"
+                )
+            return head.samples, ""
+
+        with ThreadPoolExecutor(8) as pool:
+            for found, fault in pool.map(look, urls):
+                count, samples = count + 1, samples + found
+                site.progress(f"{count} of {len(urls)} shards")
+                if fault:
+                    faults.append(fault_of(DataError(fault)))
+    text = (
+        f"{count:,} shards whole, {samples:,} samples"
+        if count
+        else f"{site.config.data.shards}: drawn on the fly"
+    )
+    return Finding(text, tuple(faults))
+
+
+def _data_sets(site: Site) -> Iterator[tuple[DataConfig, str | tuple[str, ...]]]:
+    """Each set of shards once, however many phases and mixes read it."""
+    seen = set()
+    for config in site.configs:
+        for part in config.data.mix_parts:
+            key = (part.shards, config.data.index_dir, config.data.damaged_shards)
+            if key not in seen:
+                seen.add(key)
+                yield config.data, part.shards
+
+
+def _built_in(patterns: str | tuple[str, ...]) -> bool:
+    return isinstance(patterns, str) and patterns.startswith("builtin:")
+
+
+def _existing(patterns: str | tuple[str, ...]) -> tuple[list[str], list[Fault]]:
+    """The shards that are there, so that one missing shard does not hide what ails the others."""
+    urls: list[str] = []
+    faults = []
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        try:
+            urls += expand(pattern)
+        except DataError as error:
+            faults.append(fault_of(error))
+            if "unbalanced" not in str(error):
+                urls += [url for url in braceexpand(pattern) if is_remote(url) or os.path.isfile(url)]
+    return urls, faults
+
+
+def _storage(data: DataConfig) -> Storage:
+    return Storage(CacheOptions(data.cache_dir or str(cache_folder() / "blocks"), int(data.cache_gb * 2**30)))
+
+
+def samples(site: Site) -> Finding:
+    """Decode pictures spread over the whole set, as the loader will, and read their captions."""
+    faults: list[Fault] = []
+    texts = []
+    datas: list[DataConfig] = []
+    datas += (config.data for config in site.configs if config.data not in datas)
+    for data in datas:
+        try:
+            opened = open_samples(data, site.config.model.architecture.image_size)
+        except GlideError:
+            texts.append("the shards can't be opened (see shards)")
+            continue
+        text, more = _decode(opened, data, site)
+        texts.append(text)
+        faults += more
+    return Finding("; ".join(texts), tuple(faults), skipped=not faults and all("can't be" in t for t in texts))
+
+
+def _decode(opened: SampleSet, data: DataConfig, site: Site) -> tuple[str, list[Fault]]:
+    tally, example, started = Tally(), "", time.monotonic()
+    numbers = np.unique(np.linspace(0, len(opened) - 1, site.samples).astype(int)).tolist()
+    for number in numbers:
+        site.progress(f"decoding: {tally.read} of {len(numbers)}")
+        tally.read += 1
+        try:
+            sample = opened.load(number, 0.0)
+        except Filtered as finding:
+            tally.filtered[finding.cause] += 1
+        except Unusable as finding:
+            tally.skip(finding.cause, f"{opened.name(number)}: {finding.detail or finding.cause}")
+        else:
+            tally.delivered += 1
+            example = example or sample.caption
+    each = (time.monotonic() - started) / tally.read * 1000
+    text = (
+        f"{tally.delivered} of {tally.read} usable, {tally.filtered.total()} filtered, {tally.bad} broken, "
+        f"{each:.1f} ms each; {example[:40]!r}"
+    )
+    faults = []
+    if tally.bad > data.max_bad_fraction * tally.read:
+        shown = "; ".join(names[0] for names in tally.examples.values())
+        faults.append(
+            Fault(
+                f"{tally.bad} of {tally.read} samples are unusable, more than data.max_bad_fraction="
+                f"{data.max_bad_fraction}: {tally.describe()}. For example {shown}",
+                "mend the data, or raise data.max_bad_fraction",
+            )
+        )
+    if tally.filtered.total() > WORTHLESS * tally.read:
+        faults.append(
+            Fault(
+                f"data.filter drops {tally.filtered.total()} of {tally.read} samples: {tally.describe()}",
+                "loosen data.filter, or check that the records carry the fields that it reads",
+            )
+        )
+    return text, faults
+
+
+def clip(site: Site) -> Finding:
+    """The frozen encoder loads, and data.clip_store was made by it from these samples."""
+    config = next((config for config in site.configs if config.uses_clip), None)
+    if config is None:
+        return Finding("the phase does without CLIP")
+    FrozenClip(
+        config.clip.model, config.clip.weights, source="both" if config.clip.source == "image" else "text"
+    )
+    text = f"{config.clip.model} loads"
+    if config.data.clip_store is None:
+        return Finding(f"{text}; embeddings are computed while training")
+    try:
+        opened = open_samples(config.data, config.model.architecture.image_size)
+    except GlideError:
+        return Finding(f"{text}; the shards can't be opened (see shards), so the store is not checked")
+    if not isinstance(opened, ShardSamples):
+        raise DataError(
+            f"data.clip_store={config.data.clip_store} can't go with {config.data.shards}, which has no shards; "
+            "unset it"
+        )
+    encoder = Encoder(config.clip.model, config.clip.weights, config.clip.source)
+    store = ClipStore(config.data.clip_store, opened.shards, encoder)
+    store.rows(np.unique(np.linspace(0, len(opened) - 1, site.samples).astype(np.int64)))
+    return Finding(f"{text}; {config.data.clip_store} fits, {store.dim}-d")
+
+
+# ---- the run directory
+
+
+def resume(site: Site) -> Finding:
+    """What the same command would go on from; every file of its newest checkpoint is read."""
+    texts, faults = [], []
+    for config in site.configs:
+        try:
+            find_start(config, [c.train.phase for c in site.configs], verify=False)
+        except ConfigError as error:
+            faults.append(fault_of(error))
+        except WeightsError:
+            pass  # `weights` says it
+        phase = config.train.phase
+        for candidate in committed(folder_of(config, phase)):
+            site.progress(f"reading {candidate.path}")
+            if not (problems := verify(candidate)):
+                texts.append(f"{phase} goes on at step {candidate.step} of {config.train.steps}")
+                break
+            faults.append(
+                Fault(
+                    f"the checkpoint {candidate.path} is damaged: {'; '.join(problems[:3])}; the run would fall "
+                    "back to an older one",
+                    f"put the file back, or remove {candidate.path} to accept that",
+                )
+            )
+    stop = Path(site.config.run.dir) / STOP_FILE
+    if stop.exists():
+        faults.append(Fault(f"{stop} is there: the run would stop at its first step", f"remove {stop}"))
+    return Finding("; ".join(texts) or "nothing yet: the run starts from its beginning", tuple(faults))
+
+
+def weights(site: Site) -> Finding:
+    """The first phase's weights go into its model, name by name."""
+    config = site.config
+    try:
+        start = find_start(config, verify=False)
+    except ConfigError:
+        return Finding("not looked for: the run directory belongs to another configuration", skipped=True)
+    if start.resumed:
+        return Finding(f"from {start.resumed.path}")
+    model = create_model(glide_config(config))
+    for later in site.configs[1:]:
+        find_start(later, [c.train.phase for c in site.configs], verify=False)
+    return Finding(" ".join(load_start(model, config, start)))
+
+
+def disk(site: Site) -> Finding:
+    """Room for the checkpoints that are kept and the one being written, for every phase of the pipeline."""
+    folder = existing_parent(Path(site.config.run.dir))
+    need, sizes = 0.0, []
+    for config in site.configs:
+        size = checkpoint_bytes(meta_model(glide_config(config), config), config)
+        need += size * checkpoints_kept(config)
+        sizes.append(f"{config.train.phase} {checkpoints_kept(config)} x {gib(size)}")
+    held = sum(p.stat().st_size for c in site.configs for p in folder_of(c, c.train.phase).glob("step-*/*"))
+    free = shutil.disk_usage(folder).free
+    text = f"checkpoints take up to {gib(need)} ({', '.join(sizes)}), {gib(free + held)} are free in {folder}"
+    if need <= free + held:
+        return Finding(text)
+    return Finding(text, (Fault(text, "free space, choose another run.dir, or lower checkpoint.keep"),))
+
+
+def checkpoints_kept(config: Config) -> int:
+    """The most checkpoints of the phase that lie on disk at once: the kept ones and the one being written."""
+    written = -(-config.train.steps // config.checkpoint.every)
+    return min(written, config.checkpoint.keep + 1) if config.checkpoint.keep else written
+
+
+def existing_parent(folder: Path) -> Path:
+    """The folder itself, or the nearest above it that exists."""
+    folder = folder.absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    return folder
+
+
+def write(site: Site) -> Finding:
+    """What a commit does: write, sync, rename a file over another, move a link."""
+    folder = Path(site.config.run.dir)
+    probe = folder / f".preflight-{site.host}-{os.getpid()}"
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    started = time.monotonic()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.mkdir()
+        with (probe / "new").open("wb") as file:
+            file.write(os.urandom(2**20) * (PROBE_BYTES // 2**20))
+            file.flush()
+            os.fsync(file.fileno())
+        (probe / "old").touch()
+        (probe / "new").replace(probe / "old")
+        (probe / "link").symlink_to("old")
+        (probe / "link").replace(probe / "LAST")
+        sync_directory(probe)
+    except OSError as error:
+        fact = f"run.dir {folder} can't hold checkpoints on {site.host}: {error.strerror} ({error.filename})"
+        return Finding(fact, (Fault(fact, "choose another run.dir, mend its permissions, or free space"),))
+    finally:
+        shutil.rmtree(probe, ignore_errors=True)
+        for path in made:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+    seconds = time.monotonic() - started
+    return Finding(f"{folder}: written, synced and renamed at {PROBE_BYTES / seconds / 1e6:,.0f} MB/s")
+
+
+CHECKS = (
+    Check("phases", pipeline),
+    Check("batch", batch),
+    Check("hosts", hosts, everywhere=True),
+    Check("resume", resume),
+    Check("weights", weights),
+    Check("clip", clip),
+    Check("shards", shards),
+    Check("samples", samples, everywhere=True),
+    Check("memory", memory, everywhere=True),
+    Check("disk", disk),
+    Check("write", write, everywhere=True),
+    Check("shared", ranks.shared_folder, everywhere=True),
+    Check("clocks", ranks.clocks, everywhere=True),
+    Check("network", ranks.network, everywhere=True),
+    Check("step", step.real_step, everywhere=True),
+)

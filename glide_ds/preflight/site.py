@@ -1,0 +1,84 @@
+"""What the checks look at, and what a check gives back."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from glide_ds.config import Config
+from glide_ds.types import GlideError
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class Fault(NamedTuple):
+    """What is wrong, and what mends it."""
+
+    fact: str
+    remedy: str
+
+
+class Finding(NamedTuple):
+    """What a check saw. It passes where it found no fault; `skipped` says that it did not apply."""
+
+    text: str
+    faults: tuple[Fault, ...] = ()
+    skipped: bool = False
+
+
+def fault_of(error: Exception) -> Fault:
+    """An error's message as fact and remedy: by convention its last clause says what to do."""
+    if not isinstance(error, GlideError):
+        return Fault(f"{error}", "check the path, its permissions and the free space")
+    message = str(error).rstrip(".")
+    cut = max(message.rfind("; "), message.rfind(". "), message.rfind(": "))
+    return Fault(message[:cut], message[cut + 2 :]) if cut > 0 else Fault(message, "")
+
+
+@dataclass
+class Site:
+    """The run to be checked and the process that checks it."""
+
+    configs: Sequence[Config]
+    nodes: int
+    gpus: int  # ranks per node
+    hostfile: Path | None = None
+    samples: int = 64
+    take_step: bool = True
+    rank: int = 0
+    ranks: int = 1  # that check together: those of the launcher, or this process alone
+    device: torch.device = field(
+        default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
+    terminal: bool = False
+    _said: float = field(default_factory=time.monotonic)
+
+    @property
+    def config(self) -> Config:
+        """The first phase: what is checked once is checked for it."""
+        return self.configs[0]
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the run itself."""
+        return self.nodes * self.gpus
+
+    @property
+    def host(self) -> str:
+        return socket.gethostname()
+
+    def progress(self, text: str) -> None:
+        """Say where a long check is: on a terminal in place, elsewhere as a line every few seconds."""
+        now = time.monotonic()
+        if self.rank or now - self._said < (0.1 if self.terminal else SECONDS_BETWEEN_LINES):
+            return
+        self._said = now
+        sys.stdout.write(f"\r  …    {text:<90.90}" if self.terminal else f"  …    {text}\n")
+        sys.stdout.flush()
