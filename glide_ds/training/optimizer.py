@@ -177,7 +177,9 @@ class AdamW8bit(Optimizer):
     """AdamW with block-wise 8-bit moments; takes the place of `torch.optim.AdamW`.
 
     The arguments are AdamW's. The update is computed in fp32 from the moments before they are rounded.
-    Tensors of fewer than MIN_SIZE elements keep unquantised moments and are stepped by torch's own AdamW.
+    Tensors of fewer than MIN_SIZE elements, and all of a group with `quantize=False`, keep unquantised moments
+    and are stepped by torch's own AdamW. ZeRO lays a group's tensors end to end, so that norms and biases keep
+    theirs only where they are a group of their own (phases.parameter_groups).
     State per tensor: `step` and either `exp_avg`, `exp_avg_sq` (the tensor's shape) or the four MOMENT_KEYS;
     there is no counter beside it, so groups may be stepped one by one and on flat partitions, as ZeRO does.
 
@@ -199,6 +201,7 @@ class AdamW8bit(Optimizer):
         weight_decay: float = 1e-2,
         *,
         maximize: bool = False,
+        quantize: bool = True,
     ) -> None:
         limits = {"lr": (lr, None), "betas[0]": (betas[0], 1), "betas[1]": (betas[1], 1)}
         limits |= {"eps": (eps, None), "weight_decay": (weight_decay, None)}
@@ -207,7 +210,7 @@ class AdamW8bit(Optimizer):
                 allowed = "at least 0" if end is None else f"in [0, {end})"
                 raise ConfigError(f"AdamW8bit's {name} is {value}; it must be {allowed}")
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, "maximize": maximize})
+        super().__init__(params, {**defaults, "maximize": maximize, "quantize": quantize})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -219,22 +222,22 @@ class AdamW8bit(Optimizer):
         for group in self.param_groups:
             stepped = [p for p in group["params"] if p.grad is not None]
             for p in stepped:
-                self._prepare(p)
+                self._prepare(p, group)
             for p in stepped:
-                if p.numel() >= MIN_SIZE:
-                    self._step_large(p, group)
-            if small := [p for p in stepped if p.numel() < MIN_SIZE]:
-                self._step_small(small, group)
+                if _quantized(p, group):
+                    self._step_8bit(p, group)
+            if rest := [p for p in stepped if not _quantized(p, group)]:
+                self._step_fp32(rest, group)
         return loss
 
-    def _prepare(self, p: Tensor) -> None:
+    def _prepare(self, p: Tensor, group: dict[str, Any]) -> None:
         """Create the state at the first step; quantise moments that were put there as fp32."""
         if p.grad is not None and p.grad.is_sparse:
             raise ConfigError("AdamW8bit takes no sparse gradients; build the embedding with sparse=False")
         state = self.state[p]
         if "step" not in state:
             state["step"] = torch.tensor(0.0)
-        if p.numel() < MIN_SIZE:
+        if not _quantized(p, group):
             for key in ("exp_avg", "exp_avg_sq"):
                 if key not in state:
                     state[key] = torch.zeros_like(p)
@@ -246,7 +249,7 @@ class AdamW8bit(Optimizer):
                 state[codes] = torch.zeros(p.numel(), dtype=torch.uint8, device=p.device)
                 state[scale] = torch.zeros(blocks, dtype=torch.float32, device=p.device)
 
-    def _step_large(self, p: Tensor, group: dict[str, Any]) -> None:
+    def _step_8bit(self, p: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
         state["step"] += 1
         # The parameter itself where it is contiguous fp32, as ZeRO's partitions are, else a copy.
@@ -257,7 +260,7 @@ class AdamW8bit(Optimizer):
         if flat.data_ptr() != p.data_ptr():
             p.copy_(flat.view(p.shape))
 
-    def _step_small(self, params: list[Tensor], group: dict[str, Any]) -> None:
+    def _step_fp32(self, params: list[Tensor], group: dict[str, Any]) -> None:
         states = [self.state[p] for p in params]
         adamw(
             params,
@@ -280,14 +283,22 @@ class AdamW8bit(Optimizer):
         return state_dict_to_fp32(self.state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore `state_dict()` or `state_dict_fp32()`; the tensors are copied."""
+        """Restore `state_dict()` or `state_dict_fp32()`; the tensors are copied.
+
+        What is quantised follows from this optimizer's groups, not from those that were saved.
+        """
+        quantize = [group["quantize"] for group in self.param_groups]
         # torch's own would cast every tensor to the parameter's type, the codes to float.
         super().load_state_dict({**state_dict, "state": {}})
-        names = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for name, p in zip(names, params, strict=True):
-            if name in state_dict["state"]:
-                self.state[p] = _fitted(state_dict["state"][name], p)
+        for group, saved, own in zip(self.param_groups, state_dict["param_groups"], quantize, strict=True):
+            group["quantize"] = own
+            for name, p in zip(saved["params"], group["params"], strict=True):
+                if name in state_dict["state"]:
+                    self.state[p] = _fitted(state_dict["state"][name], p, _quantized(p, group))
+
+
+def _quantized(p: Tensor, group: dict[str, Any]) -> bool:
+    return bool(group["quantize"]) and p.numel() >= MIN_SIZE
 
 
 def _pack(state: dict[str, Any]) -> None:
@@ -317,8 +328,8 @@ def state_dict_to_fp32(state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "state": {name: _unpack(state) for name, state in state_dict["state"].items()}}
 
 
-def _fitted(saved: dict[str, Any], p: Tensor) -> dict[str, Any]:
-    """A copy of saved state on the parameter's device, in the form its size asks for."""
+def _fitted(saved: dict[str, Any], p: Tensor, quantized: bool) -> dict[str, Any]:
+    """A copy of saved state on the parameter's device, 8-bit or fp32."""
     blocks = -(-p.numel() // BLOCK)
     sizes = dict(
         zip(MOMENT_KEYS, (p.numel(), blocks) * 2, strict=True), exp_avg=p.numel(), exp_avg_sq=p.numel()
@@ -337,7 +348,7 @@ def _fitted(saved: dict[str, Any], p: Tensor) -> dict[str, Any]:
                 "state_dict_to_fp32 and DeepSpeed's universal checkpoint, or start the optimizer afresh"
             )
     state = {key: value.detach().to(p.device, copy=True) for key, value in moments.items()}
-    if p.numel() < MIN_SIZE:
+    if not quantized:
         state = {key: value.to(p.dtype).view(p.shape) for key, value in _unpack(state).items()}
     elif "exp_avg" in state:
         _pack(state)

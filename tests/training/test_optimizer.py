@@ -195,6 +195,27 @@ def test_small_tensors_step_exactly_as_adamw():
     assert torch.equal(ours, theirs)
 
 
+def test_a_group_may_keep_fp32_moments_and_then_steps_as_adamw():
+    """What norms and biases are given: ZeRO makes one large tensor of them."""
+    p, q = leaf(), leaf()
+    optimizer = AdamW8bit([{"params": [p], "quantize": False}])
+    assert torch.equal(train(optimizer, p, range(5)), train(torch.optim.AdamW([q]), q, range(5)))
+    assert set(optimizer.state[p]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("quantize", [True, False])
+def test_loading_takes_the_form_of_this_optimizers_groups(quantize: bool):
+    p, q = leaf(), leaf()
+    before, after = AdamW8bit([p], quantize=not quantize), AdamW8bit([q], quantize=quantize)
+    train(before, p, range(3))
+    after.load_state_dict(before.state_dict())
+    assert (MOMENT_KEYS[0] in after.state[q]) == quantize
+    expected, actual = (o.state_dict_fp32()["state"][0]["exp_avg"].flatten() for o in (before, after))
+    assert (actual - expected).norm() / expected.norm() < 0.02
+    train(after, q, range(3, 4))  # and goes on
+    assert (MOMENT_KEYS[0] in after.state[q]) == quantize
+
+
 @pytest.mark.parametrize("options", [{}, {"maximize": True}, {"weight_decay": 0.5, "betas": (0.8, 0.99)}])
 def test_first_step_equals_adamw(options: dict[str, Any]):
     p, q = leaf(), leaf()

@@ -88,6 +88,7 @@ def test_groups_carry_their_rate_and_decay(tmp_path: Path):
         for parameter in group["params"]:
             spared = parameter.ndim < 2 or "embedding" in names[id(parameter)]
             assert group["weight_decay"] == (0.0 if spared else 0.01), names[id(parameter)]
+            assert group["quantize"] == (parameter.ndim > 1), names[id(parameter)]
 
 
 def test_a_phase_can_be_frozen_anew_after_another(tmp_path: Path):
