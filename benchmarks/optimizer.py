@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import environment
 from torch import Tensor
 
 from glide_ds.training import optimizer as ours
@@ -97,24 +94,6 @@ def map_errors() -> dict[str, float]:
         restored = ours.dequantize(*ours.quantize(values, signed), signed)
         result[name] = ((restored - values).norm() / values.norm()).item()
     return result
-
-
-def environment(device: str) -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return {
-        "cpu": f"{model} ({platform.machine()})",
-        "cores": torch.multiprocessing.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
-        "command": " ".join(["python", *sys.argv]),
-    }
 
 
 def main() -> None:
