@@ -2,41 +2,39 @@
 
 Arrays are uint8 [height, width, 3], sRGB. JPEG goes through simplejpeg (libjpeg-turbo), which can decode at
 1/2, 1/4 or 1/8 of the size for less work; everything else through Pillow.
+
+How the variant was chosen (benchmarks/loader.py; 64 px against full decode, exact trim and Pillow's Lanczos, over
+300 pictures, a fifth of them bordered; median / 5th percentile dB). What costs quality is not the reduced decode
+but a crop rounded to its pixels: 35/25 before the crop kept its fraction of a pixel (`resample`) and borders were
+found to the pixel of the full size (`borders`), 42.3/33.6 since, at the cheapest scale that leaves 64 pixels.
+Leaving 80 gives 44.4/36.8 for a tenth more time, 96 46.3/38.2 for a fifth. Decoding again where trimming leaves
+fewer than the wanted pixels gives 42.6/36.3, and costs a second decode for most bordered pictures: only what would be
+enlarged more than twofold is.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from glide_ds.data.borders import content_box
 from glide_ds.data.captions import Cause, Unusable
-
-Pixels = NDArray[np.uint8]
-Box = tuple[int, int, int, int]  # top, bottom, left, right
+from glide_ds.data.resample import Box, Pixels, resize
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "jfif", "gif", "bmp", "tif", "tiff", "img", "image")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
-TRIM_TOLERANCE = 12  # of 255: what still counts as one colour along a picture's edge
-BLENDED = 0.8  # a line with less of the next line's distance from the border's colour is part border
-RINGING, RINGING_MEAN = 48, 3.0  # of 255: how far JPEG strays beside a strong edge, at most and on average
-MIN_TRIMMED = 0.1  # of a side: what would leave less is no border but a flat picture
-PROBES = 8  # pixels of an edge looked at before all of them
-ROWS, COLUMNS = 0, 1  # axes
-# A JPEG is decoded at a scale that leaves at least this many times the wanted side. Median / 5th percentile dB
-# against full decode and Lanczos at 64 px: 1.0 40.4/27.1, 1.5 43.1/35.9, 2.0 44.8/40.8 for 7 % more time.
-REDUCED_SIDE = 1.5
-ENOUGH = 1.0  # times the wanted side must be left after trimming, else it is decoded again in full
-FULL_SIZE = 1 << 20  # no reduction
+REDUCED_SIDE = 1.0  # times the wanted side is left of a JPEG's shorter side by reduced decoding, at least
+ENOUGH = 0.5  # times the wanted side must be left after trimming, else it is decoded again, less reduced
 WHITE = np.full(3, 255, np.uint8)
 
 # One place refuses large pictures, with a cause: `_check_size`, from the header.
@@ -68,30 +66,40 @@ def decode(data: bytes, options: DecodeOptions) -> Pixels:
     if not data:
         raise Unusable(Cause.CORRUPT_IMAGE, "empty file")
     try:
-        pixels, scale = open_pixels(data, options, round(options.size * REDUCED_SIDE))
+        opened = open_pixels(data, options, round(options.size * REDUCED_SIDE))
         if not options.trim:
-            return make_square(pixels, (0, pixels.shape[0], 0, pixels.shape[1]), options)
-        box = content_box(pixels, reduced=scale > 1)
-        if scale > 1 and _side(box) < options.size * ENOUGH:
-            pixels, _ = open_pixels(data, options, FULL_SIZE)
-            box = content_box(pixels)
-        return make_square(pixels, box, options)
+            return make_square(opened, opened.extent, options)
+        box = content_box(*opened)
+        if opened.scale > 1 and _side(box) < options.size * ENOUGH:
+            finer = options.size * _side(opened.extent) / _side(box)
+            opened = open_pixels(data, options, math.ceil(finer))
+            box = content_box(*opened)
+        return make_square(opened, box, options)
     except Unusable:
         raise
     except Exception as error:  # noqa: BLE001 - codecs raise anything on damaged data, all of it means the same
         raise Unusable(Cause.CORRUPT_IMAGE, f"{type(error).__name__}: {error}"[:120]) from None
 
 
-def _side(box: Box) -> int:
+def _side(box: Box) -> float:
     top, bottom, left, right = box
     return min(bottom - top, right - left)
 
 
-def open_pixels(data: bytes, options: DecodeOptions, wanted: int) -> tuple[Pixels, int]:
-    """The upright RGB picture, and the divisor of its size: a JPEG's shorter side stays at `wanted` or more."""
+class Opened(NamedTuple):
+    """A decoded picture, upright."""
+
+    pixels: Pixels
+    scale: int  # the divisor of its size
+    extent: Box  # where the picture lies in `pixels`: an outer line of a reduced one may stand for less
+
+
+def open_pixels(data: bytes, options: DecodeOptions, wanted: int) -> Opened:
+    """The upright RGB picture, a JPEG's reduced as far as its shorter side stays at `wanted` or more."""
     if data[:3] == b"\xff\xd8\xff" and (opened := _open_jpeg(data, options, wanted)) is not None:
         return opened
-    return _open_any(data, options), 1
+    pixels = _open_any(data, options)
+    return Opened(pixels, 1, (0, pixels.shape[0], 0, pixels.shape[1]))
 
 
 def _check_size(width: int, height: int, options: DecodeOptions) -> None:
@@ -101,7 +109,7 @@ def _check_size(width: int, height: int, options: DecodeOptions) -> None:
         raise Unusable(Cause.TOO_SMALL, f"{width} x {height} is under data.min_side={options.min_side}")
 
 
-def _open_jpeg(data: bytes, options: DecodeOptions, wanted: int) -> tuple[Pixels, int] | None:
+def _open_jpeg(data: bytes, options: DecodeOptions, wanted: int) -> Opened | None:
     """A grey or YCbCr JPEG by libjpeg-turbo, or None where only Pillow can (CMYK, or one it rejects)."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -113,8 +121,7 @@ def _open_jpeg(data: bytes, options: DecodeOptions, wanted: int) -> tuple[Pixels
     scale = _scale(min(height, width), wanted)
     rows, columns = -(-height // scale), -(-width // scale)
     pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=rows, min_width=columns)
-    # A last row or column that stands for less than `scale` pixels would shift everything in the resize.
-    return _upright(pixels[: height // scale, : width // scale], _orientation(data)), scale
+    return _upright(Opened(pixels, scale, (0, height / scale, 0, width / scale)), _orientation(data))
 
 
 def _scale(side: int, wanted: int) -> int:
@@ -134,16 +141,21 @@ def _orientation(data: bytes) -> int:
     return 1
 
 
-def _upright(pixels: Pixels, orientation: int) -> Pixels:
+def _upright(opened: Opened, orientation: int) -> Opened:
     if orientation == 1:
-        return pixels
+        return opened
+    pixels, scale, (top, bottom, left, right) = opened
     if orientation >= 5:
         pixels = pixels.transpose(1, 0, 2)
+        top, bottom, left, right = left, right, top, bottom
+    height, width = pixels.shape[:2]
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
+        left, right = width - right, width - left
     if orientation in (3, 4, 7, 8):
         pixels = pixels[::-1]
-    return np.ascontiguousarray(pixels)
+        top, bottom = height - bottom, height - top
+    return Opened(np.ascontiguousarray(pixels), scale, (top, bottom, left, right))
 
 
 def _open_any(data: bytes, options: DecodeOptions) -> Pixels:
@@ -177,118 +189,29 @@ def _from_wide(image: Image.Image) -> Image.Image:
     return Image.fromarray((np.nan_to_num(values) / top * 255).clip(0, 255).round().astype(np.uint8))
 
 
-# ---- borders
+# ---- square
 
 
-def content_box(pixels: Pixels, *, reduced: bool = False) -> Box:
-    """(top, bottom, left, right) of what lies inside uniform borders; the whole picture where there are none.
-
-    An edge is a border where its outermost line has one colour, within TRIM_TOLERANCE per channel. The
-    border goes on over lines that leave that colour by no more than JPEG's ringing beside a strong edge. A
-    `reduced` picture loses the line that blends border and content, too.
-    """
-    height, width = pixels.shape[:2]
-    top = _border(pixels, ROWS, False, reduced)
-    if top == height:
-        return 0, height, 0, width
-    bottom = height - _border(pixels, ROWS, True, reduced)
-    rows = pixels[top:bottom]
-    left = _border(rows, COLUMNS, False, reduced)
-    right = width - _border(rows, COLUMNS, True, reduced)
-    if bottom - top < MIN_TRIMMED * height or right - left < MIN_TRIMMED * width:
-        return 0, height, 0, width
-    return top, bottom, left, right
-
-
-def _border(pixels: Pixels, axis: int, from_end: bool, reduced: bool) -> int:
-    """How many lines from one end belong to a border; 0 where the outermost has more than one colour."""
-    edge = _lines(pixels, axis, from_end, 1)
-    step = pixels.shape[1 - axis] // PROBES + 1
-    across = (slice(None), slice(None, None, step)) if axis == ROWS else slice(None, None, step)
-    probes = edge[across].reshape(-1, 3).tolist()  # plain integers: nearly every photo ends here
-    colour = probes[len(probes) // 2]
-    for probe in probes:
-        for value, wanted in zip(probe, colour, strict=True):
-            if abs(value - wanted) > TRIM_TOLERANCE:
-                return 0
-    away = _away(pixels[across], colour)
-    reach = _first(_from(_line_max(away, axis), from_end) > RINGING)  # no border is longer than this
-    away = _away(_lines(pixels, axis, from_end, reach + 2), colour)
-    most, mean = (_from(f(away, axis), from_end) for f in (_line_max, _line_mean))
-    if most[0] > TRIM_TOLERANCE:
-        return 0
-    count = _first((most > RINGING) | (mean > RINGING_MEAN))
-    # Reduced decoding blends the last line of a border with the first of the content; that line goes too.
-    blended = reduced and count + 1 < len(mean) and mean[count] < mean[count + 1] * BLENDED
-    return count + bool(blended)
-
-
-def _first(flags: NDArray[np.bool_]) -> int:
-    return int(flags.argmax()) if flags.any() else len(flags)
-
-
-def _lines(pixels: Pixels, axis: int, from_end: bool, count: int) -> Pixels:
-    """The outermost rows or columns, where they lie: memory order matters more than convenience here."""
-    part = slice(max(0, pixels.shape[axis] - count), None) if from_end else slice(count)
-    return pixels[part] if axis == ROWS else pixels[:, part]
-
-
-def _away(region: Pixels, colour: list[int]) -> Pixels:
-    """How far each value lies from a colour's: uint8 [height, 3 width]."""
-    # A whole line of the colour: with three values the subtraction's inner loop would be three long.
-    line = np.empty((region.shape[1], 3), np.uint8)
-    line[:] = colour
-    flat = np.ascontiguousarray(region).reshape(len(region), -1)
-    return np.maximum(flat, line.reshape(-1)) - np.minimum(flat, line.reshape(-1))
-
-
-def _line_max(away: Pixels, axis: int) -> Pixels:
-    return away.max(axis=1) if axis == ROWS else away.max(axis=0).reshape(-1, 3).max(axis=1)
-
-
-def _line_mean(away: Pixels, axis: int) -> NDArray[np.float64]:
-    total = np.add.reduce(away, axis=1 - axis, dtype=np.uint32)
-    if axis == COLUMNS:
-        total = total.reshape(-1, 3).sum(axis=1)
-    return total / (away.size // len(total))
-
-
-def _from(values: NDArray[Any], from_end: bool) -> NDArray[Any]:
-    return values[::-1] if from_end else values
-
-
-# ---- square and resize
-
-
-def make_square(pixels: Pixels, box: Box, options: DecodeOptions) -> Pixels:
+def make_square(opened: Opened, box: Box, options: DecodeOptions) -> Pixels:
     """Cut the box out, crop or pad it to a square and resize to [S, S, 3]."""
+    pixels, scale, _ = opened
     top, bottom, left, right = box
     if options.crop == "pad":
         ground = pixels[0, 0] if (top, left) != (0, 0) else WHITE
-        return _pad(pixels[top:bottom, left:right], options.size, ground)
+        return _pad(pixels, box, options.size, ground)
     side = _side(box)
-    # On a reduced picture this puts the crop on the reduced grid: half a reduced pixel beside the middle costs
-    # nothing, while a resize from between the pixels would lose 3.5 dB.
-    top += (bottom - top - side) // 2
-    left += (right - left - side) // 2
-    return resize(pixels[top : top + side, left : left + side], options.size, options.size)
+    # The crop is in whole pixels of the full size, as it would be without reduced decoding.
+    top += (bottom - top - side) * scale // 2 / scale
+    left += (right - left - side) * scale // 2 / scale
+    return resize(pixels, (top, top + side, left, left + side), options.size, options.size)
 
 
-def _pad(pixels: Pixels, size: int, ground: Pixels) -> Pixels:
-    height, width = pixels.shape[:2]
-    scale = size / max(height, width)
-    rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
+def _pad(pixels: Pixels, box: Box, size: int, ground: Pixels) -> Pixels:
+    top, bottom, left, right = box
+    scale = size / max(bottom - top, right - left)
+    rows, columns = max(1, round((bottom - top) * scale)), max(1, round((right - left) * scale))
     square = np.empty((size, size, 3), np.uint8)
     square[:] = ground
-    top, left = (size - rows) // 2, (size - columns) // 2
-    square[top : top + rows, left : left + columns] = resize(pixels, rows, columns)
+    row, column = (size - rows) // 2, (size - columns) // 2
+    square[row : row + rows, column : column + columns] = resize(pixels, box, rows, columns)
     return square
-
-
-def resize(pixels: Pixels, height: int, width: int) -> Pixels:
-    """Antialiased bicubic resize of uint8 [H, W, 3] (torch's vectorised kernel for channels-last bytes)."""
-    if pixels.shape[:2] == (height, width):
-        return pixels
-    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).unsqueeze(0)
-    image = torch.nn.functional.interpolate(image, (height, width), mode="bicubic", antialias=True)
-    return image[0].permute(1, 2, 0).numpy()

@@ -26,8 +26,9 @@ from glide_ds.config import ClipConfig, DataConfig, FilterConfig
 from glide_ds.data import filters, shapes
 from glide_ds.data.captions import Cause, Unusable, read_caption
 from glide_ds.data.clip_store import ClipStore, Encoder
-from glide_ds.data.decode import DecodeOptions, Pixels, decode, image_member, resize
+from glide_ds.data.decode import DecodeOptions, decode, image_member
 from glide_ds.data.order import MixOrder, Order, micro_slots, mix, uniform
+from glide_ds.data.resample import Pixels, resize
 from glide_ds.data.shards import ShardSet, open_shards
 from glide_ds.data.storage import CacheOptions, Storage, cache_folder
 from glide_ds.types import Batch, ConfigError, DataError
@@ -311,8 +312,9 @@ class MicroBatches(Dataset[Made]):
 
 def _low_res(images: Pixels) -> Pixels:
     """The upsampler's input: uint8 [B, S/4, S/4, 3]."""
-    side = images.shape[1] // LOW_RES_FACTOR
-    return np.stack([resize(image, side, side) for image in images])
+    whole = images.shape[1]
+    side = whole // LOW_RES_FACTOR
+    return np.stack([resize(image, (0, whole, 0, whole), side, side) for image in images])
 
 
 class Steps(Sampler[tuple[int, int]]):

@@ -1,0 +1,79 @@
+"""Uniform borders of a picture, to the pixel of its full size, also where it was decoded at a part of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glide_ds.data.resample import Box, Pixels
+
+TRIM_TOLERANCE = 12  # of 255: what still counts as one colour along a picture's edge
+RINGING, RINGING_MEAN = 48, 3.0  # of 255: how far JPEG strays beside a strong edge, at most and on average
+MIN_TRIMMED = 0.1  # of a side: what would leave less is no border but a flat picture
+MIXED_LINES = 2  # at most, of a picture in its full size
+PROBES = 8  # pixels of an edge looked at before all of them
+
+
+def content_box(pixels: Pixels, scale: int = 1, extent: Box | None = None) -> Box:
+    """(top, bottom, left, right) of what lies inside uniform borders; `extent`, the whole, where there are none.
+
+    An edge is a border where its outermost line has one colour, within TRIM_TOLERANCE per channel. The
+    border goes on over lines that leave that colour by no more than JPEG's ringing beside a strong edge.
+    Of a picture reduced by `scale`, edges come in steps of 1 / scale pixel.
+    """
+    height, width = pixels.shape[:2]
+    whole = extent or (0, height, 0, width)
+    top = _border(pixels, scale)
+    bottom = height - _border(pixels[::-1], scale)
+    if bottom - top < MIN_TRIMMED * height:
+        return whole
+    across = pixels[int(top) : int(bottom) + (bottom % 1 > 0)].transpose(1, 0, 2)
+    left = _border(across, scale)
+    right = width - _border(across[::-1], scale)
+    if right - left < MIN_TRIMMED * width:
+        return whole
+    return (
+        top or whole[0],
+        whole[1] if bottom == height else bottom,
+        left or whole[2],
+        whole[3] if right == width else right,
+    )
+
+
+def _border(lines: Pixels, scale: int) -> float:
+    """How much of [lines, length, 3] is border from its first line on; 0 where that has more than one colour."""
+    step = lines.shape[1] // PROBES + 1
+    probes = lines[0, ::step].tolist()  # plain integers: nearly every photo ends here
+    red, green, blue = colour = probes[len(probes) // 2]
+    for r, g, b in probes:
+        if abs(r - red) > TRIM_TOLERANCE or abs(g - green) > TRIM_TOLERANCE or abs(b - blue) > TRIM_TOLERANCE:
+            return 0
+    reach = _first(_away(lines[:, ::step], colour).max(axis=1) > RINGING)  # no border is longer than this
+    away = _away(lines[: reach + 1 + MIXED_LINES], colour)
+    most = away.max(axis=1)
+    if most[0] > TRIM_TOLERANCE:
+        return 0
+    mean = np.add.reduce(away, axis=1, dtype=np.uint32) / away.shape[1]
+    count = _first((most > RINGING) | (mean > RINGING_MEAN))
+    # The last lines of a border are mixed with content: by reduced decoding, or by the interpolation of colour.
+    # How much of the content's distance from the border's colour they have tells where in them the edge lies.
+    mixed = MIXED_LINES if scale == 1 else 1
+    if count + mixed >= len(mean):
+        return count
+    content = mean[count : count + mixed] / max(mean[count + mixed], RINGING_MEAN)
+    return count + round(float((1 - content.clip(max=1)).sum()) * scale) / scale
+
+
+def _first(flags: NDArray[np.bool_]) -> int:
+    return int(flags.argmax()) if flags.any() else len(flags)
+
+
+def _away(lines: Pixels, colour: list[int]) -> NDArray[Any]:
+    """How far each value lies from a colour's: uint8 [lines, 3 length]."""
+    # A whole line of the colour: with three values the subtraction's inner loop would be three long.
+    line = np.empty((lines.shape[1], 3), np.uint8)
+    line[:] = colour
+    flat = np.ascontiguousarray(lines).reshape(len(lines), -1)
+    return np.maximum(flat, line.reshape(-1)) - np.minimum(flat, line.reshape(-1))

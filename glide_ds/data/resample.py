@@ -1,0 +1,88 @@
+"""Antialiased Lanczos resize of a box whose edges may lie between pixels: crop and resize in one step.
+
+A picture decoded at a half or a quarter of its size has its crop at fractions of a pixel; rounding that to whole
+pixels would cost 9 dB at 64 px. Each axis is a product with a matrix of Lanczos weights (Turkowski 1990), which
+is nearly empty away from its diagonal, so it is done in blocks of output lines over the input lines they see.
+
+H, W the picture's height and width, R, C the output's rows and columns.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Pixels = NDArray[np.uint8]
+Box = tuple[float, float, float, float]  # top, bottom, left, right, in pixels
+
+LOBES = 3
+BLOCK_LINES = 16  # output lines per product: 8 and 32 took 1.2 times as long
+WEIGHTS_KEPT = 2048  # per process, some 8 KiB each at 64 px
+
+
+class Block(NamedTuple):
+    """`weights` [N, last - first] makes output lines `start` to `start + N` of the input's `first` to `last`."""
+
+    start: int
+    first: int
+    last: int
+    weights: NDArray[np.float32]
+
+
+def resize(pixels: Pixels, box: Box, rows: int, columns: int) -> Pixels:
+    """The box of a picture, uint8 [H, W, 3], as uint8 [R, C, 3].
+
+    Only lines that lie wholly in the box are seen, so what is beside it never bleeds in.
+    """
+    top, bottom, left, right = box
+    if box == (0, rows, 0, columns) and pixels.shape[:2] == (rows, columns):
+        return np.ascontiguousarray(pixels)
+    (first_row, last_row), (first, last) = _whole_lines(top, bottom), _whole_lines(left, right)
+    height, width = last_row - first_row, last - first
+    seen = pixels[first_row:last_row, first:last]
+    planes = np.empty((height, 3, width), np.float32)
+    for channel in range(3):  # twice as fast as one transposed assignment, whose inner loop is 3 long
+        planes[:, channel] = seen[:, :, channel]
+    planes = planes.reshape(height, 3 * width)
+    upright = np.empty((rows, 3 * width), np.float32)
+    for block in _blocks(height, top - first_row, bottom - first_row, rows):
+        out = upright[block.start : block.start + len(block.weights)]
+        np.matmul(block.weights, planes[block.first : block.last], out=out)
+    upright = upright.reshape(3 * rows, width)
+    square = np.empty((3 * rows, columns), np.float32)
+    for block in _blocks(width, left - first, right - first, columns):
+        out = square[:, block.start : block.start + len(block.weights)]
+        np.matmul(upright[:, block.first : block.last], block.weights.T, out=out)
+    square += 0.5
+    np.clip(square, 0, 255.5, out=square)
+    result = np.empty((rows, columns, 3), np.uint8)
+    for channel in range(3):
+        result[:, :, channel] = square.reshape(rows, 3, columns)[:, channel]
+    return result
+
+
+def _whole_lines(begin: float, end: float) -> tuple[int, int]:
+    first, last = math.ceil(begin), math.floor(end)
+    return (first, last) if first < last else (math.floor(begin), math.ceil(end))
+
+
+@lru_cache(WEIGHTS_KEPT)
+def _blocks(lines: int, begin: float, end: float, size: int) -> tuple[Block, ...]:
+    """The products that resize the span from `begin` to `end` of `lines` input lines to `size` lines."""
+    step = (end - begin) / size
+    stretch = max(step, 1.0)  # below 1 the kernel interpolates, above it also averages
+    centres = begin + (np.arange(size) + 0.5) * step
+    places = (np.arange(lines) + 0.5 - centres[:, None]) / stretch
+    weights = np.where(np.abs(places) < LOBES, np.sinc(places) * np.sinc(places / LOBES), 0.0)
+    weights /= weights.sum(axis=1, keepdims=True)
+    blocks = []
+    for start in range(0, size, BLOCK_LINES):
+        part = weights[start : start + BLOCK_LINES]
+        used = np.flatnonzero(part.any(axis=0))
+        first, last = int(used[0]), int(used[-1]) + 1
+        blocks.append(Block(start, first, last, part[:, first:last].astype(np.float32)))
+    return tuple(blocks)
