@@ -1,10 +1,10 @@
 """The loader's costs per sample against their floors, in CPU time of one core, interleaved in one run.
 
-    python benchmarks/loader.py [--samples 400] [--rounds 5]
+    OMP_NUM_THREADS=1 python benchmarks/loader.py --out benchmarks/results/loader-cpu.json
 
-The floor is the raw read plus the JPEG's entropy decoding (libjpeg-turbo at 1/8). The set is synthetic: dead
-leaves over 1/f clouds, shorter side 256-471 px, 20 % with white or black borders, JPEG + txt + json. Compare
-ratios within one run only. Writes a JSON with --out.
+The floor is the raw read plus the JPEG's entropy decoding (libjpeg-turbo at 1/8, the least that decodes every
+coefficient). The set is synthetic: dead leaves over 1/f clouds, shorter side 256-471 px, 20 % with white or black
+borders, JPEG + txt + json. A ratio is the median over rounds of the ratio within a round, the stages taking turns.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ import numpy as np
 import simplejpeg
 import torch
 import webdataset
+from machine import environment
 from PIL import Image
 
 from glide_ds import tokenizer
 from glide_ds.config import DataConfig
 from glide_ds.data import build_source
+from glide_ds.data.borders import content_box
 from glide_ds.data.clip_store import ClipStore, Encoder, StoreNote, store_path, write_store
-from glide_ds.data.decode import REDUCED_SIDE, DecodeOptions, _scale, content_box, decode, open_pixels
+from glide_ds.data.decode import REDUCED_SIDE, DecodeOptions, decode, open_pixels
 from glide_ds.data.shards import open_shards, scan_shard
 
 SIDE, BATCH, CONTEXT = 64, 64, 128
@@ -129,33 +131,28 @@ def drain(batches: Iterator[Any], count: int) -> None:
         next(batches)
 
 
-def quality(datas: list[bytes], boxes: list[tuple[int, int, int, int]], *, aligned: bool) -> list[float]:
-    """dB against full decode, exact trim and Lanczos; `aligned`: the crop keeps to the reduced grid, as ours does."""
+def quality(datas: list[bytes], boxes: list[tuple[int, int, int, int]]) -> list[float]:
+    """dB against full decode, exact trim and Lanczos."""
     found = []
     for data, (top, bottom, left, right) in zip(datas, boxes, strict=True):
-        full = simplejpeg.decode_jpeg(data, "RGB")
-        scale = _scale(min(full.shape[:2]), round(SIDE * REDUCED_SIDE)) if aligned else 1
-        content = full[-(-top // scale) * scale : bottom // scale * scale]
-        content = content[:, -(-left // scale) * scale : right // scale * scale]
-        height, width = (n // scale for n in content.shape[:2])
-        cut = min(height, width)
-        y, x = (height - cut) // 2 * scale, (width - cut) // 2 * scale
-        square = Image.fromarray(content[y : y + cut * scale, x : x + cut * scale])
+        cut = min(bottom - top, right - left)
+        y, x = top + (bottom - top - cut) // 2, left + (right - left - cut) // 2
+        square = Image.fromarray(simplejpeg.decode_jpeg(data, "RGB")[y : y + cut, x : x + cut])
         wanted = np.asarray(square.resize((SIDE, SIDE), Image.Resampling.LANCZOS)).astype(float)
         error = ((decode(data, DecodeOptions(SIDE)) - wanted) ** 2).mean()
         found.append(10 * np.log10(255**2 / max(error, 1e-9)))
     return found
 
 
-def measure(stages: dict[str, tuple[int, Callable[[], None]]], rounds: int) -> dict[str, float]:
-    """Median CPU µs per sample of each stage, the stages taking turns."""
+def measure(stages: dict[str, tuple[int, Callable[[], None]]], rounds: int) -> dict[str, np.ndarray]:
+    """CPU microseconds per sample of each stage in each round, the stages taking turns."""
     times: dict[str, list[float]] = {name: [] for name in stages}
     for _ in range(rounds):
         for name, (count, stage) in stages.items():
             start = time.process_time()
             stage()
             times[name].append((time.process_time() - start) / count * 1e6)
-    return {name: float(np.median(values)) for name, values in times.items()}
+    return {name: np.array(values) for name, values in times.items()}
 
 
 def main() -> None:
@@ -170,7 +167,8 @@ def main() -> None:
     for name, value in figures.items():
         print(f"{name:42s} {value:10.2f}")
     if args.out:
-        args.out.write_text(json.dumps(figures, indent=1))
+        report = {"environment": environment("cpu"), "figures": figures}
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def benchmark(folder: Path, samples: int, rounds: int) -> dict[str, float]:
@@ -209,28 +207,29 @@ def benchmark(folder: Path, samples: int, rounds: int) -> dict[str, float]:
             samples,
             lambda: [open_pixels(d, options, round(SIDE * REDUCED_SIDE)) for d in datas] and None,
         ),
-        "trim": (samples, lambda: [content_box(p, reduced=s > 1) for p, s in opened] and None),
+        "trim": (samples, lambda: [content_box(*o) for o in opened] and None),
         "decode + trim + resize": (samples, lambda: [decode(data, options) for data in datas] and None),
         "CLIP join": (len(batches) * BATCH, lambda: [clip.rows(b) for b in batches] and None),
         "whole loader": (steps * BATCH, lambda: drain(loaders["clean"].batches(0), steps)),
         "whole loader, 1 % corrupt": (steps * BATCH, lambda: drain(loaders["spoilt"].batches(0), steps)),
         "webdataset's recipe": (steps * BATCH, lambda: drain(webdataset_recipe(urls), steps)),
     }
-    figures = measure(stages, rounds)
-    floor = figures["raw read"] + figures["entropy decode"]
-    figures |= {
+    times = measure(stages, rounds)
+    floor = times["raw read"] + times["entropy decode"]
+    whole = times["whole loader"]
+    times |= {
         "floor": floor,
-        "decode + trim + resize / floor": figures["decode + trim + resize"] / floor,
-        "whole loader / floor": figures["whole loader"] / floor,
-        "webdataset's recipe / whole loader": figures["webdataset's recipe"] / figures["whole loader"],
-        "slowdown by 1 % corrupt, %": (figures["whole loader, 1 % corrupt"] / figures["whole loader"] - 1)
-        * 100,
-        "2 workers / 1 worker": throughput(str(clean), 2, steps) / throughput(str(clean), 1, steps),
+        "decode + trim + resize / floor": times["decode + trim + resize"] / floor,
+        "whole loader / floor": whole / floor,
+        "webdataset's recipe / whole loader": times["webdataset's recipe"] / whole,
+        "slowdown by 1 % corrupt, %": (times["whole loader, 1 % corrupt"] / whole - 1) * 100,
     }
-    for name, aligned in (("aligned", True), ("exact centre", False)):
-        decibels = quality(datas, boxes, aligned=aligned)
-        figures[f"quality median dB, {name}"] = float(np.median(decibels))
-        figures[f"quality 5th percentile dB, {name}"] = float(np.percentile(decibels, 5))
+    figures = {name: float(np.median(values)) for name, values in times.items()}
+    speeds = [[throughput(str(clean), n, steps) for n in (1, 2)] for _ in range(3)]
+    figures["2 workers / 1 worker"] = float(np.median([two / one for one, two in speeds]))
+    decibels = quality(datas, boxes)
+    figures["quality median dB"] = float(np.median(decibels))
+    figures["quality 5th percentile dB"] = float(np.percentile(decibels, 5))
     return figures
 
 

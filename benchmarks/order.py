@@ -1,6 +1,6 @@
 """The order of a set of 100,000 shards x 10,000 samples at 1, 64 and 1,024 ranks, by the functions training uses.
 
-    python benchmarks/order.py [--shards 100000] [--per_shard 10000] [--lanes_checked 4]
+    python benchmarks/order.py [--lanes_checked 4] --out benchmarks/results/order-cpu.json
 
 Coverage is checked on whole lanes: every position of a lane must give each sample of its span of the deck once,
 and nothing else. Lanes partition both the positions and the deck, so lanes that hold make an epoch that holds.
@@ -15,6 +15,7 @@ import tracemalloc
 from pathlib import Path
 
 import numpy as np
+from machine import environment
 
 from glide_ds.data.order import Order, micro_slots
 
@@ -33,7 +34,8 @@ def main() -> None:
     for name, value in figures.items():
         print(f"{name:48s} {value:12.4g}")
     if args.out:
-        args.out.write_text(json.dumps(figures, indent=1))
+        report = {"environment": environment("cpu"), "figures": figures}
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def simulate(shards: int, per_shard: int, lanes_checked: int) -> dict[str, float]:

@@ -45,23 +45,23 @@ def resize(pixels: Pixels, box: Box, rows: int, columns: int) -> Pixels:
     height, width = last_row - first_row, last - first
     seen = pixels[first_row:last_row, first:last]
     planes = np.empty((height, 3, width), np.float32)
+    upright = np.empty((rows, 3, width), np.float32)
+    square = np.empty((rows, 3, columns), np.float32)
     for channel in range(3):  # twice as fast as one transposed assignment, whose inner loop is 3 long
         planes[:, channel] = seen[:, :, channel]
-    planes = planes.reshape(height, 3 * width)
-    upright = np.empty((rows, 3 * width), np.float32)
+    source, target = planes.reshape(height, 3 * width), upright.reshape(rows, 3 * width)
     for block in _blocks(height, top - first_row, bottom - first_row, rows):
-        out = upright[block.start : block.start + len(block.weights)]
-        np.matmul(block.weights, planes[block.first : block.last], out=out)
-    upright = upright.reshape(3 * rows, width)
-    square = np.empty((3 * rows, columns), np.float32)
+        out = target[block.start : block.start + len(block.weights)]
+        np.matmul(block.weights, source[block.first : block.last], out=out)
+    source, target = upright.reshape(3 * rows, width), square.reshape(3 * rows, columns)
     for block in _blocks(width, left - first, right - first, columns):
-        out = square[:, block.start : block.start + len(block.weights)]
-        np.matmul(upright[:, block.first : block.last], block.weights.T, out=out)
+        out = target[:, block.start : block.start + len(block.weights)]
+        np.matmul(source[:, block.first : block.last], block.weights.T, out=out)
     square += 0.5
     np.clip(square, 0, 255.5, out=square)
     result = np.empty((rows, columns, 3), np.uint8)
     for channel in range(3):
-        result[:, :, channel] = square.reshape(rows, 3, columns)[:, channel]
+        result[:, :, channel] = square[:, channel]
     return result
 
 
