@@ -147,13 +147,15 @@ conclude() {
   esac
 }
 
+job_state() { squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T; }
+
 requeue() {
-  local state
-  state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
-  [ "$state" != CANCELLED ] || die 1 "$1; cancelled by a person, so not requeued"
+  [ "$(job_state)" != CANCELLED ] || die 1 "$1; cancelled by a person, so not requeued"
   [ "${SLURM_RESTART_COUNT:-0}" -lt "$GLIDE_MAX_RESTARTS" ] ||
     die 1 "$1, after GLIDE_MAX_RESTARTS=$GLIDE_MAX_RESTARTS restarts: submit the job again if that is meant"
   say "$1 at $(progress): requeued"
-  scontrol requeue "$SLURM_JOB_ID" || die 1 "Slurm refused to requeue the job: submit it again to go on"
+  # After a node's failure and at a preemption Slurm may have done it already.
+  scontrol requeue "$SLURM_JOB_ID" || [ "$(job_state)" = PENDING ] ||
+    die 1 "Slurm refused to requeue the job: submit it again to go on"
   exec sleep 60 # Slurm ends this script
 }

@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from glide_ds.config import BatchArithmetic, Config
+from glide_ds.training.distributed import limit_waiting
 from glide_ds.training.optimizer import AdamW8bit
 from glide_ds.training.phases import ADAPTER_ROLES, ROLES
 
@@ -52,6 +53,7 @@ def build_engine(
     engine, _, _, _ = deepspeed.initialize(
         model=model, optimizer=optimizer, lr_scheduler=schedule, config=deepspeed_config(config, arithmetic)
     )
+    limit_waiting(config.run.timeout_s)
     engine.role_clipping = RoleClipping(engine.optimizer, config)
     return engine
 

@@ -6,11 +6,13 @@ import gc
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from train_kit import make_config, opened, shake, state_of
 
@@ -348,3 +350,11 @@ def test_nine_phase_changes_leave_no_engine_hook_or_tensor_behind(tmp_path: Path
         if number == 0:
             baseline = now
         assert now == baseline
+
+
+def test_every_process_group_waits_no_longer_than_the_run_allows(tmp_path: Path):
+    config = make_config(tmp_path, run={"dir": str(tmp_path / "run"), "timeout_s": 33.0})
+    with opened(config) as run:
+        groups = {run.engine.data_parallel_group, run.engine.optimizer.dp_process_group, dist.group.WORLD}
+        waits = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+        assert waits == [timedelta(seconds=33)] * len(groups)
