@@ -18,6 +18,7 @@ SCRIPTS = sorted(
         *ROOT.glob("launch/*.sh"),
         *ROOT.glob("slurm/*.sh"),
         *ROOT.glob("slurm/*.sbatch"),
+        *ROOT.glob("tests/slurm/*.sh"),
         ROOT / ".ci/run",
     ]
 )
