@@ -84,9 +84,21 @@ launch() {
   esac
 }
 
-# Wait for the process $1; a trapped signal ends bash's `wait`, not the process.
+# Wait for the launch $1. Once a rank has failed it has GLIDE_GIVE_UP_S seconds: srun waits without end for the
+# end of a task on a node that it can't reach. A trapped signal ends bash's `wait`, not the process.
 await() {
-  while kill -0 "$1" 2>/dev/null; do wait "$1" || true; done
+  local failed=''
+  while kill -0 "$1" 2>/dev/null; do
+    sleep 1 &
+    wait $! || true
+    if [ -z "$failed" ] && grep -qsv '^0$' "$folder"/*.code; then failed=$SECONDS; fi
+    if [ -n "$failed" ] && [ $((SECONDS - failed)) -ge "$GLIDE_GIVE_UP_S" ]; then
+      say "a rank failed $GLIDE_GIVE_UP_S s ago and the launch hasn't ended: killing it"
+      kill -KILL "$1"
+      wait "$1" || true
+      return
+    fi
+  done
 }
 
 # Ask the ranks for a checkpoint and an end: Slurm's warning comes to the batch shell alone.

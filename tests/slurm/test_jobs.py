@@ -107,7 +107,7 @@ def node_lost(cluster: Cluster, folder: Path) -> Job:
 
 def link_cut(cluster: Cluster, folder: Path) -> Job:
     """The link between both nodes is cut: for less than the timeout, then for longer."""
-    (job,) = submit(cluster, folder, sets="run.timeout_s=40")
+    (job,) = submit(cluster, folder, sets="run.timeout_s=40", GLIDE_GIVE_UP_S="10")
     with frozen(job, step=EVERY):
         first, second = job.nodes()
         cluster.cut_link(first, second)

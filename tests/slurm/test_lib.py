@@ -133,6 +133,22 @@ def readme_commands() -> tuple[list[str], list[str]]:
     return phases, one
 
 
+def test_a_launch_that_never_ends_after_a_rank_failed_is_killed(ended: Ended):
+    ended.left(75)
+    setup = f". slurm/lib.sh; folder={ended.folder}; sleep 60 & await $!; jobs -r"
+    done = subprocess.run(
+        ["bash", "-c", setup],
+        cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin", "GLIDE_GIVE_UP_S": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+    )
+    assert "killing it" in done.stdout
+    assert "sleep 60" not in done.stdout
+
+
 @pytest.mark.slow
 def test_submit_phases_shows_its_commands_and_finds_mistakes_first(tmp_path: Path):
     command, _ = readme_commands()
