@@ -62,6 +62,12 @@ COMMANDS = (
         "glide-ds preflight --ds_config ds_configs/tiny/phase1.json",
     ),
     Command(
+        ("plan",),
+        "glide_ds.plan",
+        "say what a run will take: memory by part, hours, network, loader cores, disk",
+        "glide-ds plan --ds_config ds_configs/phase3.json --nodes 16 --gpus 8 --gpu h100",
+    ),
+    Command(
         ("export",),
         "glide_ds.export",
         "consolidated fp32 weights of a run, verified; drops into stock GLIDE code",

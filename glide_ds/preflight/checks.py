@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from braceexpand import braceexpand
 
-from glide_ds.config import Config, DataConfig
+from glide_ds.config import DataConfig
 from glide_ds.data.captions import Unusable
 from glide_ds.data.clip_store import ClipStore, Encoder
 from glide_ds.data.filters import Filtered
@@ -33,7 +33,14 @@ from glide_ds.preflight import ranks, step
 from glide_ds.preflight.site import Fault, Finding, Site, fault_of
 from glide_ds.training.checkpoint import committed, verify
 from glide_ds.training.lineage import find_start, folder_of, load_start
-from glide_ds.training.memory import checkpoint_bytes, dial_of, gib, memory_estimate, meta_model
+from glide_ds.training.memory import (
+    checkpoint_bytes,
+    checkpoints_kept,
+    dial_of,
+    gib,
+    memory_estimate,
+    meta_model,
+)
 from glide_ds.training.preview import describe_batch
 from glide_ds.training.run import check_pipeline, glide_config
 from glide_ds.types import ConfigError, DataError, GlideError, WeightsError
@@ -368,12 +375,6 @@ def disk(site: Site) -> Finding:
     if need <= free + held:
         return Finding(text)
     return Finding(text, (Fault(text, "free space, choose another run.dir, or lower checkpoint.keep"),))
-
-
-def checkpoints_kept(config: Config) -> int:
-    """The most checkpoints of the phase that lie on disk at once: the kept ones and the one being written."""
-    written = -(-config.train.steps // config.checkpoint.every)
-    return min(written, config.checkpoint.keep + 1) if config.checkpoint.keep else written
 
 
 def existing_parent(folder: Path) -> Path:

@@ -94,8 +94,13 @@ def weight_bytes(config: Config) -> int:
     return 2 if config.deepspeed.get("bf16", {}).get("enabled") else 4
 
 
-def memory_estimate(model: Any, config: Config, arithmetic: BatchArithmetic, dial: str) -> dict[str, float]:
-    """Bytes per rank by part at the step's high point, for a `meta_model`. The frozen CLIP encoder is left out."""
+def memory_estimate(
+    model: Any, config: Config, arithmetic: BatchArithmetic, dial: str, activations: Activations | None = None
+) -> dict[str, float]:
+    """Bytes per rank by part at the step's high point, for a `meta_model`. The frozen CLIP encoder is left out.
+
+    `activations` saves counting them again.
+    """
     world, width = arithmetic.world_size, weight_bytes(config)
     groups: dict[str, int] = {}
     for group in parameter_groups(model, config):
@@ -112,7 +117,7 @@ def memory_estimate(model: Any, config: Config, arithmetic: BatchArithmetic, dia
         "moments": OPTIMIZER_BYTES[config.deepspeed["optimizer"]["type"]] * trained / world,
     }
     bucket_bytes = float(width * bucket * (2 if zero.get("overlap_comm") else 1))
-    activations = count_activations(model)
+    activations = activations or count_activations(model)
     kept, arrived = activations.backward_peak(dial, arithmetic.micro_batch, 1 / world)
     flat = 4.0 * max(groups.values(), default=0) / world
     if kept + arrived + bucket_bytes >= gradients + flat:
@@ -159,7 +164,7 @@ def count_activations(model: Any) -> Activations:
     hooks = [m.register_forward_pre_hook(enter) for m in blocks]
     hooks += [m.register_forward_hook(leave) for m in blocks]
     with torch.device("meta"), saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention():
-        model(**_one_image(model.config))
+        model(**one_image(model.config))
     for hook in hooks:
         hook.remove()
     return found
@@ -174,7 +179,8 @@ class _FusedAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _one_image(config: GlideConfig) -> dict[str, torch.Tensor]:
+def one_image(config: GlideConfig) -> dict[str, torch.Tensor]:
+    """The inputs of a forward pass of one image, on the default device."""
     side, context = config.image_size, config.text_ctx
     inputs = {
         "x": torch.empty(1, 3, side, side),
@@ -196,7 +202,10 @@ def gib(size: float) -> str:
 
 def dial_of(config: Config) -> str:
     """The setting of train.checkpointing, by its name in DIALS."""
-    return "blocks" if config.train.checkpointing else "none"
+    dial: object = config.train.checkpointing
+    if isinstance(dial, str):
+        return dial
+    return "blocks" if dial else "none"
 
 
 def checkpoint_bytes(model: Any, config: Config) -> float:
@@ -204,3 +213,9 @@ def checkpoint_bytes(model: Any, config: Config) -> float:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     module = weight_bytes(config) * sum(p.numel() for p in (*model.parameters(), *model.buffers()))
     return float(module + (4 + OPTIMIZER_BYTES[config.deepspeed["optimizer"]["type"]]) * trained)
+
+
+def checkpoints_kept(config: Config) -> int:
+    """The most checkpoints of the phase that lie on disk at once: the kept ones and the one being written."""
+    written = -(-config.train.steps // config.checkpoint.every)
+    return min(written, config.checkpoint.keep + 1) if config.checkpoint.keep else written

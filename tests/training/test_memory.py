@@ -32,7 +32,7 @@ def kept_for_real(config) -> int:
 
     inputs = {
         name: torch.zeros(tensor.shape, dtype=tensor.dtype)
-        for name, tensor in memory._one_image(model.config).items()
+        for name, tensor in memory.one_image(model.config).items()
     }
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         model(**inputs)

@@ -1,0 +1,361 @@
+"""`glide-ds plan`: what a run will take, before any GPU is: memory, speed, hours, network, loader cores, disk.
+
+Counts are exact: parameters, activations and operations come from the model on the meta device. Rates are
+published peaks times a utilisation, which a result of benchmarks/step.py on the same device replaces.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from glide_ds.config import BatchArithmetic, Config, load_config
+from glide_ds.training.memory import (
+    DIALS,
+    Activations,
+    checkpoint_bytes,
+    checkpoints_kept,
+    count_activations,
+    dial_of,
+    gib,
+    memory_estimate,
+    meta_model,
+    one_image,
+    weight_bytes,
+)
+from glide_ds.training.preview import describe_batch
+from glide_ds.training.run import check_pipeline, glide_config, open_source
+from glide_ds.types import ConfigError, GlideError
+
+
+class Gpu(NamedTuple):
+    """One device: the makers' figures, without sparsity."""
+
+    memory_gib: float
+    tf32_tflops: float
+    bf16_tflops: float
+    link_gb_s: float  # one way, to the other devices of its node
+
+
+GPUS = {
+    "h100": Gpu(80, 494, 989, 450),
+    "h200": Gpu(141, 494, 989, 450),
+    "b200": Gpu(180, 1100, 2250, 900),
+    "a100-80": Gpu(80, 156, 312, 300),
+    "a100-40": Gpu(40, 156, 312, 300),
+    "l40s": Gpu(48, 183, 362, 32),
+    "a6000": Gpu(48, 77, 155, 32),
+    "4090": Gpu(24, 82, 165, 32),
+    "cpu": Gpu(0, 0, 0, 5),  # this machine: its memory is read and its rate measured
+}
+MOST_PICTURES = 2**16  # in a micro-batch; the search ends here
+UTILISATION = 0.35  # of the peak, where nothing was measured
+USABLE = 0.92  # of a GPU's memory; the rest is lost between blocks of the allocator
+WORKSPACE = {"cpu": 0.0}  # beside what is counted, in bytes; on GPUs context, cuDNN and cuBLAS
+GPU_WORKSPACE = 1.5 * 2**30
+LOADER_S = 740e-6  # of a core per picture: read, decode, trim, resize (benchmarks/loader.py)
+PICTURE_BYTES = 50_000
+# Parameters of the text tower and of both, by clip.model.
+CLIP_PARAMETERS = {
+    "ViT-B/32": (63.4e6, 151.3e6),
+    "ViT-B/16": (63.4e6, 149.6e6),
+    "ViT-L/14": (123.7e6, 427.6e6),
+    "builtin:tiny": (0.3e6, 0.6e6),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations of one image."""
+
+    step: int  # forward and backward, nothing computed again
+    forward: int
+    again: Mapping[str, int]  # what each dial computes a second time
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One phase on given machines."""
+
+    config: Config
+    arithmetic: BatchArithmetic
+    gpu: str
+    limit: float  # usable bytes per GPU
+    memory: Mapping[str, Mapping[str, float]]  # by dial, by part
+    largest: Mapping[str, int]  # micro-batch that fits, by dial; 0: none
+    step_flops: float  # per GPU and update, what is computed again included
+    communication: Mapping[str, float]  # bytes per GPU and update, by collective
+    compute_s: float  # per update
+    network_s: float
+    checkpoint: float  # bytes
+    rate_source: str
+
+    @property
+    def step_s(self) -> float:
+        return self.compute_s + self.network_s
+
+    @property
+    def images_per_s(self) -> float:
+        return self.arithmetic.global_batch / self.step_s
+
+    @property
+    def hours(self) -> float:
+        return self.config.train.steps * self.step_s / 3600
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ds_config", nargs="+", required=True, metavar="JSON", help="as for training")
+    parser.add_argument("--config", metavar="YAML", help="values that the phases share, laid over the JSON")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        action="extend",
+        help="single values, laid over both",
+    )
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus", type=int, default=1, help="per node")
+    parser.add_argument("--gpu", choices=GPUS, default="h100")
+    parser.add_argument("--network", type=float, default=12.5, help="GB/s per GPU between nodes, one way")
+    parser.add_argument(
+        "--results", type=Path, nargs="*", help="of benchmarks/step.py; default: benchmarks/results/step-*.json"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print every phase's plan and the pipeline's sum. Raises GlideError where the configuration is wrong."""
+    configs = [config for path in args.ds_config for config in load_config(path, args.config, args.set)]
+    check_pipeline(configs)
+    plans = []
+    for config in configs:
+        print(f"counting phase {config.train.phase} …", flush=True)
+        plans.append(make_plan(config, args.nodes, args.gpus, args.gpu, args.network, args.results))
+        print("\n".join(describe(plans[-1], args.nodes)), flush=True)
+    hours = sum(plan.hours for plan in plans)
+    ranks = args.nodes * args.gpus
+    print(f"in all    {hours:,.1f} hours, {hours * ranks:,.0f} GPU-hours on {ranks} x {args.gpu}")
+
+
+def make_plan(
+    config: Config,
+    nodes: int,
+    gpus: int,
+    gpu: str,
+    network_gb_s: float = 12.5,
+    results: Sequence[Path] | None = None,
+) -> Plan:
+    """Plan one phase. Raises ConfigError where the batch can't be split over nodes x gpus ranks."""
+    arithmetic = config.batch_arithmetic(nodes * gpus)
+    glide = glide_config(config)
+    model = meta_model(glide, config)
+    found, work, dial = count_activations(model), count_work(model), dial_of(config)
+    limit = usable_bytes(gpu, gpus)
+    memory = {name: rank_memory(model, config, arithmetic, name, found, gpu) for name in DIALS}
+    largest = {name: largest_micro_batch(model, config, arithmetic, name, found, gpu, limit) for name in DIALS}
+    rate, source = rate_of(config, gpu, results)
+    again = work.again[dial]
+    if config.train.kl_weight > 0:
+        again += work.forward // config.train.kl_every  # the pass without CLIP
+    flops = float(work.step + again) * arithmetic.micro_batch * arithmetic.accumulation
+    traffic = communication(model, config, arithmetic)
+    link = GPUS[gpu].link_gb_s if nodes == 1 else network_gb_s
+    return Plan(
+        config,
+        arithmetic,
+        gpu,
+        limit,
+        memory,
+        largest,
+        flops,
+        traffic,
+        flops / rate,
+        sum(traffic.values()) / link / 1e9,
+        checkpoint_bytes(model, config),
+        source,
+    )
+
+
+def count_work(model: Any) -> Work:
+    """Operations of one image in matrix products, convolutions and attention, two per multiply-add.
+
+    What the phase freezes has no gradient and costs none.
+    """
+    with torch.device("meta"):
+        inputs = one_image(model.config)
+    forward = FlopCounterMode(display=False)
+    with torch.no_grad(), forward:
+        model(**inputs)
+    with FlopCounterMode(display=False) as counter:
+        model(**inputs).sum().backward()
+    model.zero_grad()
+    counts = forward.get_flop_counts()
+    names = {f"{type(model).__name__}.{name}": module for name, module in model.named_modules()}
+    again = {
+        dial: sum(
+            sum(counts[name].values())
+            for name, module in names.items()
+            if isinstance(module, kinds) and name in counts
+        )
+        for dial, kinds in DIALS.items()
+    }
+    return Work(int(counter.get_total_flops()), int(forward.get_total_flops()), again)
+
+
+def rank_memory(
+    model: Any, config: Config, arithmetic: BatchArithmetic, dial: str, found: Activations, gpu: str
+) -> dict[str, float]:
+    """Bytes per GPU by part, with the frozen encoder and the workspace."""
+    parts = memory_estimate(model, config, arithmetic, dial, found)
+    towers = CLIP_PARAMETERS.get(config.clip.model, CLIP_PARAMETERS["ViT-L/14"])
+    if config.uses_clip:
+        parts["CLIP"] = 4 * towers[config.clip.source == "image"]
+    parts["workspace"] = WORKSPACE.get(gpu, GPU_WORKSPACE)
+    return parts
+
+
+def largest_micro_batch(
+    model: Any,
+    config: Config,
+    arithmetic: BatchArithmetic,
+    dial: str,
+    found: Activations,
+    gpu: str,
+    limit: float,
+) -> int:
+    """The largest micro-batch that fits, whatever the global batch; 0 where not even one picture does."""
+
+    def fits(micro: int) -> bool:
+        tried = arithmetic._replace(micro_batch=micro)
+        return sum(rank_memory(model, config, tried, dial, found, gpu).values()) <= limit
+
+    most = 1
+    while fits(most) and most < MOST_PICTURES:
+        most *= 2
+    return bisect_left(range(1, most + 1), True, key=lambda micro: not fits(micro))
+
+
+def usable_bytes(gpu: str, gpus: int) -> float:
+    """What one GPU has for a run; of this machine's free memory, one rank's part."""
+    if gpu != "cpu":
+        return USABLE * GPUS[gpu].memory_gib * 2**30
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return USABLE * int(lines["MemAvailable"].split()[0]) * 1024 / gpus
+
+
+def communication(model: Any, config: Config, arithmetic: BatchArithmetic) -> dict[str, float]:
+    """Bytes that one GPU sends per update under ZeRO-2 (Rajbhandari et al. 2020, section 7.1).
+
+    Gradients are reduced in every micro-batch, weights gathered once per update: 2·Ψ without accumulation.
+    """
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    once = weight_bytes(config) * trained * (arithmetic.world_size - 1) / arithmetic.world_size
+    return {"gradients": once * arithmetic.accumulation, "weights": once}
+
+
+def rate_of(config: Config, gpu: str, results: Sequence[Path] | None) -> tuple[float, str]:
+    """Operations per second of one GPU in training, and where the figure comes from."""
+    bf16 = weight_bytes(config) == 2
+    device = GPUS[gpu]
+    peak = (device.bf16_tflops if bf16 or not config.train.tf32 else device.tf32_tflops) * 1e12
+    name = f"{'bf16' if bf16 else 'TF32'} peak of {device.tf32_tflops if not bf16 else device.bf16_tflops:g} TFLOP/s"
+    if gpu == "cpu":
+        peak = measured_peak()
+        name = f"matrix rate measured here, {peak / 1e9:.0f} GFLOP/s"
+    measured = list(_measured(gpu, bf16, _result_files() if results is None else results))
+    if measured:
+        mfu, path = max(measured)
+        return peak * mfu, f"{mfu:.0%} of the {name}, as {path} measured"
+    return peak * UTILISATION, f"{UTILISATION:.0%} of the {name}, assumed: run benchmarks/step.py there"
+
+
+def _result_files() -> list[Path]:
+    return sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("step-*.json"))
+
+
+def _measured(gpu: str, bf16: bool, paths: Sequence[Path]) -> Iterator[tuple[float, Path]]:
+    """(model FLOP utilisation, file) of training under DeepSpeed on such a device, over all micro-batches."""
+    variant = "ours, DeepSpeed bf16" if bf16 else "ours, DeepSpeed"
+    for path in paths:
+        try:
+            report = json.loads(path.read_text())
+            device = report["environment"]["device"].lower()
+            rows = [row[variant]["mfu"] for row in report["results"].values() if variant in row]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"--results {path} is no result of benchmarks/step.py ({error!r}); give another"
+            ) from error
+        if all(word in device for word in gpu.split("-")):
+            yield from ((mfu, path) for mfu in rows)
+
+
+def measured_peak() -> float:
+    """Operations per second of a matrix product on this CPU with the threads that torch has."""
+    side = 1024
+    a, b = torch.randn(side, side), torch.randn(side, side)
+    best = float("inf")
+    for _ in range(4):
+        started = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - started)
+    return 2 * side**3 / best
+
+
+# ---- what a person sees
+
+
+def describe(plan: Plan, nodes: int) -> list[str]:
+    """The plan of one phase, a page of plain text."""
+    config, arithmetic = plan.config, plan.arithmetic
+    dial, gpus = dial_of(config), arithmetic.world_size // nodes
+    lines = [
+        f"── glide_ds plan: phase {config.train.phase} on {nodes} x {gpus} {plan.gpu} ".ljust(100, "─"),
+        f"batch     {describe_batch(config, arithmetic)}",
+        f"memory    GiB per GPU of {plan.limit / 2**30:.1f} usable, by train.checkpointing; "
+        "and the largest micro-batch that fits",
+        *_memory_table(plan, dial),
+        f"speed     {plan.step_flops / 1e12:,.1f} TFLOP per GPU and step at {plan.rate_source}:",
+        f"          {plan.compute_s:.3g} s computing + {plan.network_s:.3g} s communicating (not overlapped), "
+        f"{plan.images_per_s:,.1f} images/s",
+        "network   per GPU and step: "
+        + ", ".join(f"{name} {gib(size)}" for name, size in plan.communication.items()),
+        f"time      {config.train.steps:,} steps: {plan.hours:,.1f} hours, "
+        f"{plan.hours * arithmetic.world_size:,.0f} GPU-hours",
+        f"loader    {plan.images_per_s / nodes * LOADER_S:.1f} cores per node decode that fast; "
+        f"data.workers={config.data.workers} gives {config.data.workers * gpus} processes",
+        f"data      {_data(plan)}",
+        f"disk      {checkpoints_kept(config)} x {gib(plan.checkpoint)} of checkpoints at most, "
+        f"written every {config.checkpoint.every * plan.step_s / 60:.3g} minutes",
+    ]
+    if not plan.largest[dial]:
+        lines.append(f"!!        no picture fits with train.checkpointing as it is ({dial})")
+    return lines
+
+
+def _memory_table(plan: Plan, chosen: str) -> Iterator[str]:
+    parts = list(plan.memory[chosen])
+    yield " " * 14 + "".join(f"{part:>12}" for part in (*parts, "all", "largest"))
+    for dial, memory in plan.memory.items():
+        cells = "".join(f"{size / 2**30:>12.2f}" for size in (*memory.values(), sum(memory.values())))
+        mark = "→" if dial == chosen else " "
+        yield f"  {mark} {dial:<10}" + cells + f"{plan.largest[dial] or 'none':>12}"
+
+
+def _data(plan: Plan) -> str:
+    config, arithmetic = plan.config, plan.arithmetic
+    wanted = config.train.steps * arithmetic.global_batch
+    text = f"{wanted:,} pictures in all"
+    try:
+        facts = open_source(config, arithmetic, 0).facts()
+    except GlideError:
+        return f"{text}, some {wanted * PICTURE_BYTES / 1e12:.2f} TB to read; the shards can't be opened here"
+    return f"{text}: {wanted / facts['samples']:.2f} epochs of {facts['samples']:,}"

@@ -1,0 +1,112 @@
+"""`glide-ds plan`: counts against published figures, arithmetic, calibration by a result file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from train_kit import make_config, write_config
+
+from glide_ds import cli, plan
+from glide_ds.config import load_config
+from glide_ds.training.memory import DIALS, dial_of, meta_model
+from glide_ds.training.run import glide_config
+from glide_ds.types import ConfigError
+
+# Models on the meta device import half of torch, and count the published model's operations: seconds of CPU.
+slow = pytest.mark.slow
+
+
+@slow
+def test_operations_are_the_published_models(root: Path):
+    (config,) = load_config(root / "ds_configs" / "base.json")
+    work = plan.count_work(meta_model(glide_config(config), config))
+    assert work.step == pytest.approx(715e9, rel=0.01)
+    assert work.forward == pytest.approx(2 * 119.15e9, rel=0.01)
+    assert work.again["none"] == 0
+    assert 0 < work.again["attention"] < 0.2 * work.forward
+    assert work.again["blocks"] == pytest.approx(work.forward, rel=0.05)
+
+
+@slow
+def test_a_frozen_trunk_costs_less(tmp_path: Path):
+    def step(phase: str) -> int:
+        config = make_config(tmp_path, phase)
+        return plan.count_work(meta_model(glide_config(config), config)).step
+
+    assert step("adapter_only") < 0.8 * step("full")
+
+
+@slow
+def test_the_largest_micro_batch_fits_and_one_more_does_not(tmp_path: Path):
+    config = make_config(tmp_path, "full", train_batch_size=64)
+    made = plan.make_plan(config, 1, 2, "4090")
+    assert list(made.memory) == list(DIALS)
+    largest = made.largest["blocks"]
+    assert largest > made.largest["none"] > 1
+
+    def needed(micro: int) -> float:
+        sized = make_config(tmp_path, "full", train_batch_size=2 * micro)
+        return sum(plan.make_plan(sized, 1, 2, "4090").memory["blocks"].values())
+
+    assert needed(largest) <= made.limit < needed(largest + 1)
+
+
+@slow
+def test_a_model_that_is_too_large_for_the_gpu_is_said_so(tmp_path: Path):
+    config = make_config(tmp_path, "full")
+    made = plan.make_plan(config, 1, 1, "h100")
+    none = plan.Plan(**{**vars(made), "largest": dict.fromkeys(DIALS, 0)})
+    assert any(line.startswith("!!") and dial_of(config) in line for line in plan.describe(none, 1))
+
+
+def test_communication_is_two_psi_and_more_with_accumulation(tmp_path: Path):
+    # A layer of its own: no meta model needed to count what is sent.
+    model = torch.nn.Linear(10, 10, bias=False)
+    config = make_config(tmp_path, "full", train_batch_size=8)
+    one = plan.communication(model, config, config.batch_arithmetic(4))
+    assert one == {"gradients": 4 * 100 * 3 / 4, "weights": 4 * 100 * 3 / 4}
+    split = make_config(tmp_path, "full", train_batch_size=8, train_micro_batch_size_per_gpu=1)
+    assert plan.communication(model, split, split.batch_arithmetic(4))["gradients"] == 2 * one["gradients"]
+    assert sum(plan.communication(model, config, config.batch_arithmetic(1)).values()) == 0
+    model.requires_grad_(False)
+    assert sum(plan.communication(model, config, config.batch_arithmetic(4)).values()) == 0
+
+
+def test_a_result_of_the_same_device_replaces_the_assumption(tmp_path: Path):
+    config = make_config(tmp_path, "full")
+    path = tmp_path / "step-h100.json"
+    rows = {"4": {"ours, DeepSpeed": {"mfu": 0.4}}, "8": {"ours, DeepSpeed": {"mfu": 0.5}}}
+    path.write_text(json.dumps({"environment": {"device": "NVIDIA H100 80GB HBM3"}, "results": rows}))
+    rate, source = plan.rate_of(config, "h100", [path])
+    assert rate == pytest.approx(0.5 * 494e12)
+    assert "50% of the TF32 peak" in source
+    assert str(path) in source
+    other, words = plan.rate_of(config, "a100-80", [path])
+    assert other == pytest.approx(plan.UTILISATION * 156e12)
+    assert "assumed" in words
+    half = make_config(tmp_path, "full", bf16={"enabled": True})
+    assert plan.rate_of(half, "h100", [])[0] == pytest.approx(plan.UTILISATION * 989e12)
+
+
+def test_a_file_that_is_no_result_is_named(tmp_path: Path):
+    path = tmp_path / "step-x.json"
+    path.write_text("[]")
+    with pytest.raises(ConfigError, match=r"step-x\.json is no result of benchmarks/step\.py"):
+        plan.rate_of(make_config(tmp_path), "h100", [path])
+
+
+@slow
+def test_the_command_plans_each_phase_and_sums_the_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    paths = [str(write_config(tmp_path, phase)) for phase in ("adapter_only", "full")]
+    assert cli.main(["plan", "--ds_config", *paths, "--nodes", "2", "--gpus", "2", "--gpu", "a100-40"]) == 0
+    out = capsys.readouterr().out
+    assert "phase adapter_only on 2 x 2 a100-40" in out
+    assert "phase full on 2 x 2 a100-40" in out
+    assert "GPU-hours on 4 x a100-40" in out
+    for word in ("memory", "network", "loader", "checkpoints", "images/s", "→ none"):
+        assert word in out
+    assert cli.main(["plan", "--ds_config", *paths, "--gpus", "3"]) == 2
+    assert "use 3 or 6" in capsys.readouterr().err
