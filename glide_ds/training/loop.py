@@ -61,8 +61,6 @@ def train(run: PhaseRun) -> None:
         if config.log.samples_every and (done % config.log.samples_every == 0 or last):
             with clock.paused():
                 sampler.draw(done)
-    if run.start.step < steps:
-        report_data(run)
 
 
 def _prepare(run: PhaseRun, step: int, first_offset: float) -> None:
@@ -84,7 +82,7 @@ def _first_gate_offset(run: PhaseRun) -> float:
 
 
 def save(run: PhaseRun, done: int, first_offset: float) -> None:
-    """Commit a checkpoint. Collective."""
+    """Commit a checkpoint and say what became of the data so far. Collective."""
     run.watch.at("save", done)
     started = time.monotonic()
     facts = {
@@ -100,6 +98,7 @@ def save(run: PhaseRun, done: int, first_offset: float) -> None:
     folder = folder_of(run.config, run.config.train.phase)
     saved = checkpoint.save(run.engine, folder, done, facts, run.config.checkpoint.keep)
     run.log.line(f"committed {saved.path} in {time.monotonic() - started:.1f} s")
+    report_data(run)
 
 
 def report_data(run: PhaseRun) -> None:

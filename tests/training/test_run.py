@@ -592,14 +592,14 @@ def test_real_shards_are_trained_on_and_bad_samples_counted(
 ):
     members = [*(good_sample(n) for n in range(10)), *BAD.values()]
     shards = write_shard(tmp_path / "mixed.tar", members)
-    path = write_config(
-        tmp_path, "adapter_only", data={"shards": shards}, train={"steps": 4}, model={"weights": "random"}
-    )
+    more = {"train": {"steps": 4}, "model": {"weights": "random"}, "checkpoint": {"every": 3}}
+    path = write_config(tmp_path, "adapter_only", data={"shards": shards}, **more)
     start(path)
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4]
     ids = {i for line in trace(tmp_path) for i in line["sample_ids"]}
     assert ids <= set(range(10))  # none of the bad
-    (told,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("data: ")]
+    earlier, told = (line for line in capsys.readouterr().out.splitlines() if line.startswith("data: "))
+    assert earlier.startswith("data: 12 samples delivered")  # at every checkpoint: step 3
     report = json.loads((tmp_path / "run" / "data-adapter_only.json").read_text())
     assert report["delivered"] == 16
     for cause in BAD:  # an epoch of 16 samples was read
