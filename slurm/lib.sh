@@ -77,8 +77,8 @@ launch() {
       # The node's number is known to the task alone, so the task's shell reads it.
       # shellcheck disable=SC2016
       on_each_node "${container[@]}" bash -c 'exec deepspeed --hostfile "$0/hostfile" --no_ssh \
-        --node_rank="$SLURM_NODEID" --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT" --no_python \
-        bash slurm/rank.sh "$0"' "$folder"
+        --node_rank="$SLURM_NODEID" --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT" \
+        --no_python --no_local_rank bash slurm/rank.sh "$0"' "$folder"
       ;;
     *) die 2 "GLIDE_LAUNCHER=$GLIDE_LAUNCHER is none of srun, torchrun, deepspeed; correct slurm/site.env" ;;
   esac
