@@ -268,6 +268,42 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class StabilityConfig:
+    """What happens to an update whose loss or gradient is no good.
+
+    One that is not finite is skipped in any case, and so is a loss spike, by all ranks alike. Several within
+    `window` steps bring the run back to the checkpoint before them, past their data, at a lower rate.
+    """
+
+    spike_factor: float = 15.0  # a loss so many deviations above the recent median is a spike; 0: none is
+    window: int = 100  # accepted updates that a loss is compared with; the first half of them is not judged
+    skip_limit: int = 3  # skipped updates within `window` steps that bring a rollback; 0: they never do
+    max_rollbacks: int = 3  # per phase; then the run stops with a report
+    lr_cut: float = 0.5  # what every learning rate is multiplied by after a rollback
+
+    def __post_init__(self) -> None:
+        for name in ("spike_factor", "skip_limit", "max_rollbacks"):
+            _in_range(f"stability.{name}", getattr(self, name), 0)
+        _in_range("stability.window", self.window, 4)
+        _in_range("stability.lr_cut", self.lr_cut, 0.01, 1)
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """How good the model is on held-out samples, at the same noise and timesteps each time."""
+
+    every: int = 0  # steps; 0: never
+    samples: int = 256
+    shards: str | tuple[str, ...] | None = None  # none: the shapes' held-out set, and nothing for other data
+    # By what share the loss with CLIP off may exceed that before training, until the run stops; 0: any.
+    max_degradation: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 0), ("samples", 1), ("max_degradation", 0)):
+            _in_range(f"validation.{name}", getattr(self, name), least)
+
+
+@dataclass(frozen=True)
 class LogConfig:
     """What a person sees while the run goes on."""
 
@@ -305,6 +341,8 @@ class Config:
     clip: ClipConfig = field(default_factory=ClipConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     @property

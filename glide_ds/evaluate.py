@@ -1,31 +1,24 @@
-"""What a model has learned of the built-in shapes: drawn pictures read by the judge, and the conditioning gain.
-
-B samples, S image side, D CLIP width.
-"""
+"""What a model has learned of the built-in shapes: drawn pictures read by the judge, and the conditioning gain."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from glide_ds.data import judge, shapes
-from glide_ds.diffusion import Diffusion, create_diffusion
+from glide_ds.diffusion import create_diffusion
 from glide_ds.model.clip import FrozenClip
 from glide_ds.sample import Loaded, load_model
-from glide_ds.tokenizer import encode
 from glide_ds.training.logging import grid
-from glide_ds.training.objective import to_signed
 from glide_ds.training.samples import draw
+from glide_ds.training.validation import Gain, HeldOut
 
-CHUNK = 64  # pictures per forward pass
-GAIN_TIMESTEPS = (250, 950)  # below, the picture shows through the noise and nothing needs conditioning
+CHUNK = 64  # pictures drawn at once
 
 
 @dataclass(frozen=True)
@@ -42,20 +35,6 @@ class Score:
             f"{self.count} captions drawn: right colours {self.colour:.1%}, right shapes {self.shape:.1%}, "
             f"right positions {self.position:.1%}"
         )
-
-
-@dataclass(frozen=True)
-class Gain:
-    """By how much the right CLIP embedding lowers the squared error of the predicted x0.
-
-    Fractions of the error with embeddings shuffled between the samples, and of the error with CLIP off.
-    """
-
-    over_shuffled: float
-    over_off: float
-
-    def __str__(self) -> str:
-        return f"{self.over_shuffled:+.1%} against shuffled embeddings, {self.over_off:+.1%} against CLIP off"
 
 
 @dataclass(frozen=True)
@@ -113,13 +92,16 @@ def evaluate(
     score = None
     if captions:
         score = draw_and_judge(loaded, clip, captions, steps, guidance, pictures)
-    held_out = HeldOut(loaded, clip, samples)
-    return Evaluation(
-        score,
-        held_out.loss(),
-        held_out.gain(keep_caption=True) if clip else None,
-        held_out.gain(keep_caption=False) if clip else None,
-    )
+    figures = held_out_shapes(loaded, clip, samples).measure(loaded.model)
+    return Evaluation(score, figures.loss_clip_off, figures.gain_with_caption, figures.gain_without_caption)
+
+
+def held_out_shapes(loaded: Loaded, clip: FrozenClip | None, count: int) -> HeldOut:
+    """The first `count` of the shapes that are in no training set."""
+    side = loaded.model.config.image_size
+    images, captions = zip(*(shapes.draw(shapes.HELD_OUT + i, side) for i in range(count)), strict=True)
+    embedding = clip.encode_text(captions).cpu() if clip else None
+    return HeldOut(create_diffusion(loaded.schedule), torch.from_numpy(np.stack(images)), captions, embedding)
 
 
 def draw_and_judge(
@@ -150,68 +132,3 @@ def draw_and_judge(
         name: float(np.mean([getattr(g, name) for g in grades])) for name in ("colour", "shape", "position")
     }
     return Score(count, **shares)
-
-
-class HeldOut:
-    """Held-out pictures under fixed noise and timesteps: figures of two models can be compared."""
-
-    def __init__(self, loaded: Loaded, clip: FrozenClip | None, count: int) -> None:
-        self.model = loaded.model
-        self.device = next(loaded.model.parameters()).device
-        self.diffusion: Diffusion = create_diffusion(loaded.schedule)
-        side = self.model.config.image_size
-        images, captions = zip(*(shapes.draw(shapes.HELD_OUT + i, side) for i in range(count)), strict=True)
-        self.captions = list(captions)
-        self.x0 = to_signed(torch.from_numpy(np.stack(images)))
-        self.noise = torch.randn(self.x0.shape, generator=torch.Generator().manual_seed(0))
-        self.embedding = clip.encode_text(self.captions).cpu() if clip else None
-
-    def loss(self) -> float:
-        """Mean eps-MSE with the caption and CLIP off, timesteps even over all T."""
-        t = torch.linspace(0, self.diffusion.num_timesteps - 1, len(self.x0)).long()
-
-        def error(eps: Tensor, rows: slice, _x_t: Tensor) -> Tensor:
-            return (eps - self.noise[rows]) ** 2
-
-        return self._mean(t, self.captions, None, error)
-
-    def gain(self, *, keep_caption: bool) -> Gain:
-        """The conditioning gain: right against shuffled embeddings and against none.
-
-        The error is of the predicted x0, at timesteps even in GAIN_TIMESTEPS: the loss hides it, for
-        steps with little noise dominate that and need no conditioning.
-        """
-        assert self.embedding is not None
-        captions = self.captions if keep_caption else [""] * len(self.captions)
-        t = torch.linspace(*GAIN_TIMESTEPS, len(self.x0)).long()
-        # Samples next to each other have nearly the same timestep, so a rotation shuffles fairly.
-        shuffled = self.embedding.roll(1, 0)
-
-        def error(eps: Tensor, rows: slice, x_t: Tensor) -> Tensor:
-            return (self.diffusion.predict_x0(eps, x_t, t[rows]) - self.x0[rows]) ** 2
-
-        right, wrong, off = (self._mean(t, captions, e, error) for e in (self.embedding, shuffled, None))
-        return Gain(over_shuffled=1 - right / wrong, over_off=1 - right / off)
-
-    @torch.no_grad()
-    def _mean(
-        self,
-        t: Tensor,
-        captions: Sequence[str],
-        embedding: Tensor | None,
-        error: Callable[[Tensor, slice, Tensor], Tensor],
-    ) -> float:
-        total = 0.0
-        for first in range(0, len(t), CHUNK):
-            rows = slice(first, first + CHUNK)
-            x_t = self.diffusion.q_sample(self.x0[rows], t[rows], self.noise[rows])
-            tokens, mask = encode(captions[rows], self.model.config.text_ctx)
-            output = self.model(
-                x_t.to(self.device),
-                t[rows].to(self.device),
-                tokens=tokens.to(self.device),
-                mask=mask.to(self.device),
-                clip_embedding=None if embedding is None else embedding[rows].to(self.device),
-            )
-            total += float(error(output[:, :3].cpu(), rows, x_t).double().sum())
-        return total / self.x0.numel()

@@ -44,7 +44,7 @@ class CheckpointError(GlideError):
 
 
 class UnstableError(GlideError):
-    """Training diverged, and rolling back did not mend it."""
+    """The training went wrong in a way that rolling back does not mend; RUN/stopped-report.json says how."""
 
     exit_code = EXIT_UNSTABLE
 

@@ -41,25 +41,28 @@ def fresh() -> Loaded:
 
 
 def test_an_adapter_that_learned_nothing_gains_nothing(clip):
-    held_out = evaluate.HeldOut(fresh(), clip, 8)
-    gain = held_out.gain(keep_caption=False)
-    assert gain.over_shuffled == 0
-    assert gain.over_off == 0
+    loaded = fresh()
+    figures = evaluate.held_out_shapes(loaded, clip, 8).measure(loaded.model)
+    assert figures.gain_without_caption == evaluate.Gain(over_shuffled=0, over_off=0)
+    assert figures.loss == figures.loss_clip_off
 
 
 def test_an_adapter_that_reads_the_embedding_is_told_from_a_shuffled_one(clip):
     loaded = fresh()
-    before = evaluate.HeldOut(loaded, clip, 8).loss()
+    held_out = evaluate.held_out_shapes(loaded, clip, 8)
+    before = held_out.loss_clip_off(loaded.model)
     for name, parameter in loaded.model.named_parameters():
         if "clip_kv" in name:
             torch.nn.init.normal_(parameter, std=0.5)
     loaded.model.clip_gate_offset.fill_(10.0)
-    held_out = evaluate.HeldOut(loaded, clip, 8)
-    gain = held_out.gain(keep_caption=True)
+    figures = held_out.measure(loaded.model)
+    gain = figures.gain_with_caption
+    assert gain is not None
     assert gain.over_shuffled != 0
     assert gain.over_off != 0
-    assert held_out.gain(keep_caption=False) != gain
-    assert held_out.loss() == before  # with CLIP off the adapter changes nothing
+    assert figures.gain_without_caption != gain
+    assert figures.loss != before
+    assert figures.loss_clip_off == before  # with CLIP off the adapter changes nothing
 
 
 @pytest.mark.parametrize(("shift", "right"), [(0, True), (1, False)])

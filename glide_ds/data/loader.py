@@ -387,6 +387,13 @@ class Source:
             self._check_bad_fraction()
             yield made.batch
 
+    def one(self, number: int) -> Batch:
+        """Micro-batch `number` of this rank's global batch 0, made here and now. Raises DataError."""
+        made = MicroBatches(self.samples, self.order, self.config, self.layout, self.clip)[0, number]
+        if made.batch is None:
+            raise DataError(made.error)
+        return made.batch
+
     def report(self) -> dict[str, Any]:
         """What this rank's delivered batches read, skipped by cause with examples, tolerated and replaced."""
         return self._tally.to_dict()

@@ -111,6 +111,29 @@ def newest_good(folder: Path) -> tuple[Committed | None, list[str]]:
     return None, damaged
 
 
+def rewind(folder: Path, before: int) -> int:
+    """Go back to the newest good checkpoint of an update before number `before`, and remove those after it.
+
+    Where there is none, the oldest good one; where there is none at all, the phase's beginning. Returns its
+    number of updates done. Called by all ranks alike.
+    """
+    good = []
+    for candidate in committed(folder) if dist.get_rank() == 0 else []:
+        if not verify(candidate):
+            good.append(candidate)
+            if candidate.step < before:
+                break
+    chosen = [good[-1].step if good else 0]
+    if dist.get_rank() == 0:
+        if good:
+            _point(good[-1].path)
+        for path in folder.glob("step-*"):
+            if int(path.name.removeprefix("step-")) > chosen[0]:
+                shutil.rmtree(path)
+    dist.broadcast_object_list(chosen)
+    return chosen[0]
+
+
 def verify(checkpoint: Committed, part: int = 0, parts: int = 1) -> list[str]:
     """What is wrong with every `parts`-th file of the manifest, starting at `part`; empty when all is well."""
     problems = []
@@ -141,6 +164,11 @@ def _commit(target: Path, manifest: dict[str, Any]) -> None:
         with (target / name).open("rb") as file:
             os.fsync(file.fileno())
     write_atomically(target / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    _point(target)
+
+
+def _point(target: Path) -> None:
+    """Make `target` the newest checkpoint, by one atomic rename."""
     link = target.parent / f".{LAST}.{os.getpid()}"
     link.unlink(missing_ok=True)
     link.symlink_to(target.name)

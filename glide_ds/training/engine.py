@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -98,7 +99,8 @@ class RoleClipping:
 
     Stands in for the ZeRO optimizer's `scaled_global_norm`, which DeepSpeed calls once per update
     between reduction and step, on every rank. `norms` keeps the last norm of each role, before
-    clipping, as device tensors: reading them is a sync point.
+    clipping, as device tensors: reading them is a sync point. `judge` may turn the norm [] into infinity,
+    on which DeepSpeed skips the update: it reads the norm on the host anyway.
     """
 
     def __init__(self, zero: Any, config: Config) -> None:
@@ -109,7 +111,12 @@ class RoleClipping:
             role: config.train.adapter_clipping if role in ADAPTER_ROLES else main for role in ROLES
         }
         self.norms: dict[str, torch.Tensor] = {}
+        self.judge: Callable[[torch.Tensor], torch.Tensor] | None = None
         zero.scaled_global_norm = self
+        # In bf16 DeepSpeed first looks through every gradient, and on finding one that is not finite never
+        # asks for the norm. The norm says the same, on all ranks, at no further sync point.
+        zero.check_grad_overflow = True
+        zero.check_overflow = lambda partition_gradients=True: None
 
     def __call__(self, norm_type: int = 2) -> torch.Tensor:
         zero = self.zero
@@ -134,7 +141,16 @@ class RoleClipping:
                 for i in members:
                     for gradient in zero.averaged_gradients[i]:
                         gradient.mul_(scale)
-        return total.norm()
+        norm = total.norm()
+        return self.judge(norm) if self.judge else norm
+
+
+def cut_rates(engine: Any, factor: float) -> None:
+    """Multiply every group's learning rate by `factor`, from now on; checkpoints keep the product."""
+    schedule = engine.lr_scheduler
+    schedule.base_lrs = [rate * factor for rate in schedule.base_lrs]
+    for group in schedule.optimizer.param_groups:
+        group["lr"] *= factor
 
 
 def release(engine: Any) -> nn.Module:

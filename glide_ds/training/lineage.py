@@ -29,6 +29,8 @@ FREE_KEYS = (
     "glide_ds.run.",
     "glide_ds.log.",
     "glide_ds.checkpoint.",
+    "glide_ds.stability.",
+    "glide_ds.validation.",
     "glide_ds.train.steps",
     "glide_ds.train.checkpointing",
     "glide_ds.train.channels_last",

@@ -7,6 +7,7 @@ device tensor (a sync point) costs once per `log.every` steps.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,18 +27,18 @@ from glide_ds.types import Batch
 class JsonLines:
     """An append-only file of JSON objects, cut back to what a resumed phase has really done."""
 
-    def __init__(self, path: Path, phase: str, done: int) -> None:
+    def __init__(self, path: Path, phase: str, done: int, rollbacks: int = 0) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            kept = [line for line in _complete_lines(path) if not _is_later(line, phase, done)]
+            kept = [line for line in _complete_lines(path) if not _is_later(line, phase, done, rollbacks)]
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(kept), encoding="utf-8")
             temporary.replace(path)
         self.file: IO[str] = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, values: Mapping[str, Any]) -> None:
-        self.file.write(json.dumps(values) + "\n")
+        self.file.write(json.dumps(finite(values), allow_nan=False) + "\n")
 
     def close(self) -> None:
         self.file.close()
@@ -51,9 +52,21 @@ def _complete_lines(path: Path) -> Iterable[str]:
                 yield line
 
 
-def _is_later(line: str, phase: str, done: int) -> bool:
+def _is_later(line: str, phase: str, done: int, rollbacks: int) -> bool:
+    """Whether a resumed phase will write the line again; what went before a rollback is history."""
     values = json.loads(line)
-    return bool(values["phase"] == phase and values["step"] > done)
+    if values["phase"] != phase or values["step"] <= done:
+        return False
+    return bool(values.get("rollbacks", rollbacks) >= rollbacks)
+
+
+def finite(values: Any) -> Any:
+    """The same with None for every number that is not finite: JSON has no NaN."""
+    if isinstance(values, Mapping):
+        return {key: finite(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 class Progress:
@@ -228,7 +241,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, fl
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}/")
-        elif isinstance(value, int | float) and key != "step":
+        elif isinstance(value, int | float) and math.isfinite(value) and key != "step":
             yield f"{prefix}{key}", value
 
 

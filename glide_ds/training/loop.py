@@ -26,7 +26,8 @@ def train(run: PhaseRun) -> None:
     objective = Objective(config, run.diffusion, engine, run.clip)
     sampler, clock, watch = Sampler(run), Clock(), run.watch
     first_offset = _first_gate_offset(run)
-    batches = run.source.batches(run.start.step)
+    run.validation.begin(run)
+    batches = run.source.batches(run.start.step + run.guard.data_offset)
     for step in range(run.start.step, steps):
         if run.stopper.agreed(step):
             if step > run.start.step and step % config.checkpoint.every:  # else it is saved, or as it was found
@@ -34,30 +35,35 @@ def train(run: PhaseRun) -> None:
             break
         _prepare(run, step, first_offset)
         meter, seen, timesteps = Meter(run.diffusion.num_timesteps, run.device), [], []
+        run.guard.watch(meter)
         for _ in range(run.arithmetic.accumulation):
             watch.at("data", step)
             with clock.waiting():
                 batch = next(batches)
             watch.at("forward", step)
             losses = objective(batch.to(run.device), step)
+            meter.add(losses)
             watch.at("backward", step)
             engine.backward(losses.total)
             watch.at("step", step)
             engine.step()
-            meter.add(losses)
             seen.append(batch)
             timesteps.append(losses.timesteps)
         clock.steps += 1
         done = step + 1
         last = done == steps
+        skipped = run.guard.settle(done, seen)
         watch.at("log", done)
         run.log.trace_step(done, seen, timesteps)
-        recorded = done % config.log.every == 0 or last or done == 1
+        with clock.paused():
+            measured = run.validation.after(run, done)
+        recorded = done % config.log.every == 0 or last or done == 1 or skipped or measured
         shown = recorded or step == run.start.step  # a resumed run says at once that it goes on
         run.log.step(done, read_metrics(run, done, meter, clock) if shown else None, recorded)
-        if done % config.checkpoint.every == 0 or last:
+        if done % config.checkpoint.every == 0 or last or run.validation.degraded:
             with clock.paused():
                 save(run, done, first_offset)
+            run.validation.check(run, done)
         if config.log.samples_every and (done % config.log.samples_every == 0 or last):
             with clock.paused():
                 sampler.draw(done)
@@ -94,6 +100,8 @@ def save(run: PhaseRun, done: int, first_offset: float) -> None:
         "first_gate_offset": first_offset,
         "samples_seen": done * run.arithmetic.global_batch,
         "data_fingerprint": run.source.fingerprint,
+        "stability": run.guard.facts(),
+        "validation": run.validation.facts(),
     }
     folder = folder_of(run.config, run.config.train.phase)
     saved = checkpoint.save(run.engine, folder, done, facts, run.config.checkpoint.keep)
@@ -129,6 +137,8 @@ def read_metrics(run: PhaseRun, done: int, meter: Meter, clock: Clock) -> dict[s
         "gate_mean": sum(open_gates.values()) / len(open_gates) if open_gates else 0.0,
         "gate_offset": float(run.model.clip_gate_offset) if open_gates else 0.0,
         **means,
+        **run.guard.metrics(),
+        **run.validation.metrics(),
         "lr_by_role": rates,
         "grad_norm_by_role": norms,
         "gates": open_gates,

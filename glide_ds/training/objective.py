@@ -158,6 +158,7 @@ class Meter:
 
     def __init__(self, timesteps: int, device: Any) -> None:
         self.timesteps = timesteps
+        self.parts: list[Tensor] = []  # every sample's loss, by micro-batch
         self.sums = torch.zeros(2 + 2 * QUARTILES + 3, dtype=torch.float64, device=device)
 
     def add(self, losses: Losses) -> None:
@@ -165,6 +166,7 @@ class Meter:
         quartile = losses.timesteps * QUARTILES // self.timesteps
         count = torch.zeros(QUARTILES, dtype=torch.float64, device=self.sums.device)
         mse = losses.mse.double()
+        self.parts.append(losses.mse)
         parts = [
             mse.sum().view(1),
             torch.full_like(mse[:1], len(mse)),

@@ -29,8 +29,10 @@ from glide_ds.training.logging import RunLog
 from glide_ds.training.loop import train
 from glide_ds.training.objective import phase_seed
 from glide_ds.training.phases import PHASES, parameter_groups
+from glide_ds.training.stability import Guard, RolledBack
 from glide_ds.training.stopping import Stop, Stopper, mark_stopped, start_again
 from glide_ds.training.watchdog import SET_UP, Watch
+from glide_ds.training.validation import Validation
 from glide_ds.types import CheckpointError, ConfigError, DataError, GlideConfig
 
 
@@ -50,6 +52,8 @@ class PhaseRun:
     log: RunLog
     watch: Watch
     stopper: Stopper
+    guard: Guard
+    validation: Validation
 
 
 def main(paths: Sequence[str], overlay: str | None, sets: Sequence[str], dry_run: bool = False) -> None:
@@ -130,9 +134,21 @@ def run_phase(
     `model` is the module of the phase before, used again where its architecture is the same. Returns the bare
     model, and the stop, which also says that no phase may follow.
     """
+    while (trained := _attempt(config, device, model, watch)) is None:
+        model = None  # a random start is made anew; everything else is loaded
+    return trained
+
+
+def _attempt(
+    config: Config, device: torch.device, model: Glide | None, watch: Watch
+) -> tuple[Glide, Stop | None] | None:
+    """What run_phase returns, or None where the phase was rolled back and has to be opened again."""
     with phase_run(config, device, model, watch) as run:
-        train(run)
-    return run.model, run.stopper.stop
+        try:
+            train(run)
+        except RolledBack:
+            return None
+        return run.model, run.stopper.stop
 
 
 @contextmanager
@@ -167,13 +183,29 @@ def phase_run(
         log = RunLog(config, rank, start.step)
         for line in told:
             log.line(line)
+        guard = Guard(config, engine, start, log, device)
         diffusion = create_diffusion(config.model.noise_schedule)
+        validation = Validation(config, start, diffusion, clip)
         watch, stopper = watch or Watch(), Stopper(config.run, train_config.phase)
         yield PhaseRun(
-            config, arithmetic, device, model, engine, diffusion, clip, source, start, log, watch, stopper
+            config=config,
+            arithmetic=arithmetic,
+            device=device,
+            model=model,
+            engine=engine,
+            diffusion=diffusion,
+            clip=clip,
+            source=source,
+            start=start,
+            log=log,
+            watch=watch,
+            stopper=stopper,
+            guard=guard,
+            validation=validation,
         )
         stopper.close(train_config.steps)
         watch.at(SET_UP, 0)
+        guard.close()
         log.close()
     finally:
         release(engine)
