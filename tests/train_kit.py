@@ -18,6 +18,7 @@ from torch import Tensor
 from glide_ds.config import Config, load_config
 from glide_ds.training.loop import train
 from glide_ds.training.run import PhaseRun, phase_run
+from glide_ds.types import Batch
 
 ARCHITECTURE = {
     "image_size": 16,
@@ -156,3 +157,33 @@ def rewound(folder: Path, other: Path, step: int) -> Path:
     (phase / "LAST").unlink()
     (phase / "LAST").symlink_to(f"step-{step:08d}")
     return other
+
+
+def batch_ids(config: Config, number: int) -> list[int]:
+    """The samples of that global batch."""
+    from glide_ds.training.run import open_source
+
+    source = open_source(config, config.batch_arithmetic(1), 0)
+    return list(next(source.batches(number)).sample_ids.tolist())
+
+
+@contextmanager
+def poisoned(config: Config, factors: Mapping[int, float]) -> Iterator[None]:
+    """Multiply the loss of every sample of some global batches: by NaN, or a lot. The batches are those of one
+    rank without accumulation, the samples theirs wherever they come."""
+    from glide_ds.training import loop
+    from glide_ds.training.objective import Losses, Objective
+
+    by_sample = {sample: factor for n, factor in factors.items() for sample in batch_ids(config, n)}
+
+    class Poisoned(Objective):
+        def __call__(self, batch: Batch, step: int) -> Losses:
+            losses = super().__call__(batch, step)
+            factor = torch.tensor([by_sample.get(sample, 1.0) for sample in batch.sample_ids.tolist()])
+            return losses._replace(total=losses.total * factor.mean(), mse=losses.mse * factor)
+
+    loop.Objective = Poisoned  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        loop.Objective = Objective  # type: ignore[misc]
