@@ -31,8 +31,8 @@ from glide_ds.training.objective import phase_seed
 from glide_ds.training.phases import PHASES, parameter_groups
 from glide_ds.training.stability import Guard, RolledBack
 from glide_ds.training.stopping import Stop, Stopper, mark_stopped, start_again
-from glide_ds.training.watchdog import SET_UP, Watch
 from glide_ds.training.validation import Validation
+from glide_ds.training.watchdog import SET_UP, Watch
 from glide_ds.types import CheckpointError, ConfigError, DataError, GlideConfig
 
 

@@ -23,10 +23,11 @@ from train_kit import (
 
 from glide_ds.config import Config
 from glide_ds.training import checkpoint
+from glide_ds.training import run as run_module
 from glide_ds.training.checkpoint import committed
 from glide_ds.training.logging import JsonLines, RunLog, finite
-from glide_ds.training.run import run_phase
 from glide_ds.training.stability import Guard, LossWindow
+from glide_ds.training.watchdog import Watch
 from glide_ds.types import UnstableError
 
 pytestmark = pytest.mark.usefixtures("group")
@@ -42,6 +43,10 @@ GUARDED: dict[str, Any] = {
 def guarded(folder: Path, **sections: Any) -> Config:
     laid = {name: {**GUARDED.get(name, {}), **values} for name, values in sections.items()}
     return make_config(folder, **(GUARDED | laid))
+
+
+def run_phase(config: Config) -> torch.nn.Module:
+    return run_module.run_phase(config, CPU, None, Watch())[0]
 
 
 def skipped(folder: Path) -> list[dict[str, Any]]:
@@ -127,7 +132,7 @@ def test_rewinding_a_phase_without_checkpoints_goes_to_its_beginning(tmp_path: P
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory: pytest.TempPathFactory, group: torch.device) -> Path:
     folder = tmp_path_factory.mktemp("clean")
-    run_phase(guarded(folder), CPU)
+    run_phase(guarded(folder))
     return folder
 
 
@@ -140,7 +145,7 @@ def test_a_bad_batch_is_skipped_counted_and_named(
 ):
     config = guarded(tmp_path, log={"every": 5, "tensorboard": True})
     with poisoned(config, {6: factor}):
-        model = run_phase(config, CPU)
+        model = run_phase(config)
     (line,) = skipped(tmp_path)
     assert (line["step"], line["cause"], line["phase"]) == (7, cause, "full")
     assert line["sample_ids"] == batch_ids(config, 6) == trace(tmp_path)[6]["sample_ids"]
@@ -192,7 +197,7 @@ def test_repeated_spikes_roll_back_past_their_data_at_a_lower_rate_and_a_kill_ch
     bad = {6: 1e3, 7: math.nan, 8: 1e3}
     whole, parts = guarded(tmp_path / "a"), guarded(tmp_path / "b")
     with poisoned(whole, bad):
-        straight = state_of(run_phase(whole, CPU))
+        straight = state_of(run_phase(whole))
     out = capsys.readouterr().out
     assert "step 9: 3 of the last 8 updates were skipped; back to step 6, past global batches 7 to 9" in out
     lines, before = metrics(tmp_path / "a"), metrics(clean)
@@ -224,8 +229,8 @@ def test_repeated_spikes_roll_back_past_their_data_at_a_lower_rate_and_a_kill_ch
     with poisoned(parts, bad):
         while crashes:
             with pytest.raises(Crash):
-                run_phase(parts, CPU)
-        resumed = state_of(run_phase(parts, CPU))
+                run_phase(parts)
+        resumed = state_of(run_phase(parts))
     assert metrics(tmp_path / "b", steady=True) == metrics(tmp_path / "a", steady=True)
     assert trace(tmp_path / "b") == trace(tmp_path / "a")
     assert skipped(tmp_path / "b") == skipped(tmp_path / "a")
@@ -241,7 +246,7 @@ def test_rollbacks_without_end_stop_the_run_with_a_report(tmp_path: Path):
         poisoned(config, {1: math.nan, 2: math.nan, 4: math.nan, 6: math.nan}),
         pytest.raises(UnstableError, match="max_rollbacks = 1") as caught,
     ):
-        run_phase(config, CPU)
+        run_phase(config)
     assert caught.value.on_all_ranks
     assert [(line["step"], line["rollbacks"], line["cause"]) for line in skipped(tmp_path)] == [
         (2, 0, "the loss is not finite"),
@@ -263,7 +268,7 @@ def test_rollbacks_without_end_stop_the_run_with_a_report(tmp_path: Path):
 def test_a_limit_of_zero_skips_for_ever(tmp_path: Path):
     config = guarded(tmp_path, stability={"skip_limit": 0})
     with poisoned(config, dict.fromkeys(range(3, 9), math.nan)):
-        run_phase(config, CPU)
+        run_phase(config)
     assert metrics(tmp_path)[-1]["skipped"] == 6
     assert metrics(tmp_path)[-1]["rollbacks"] == 0
 
