@@ -102,8 +102,6 @@ class Guard:
         self.window = LossWindow(self.options.window, self.options.spike_factor, self.state.losses, device)
         self.meter: Meter | None = None
         self.limit = torch.tensor(torch.inf, device=device)
-        if self.options.spike_factor:
-            engine.role_clipping.judge = self._judge
         self.resumed_at = start.step
         self.file: JsonLines | None = None
         if dist.get_rank() == 0:
@@ -123,6 +121,8 @@ class Guard:
     def watch(self, meter: Meter) -> None:
         """Judge the coming update by the losses that `meter` will have summed up."""
         self.meter = meter
+        if self.options.spike_factor:
+            self.engine.role_clipping.judge = self._judge
 
     def settle(self, done: int, batches: Sequence[Batch]) -> bool:
         """After update number `done`: whether it was skipped. Collective where it was.
