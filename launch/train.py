@@ -24,12 +24,13 @@ def main() -> int:
     speaks = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     if speaks:
         print(f"glide_ds: reading {', '.join(args.ds_config)}", flush=True)
-    from glide_ds.types import GlideError  # with it comes torch, so the first line above is out by now
+    from glide_ds.types import EXIT_LOST, GlideError  # with torch, so the first line above is out by now
 
     try:
         run(args)
     except GlideError as error:
-        if speaks:  # every rank raises the same error; one of them says it
+        # Every rank raises the same error, and one says it; a rank that is left alone says so itself.
+        if speaks or error.exit_code == EXIT_LOST:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     return 0

@@ -31,6 +31,7 @@ from glide_ds.data.order import MixOrder, Order, micro_slots, mix, uniform
 from glide_ds.data.resample import Pixels, resize
 from glide_ds.data.shards import ShardSet, open_shards
 from glide_ds.data.storage import CacheOptions, Storage, cache_folder
+from glide_ds.data.workers import heed_the_trainer
 from glide_ds.types import Batch, ConfigError, DataError
 
 SHAPES, SHAPES_HELD_OUT = "builtin:shapes", "builtin:shapes-heldout"
@@ -378,6 +379,7 @@ class Source:
             sampler=Steps(start_step, self.layout.accumulation),
             num_workers=workers,
             prefetch_factor=PREFETCH if workers else None,
+            worker_init_fn=heed_the_trainer,
             generator=torch.Generator(),  # else starting workers would draw from the run's own generator
         )
         for made in loader:

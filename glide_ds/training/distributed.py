@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from glide_ds.types import ConfigError, GlideError
+from glide_ds.types import ConfigError, GlideError, LostError
 
 T = TypeVar("T")
 
@@ -55,11 +55,18 @@ def start_process_group(timeout_s: float) -> torch.device:
         # The deepspeed launcher leaves it unset, and every rank would then use every core.
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
-    deepspeed.init_distributed(
-        dist_backend="nccl" if on_gpu else "gloo",
-        timeout=datetime.timedelta(seconds=timeout_s),
-        verbose=False,
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if on_gpu else "gloo",
+            timeout=datetime.timedelta(seconds=timeout_s),
+            verbose=False,
+        )
+    except dist.DistError as error:
+        raise LostError(
+            f"the {os.environ['WORLD_SIZE']} ranks did not all meet at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']} within run.timeout_s={timeout_s:g} ({str(error).splitlines()[0]}); look for "
+            "a rank that ended before, then start the same command again"
+        ) from error
     return torch.device("cuda", local) if on_gpu else torch.device("cpu")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from glide_ds.training.checkpoint import Committed
 from glide_ds.training.distributed import agreed, read_environment, start_process_group
 from glide_ds.training.elastic import load_repartitioned
 from glide_ds.training.engine import build_engine, release
+from glide_ds.training.failures import explained
 from glide_ds.training.lineage import Start, find_start, folder_of, load_start, record
 from glide_ds.training.logging import RunLog
 from glide_ds.training.loop import train
@@ -32,7 +32,7 @@ from glide_ds.training.phases import PHASES, parameter_groups
 from glide_ds.training.stability import Guard, RolledBack
 from glide_ds.training.stopping import Stop, Stopper, mark_stopped, start_again
 from glide_ds.training.validation import Validation
-from glide_ds.training.watchdog import SET_UP, Watch
+from glide_ds.training.watchdog import SET_UP, Watch, guarded
 from glide_ds.types import CheckpointError, ConfigError, DataError, GlideConfig
 
 
@@ -71,19 +71,17 @@ def main(paths: Sequence[str], overlay: str | None, sets: Sequence[str], dry_run
             dry_run_report(configs, world_size)
         return
     device = start_process_group(configs[0].run.timeout_s)
+    watch = Watch()
     try:
-        run_phases(configs, device)
-    except DataError as error:
-        if rank and not error.on_all_ranks:  # rank 0's errors are said by launch/train.py
-            print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        raise
+        with guarded(watch, configs[0].run):
+            run_phases(configs, device, watch)
     finally:
         dist.destroy_process_group()
 
 
-def run_phases(configs: Sequence[Config], device: torch.device) -> None:
+def run_phases(configs: Sequence[Config], device: torch.device, watch: Watch) -> None:
     """Train one phase after the other, until the last is done or all ranks agree to stop."""
-    folder, watch, model = Path(configs[0].run.dir), Watch(), None
+    folder, model = Path(configs[0].run.dir), None
     if dist.get_rank() == 0:
         start_again(folder)
     for config in configs:
@@ -143,12 +141,13 @@ def _attempt(
     config: Config, device: torch.device, model: Glide | None, watch: Watch
 ) -> tuple[Glide, Stop | None] | None:
     """What run_phase returns, or None where the phase was rolled back and has to be opened again."""
-    with phase_run(config, device, model, watch) as run:
+    arithmetic = config.batch_arithmetic(dist.get_world_size())
+    with explained(config, arithmetic), phase_run(config, device, model, watch) as run:
         try:
             train(run)
         except RolledBack:
             return None
-        return run.model, run.stopper.stop
+    return run.model, run.stopper.stop
 
 
 @contextmanager

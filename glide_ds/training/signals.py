@@ -11,13 +11,19 @@ So a thread of its own reads the numbers from a pipe that Python fills the momen
 
 from __future__ import annotations
 
+import ctypes
 import os
+import select
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 REPEAT_S = 2.0
+PR_SET_PDEATHSIG = 1
+LAUNCHED = {"deepspeed": "CROSS_RANK", "torchrun": "TORCHELASTIC_RUN_ID"}  # variables that they give to ranks
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -36,9 +42,10 @@ class StopSignals:
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, args=(reader,), daemon=True, name="signals").start()
         for number in STOP_SIGNALS:
             signal.signal(number, _caught)
+        orphaned = follow_launcher()
+        threading.Thread(target=self._listen, args=(reader, orphaned), daemon=True, name="signals").start()
 
     def heard(self, number: int, now: float) -> bool:
         """Note a signal; True where it says: at once."""
@@ -50,15 +57,40 @@ class StopSignals:
         self.asked = self.asked or signal.Signals(number)
         return False
 
-    def _listen(self, reader: int) -> None:
+    def _listen(self, reader: int, orphaned: Callable[[], bool]) -> None:
         while True:
-            for number in os.read(reader, 64):
-                told = self.asked
+            ready, _, _ = select.select([reader], [], [], 1.0)
+            told = self.asked
+            if told is None and orphaned():
+                self.heard(signal.SIGTERM, time.monotonic())
+            for number in os.read(reader, 64) if ready else b"":
                 if self.heard(number, time.monotonic()):
                     _say(f"{signal.Signals(number).name} again: ends at once, the last commit stands")
                     os._exit(128 + number)
-                if self.asked is not told and self.asked is not None:
-                    _say(f"{self.asked.name}: stops after this step, saved; the same signal again: at once")
+            if self.asked is not told and self.asked is not None:
+                _say(f"{self.asked.name}: stops after this step, saved; the same signal again: at once")
+
+
+def follow_launcher() -> Callable[[], bool]:
+    """Stop well where the launcher dies; returns whether deepspeed's runner, the launcher's parent, has died.
+
+    The kernel sends SIGTERM when the launcher ends. `kill DEEPSPEED` ends only its runner: without a look at it
+    the launcher and the ranks would go on unseen.
+    """
+    if sys.platform != "linux" or not any(name in os.environ for name in LAUNCHED.values()):
+        return lambda: False
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    launcher = os.getppid()
+    runner = _parent(launcher)
+    return lambda: LAUNCHED["deepspeed"] in os.environ and _parent(launcher) != runner
+
+
+def _parent(pid: int) -> int:
+    """The parent's process id; 0 where the process is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def _caught(number: int, frame: object) -> None:

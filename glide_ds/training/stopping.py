@@ -4,6 +4,21 @@ A run is asked to stop by a signal to any of its ranks (signals.py), by the file
 `run.max_hours`. The ranks agree by the largest wish of all, reduced on a gloo group of its own beside the
 step: started at one step and read at the next, it waits for no device and next to never for a rank. A stop
 ends the whole command: phases that follow don't start. The same command continues the run.
+
+What reaches the ranks, and how long they have, by launcher:
+
+- plain `glide-ds train` or one process per rank: Ctrl-C and `kill` reach the process; no limit of time.
+- `deepspeed` (0.19): Ctrl-C reaches the ranks from the terminal, and its launcher adds SIGTERM to the first rank
+  and its workers, waits 30 s for them, then sends SIGKILL: the step and the save have 30 s. The `deepspeed`
+  command itself returns to the prompt at once, while the ranks still save; its exit code says nothing of them,
+  and is 0 where the launcher died of a signal. `kill DEEPSPEED` ends only that command; the ranks see it and
+  stop well, without a limit. `kill LAUNCHER` (launch.py) is SIGTERM to the first rank with the 30 s.
+- torchrun: Ctrl-C or `kill` is handed on to all ranks, SIGKILL after --shutdown_timeout (30 s); its own exit
+  code is not 0 even where all ranks end with 0.
+- srun: signals reach all ranks; SIGKILL comes after KillWait (30 s) or the partition's GraceTime.
+- Both launchers die of SIGUSR1: start them with it ignored (`trap '' USR1; exec deepspeed …`); the ranks catch it.
+
+Where a save takes longer than those limits, use RUN/STOP, which has none.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from train_kit import make_config, metrics
 from glide_ds.training.run import run_phases
 from glide_ds.training.signals import REPEAT_S, StopSignals
 from glide_ds.training.stopping import REASONS, Deadline, Stop, mark_stopped
+from glide_ds.training.watchdog import Watch
 
 
 def test_only_the_same_signal_again_after_a_while_means_at_once():
@@ -59,12 +60,12 @@ def test_a_stop_ends_the_whole_command_and_the_same_command_goes_on(tmp_path: Pa
     run = tmp_path / "run"
     run.mkdir()
     (run / "STOP").touch()
-    run_phases(phases, group)
+    run_phases(phases, group, Watch())
     marker = json.loads((run / "STOPPED.json").read_text())
     assert (marker["reason"], marker["phase"], marker["step"]) == ("stop_file", "adapter_only", 0)
     assert abs(time.time() - time.mktime(time.strptime(marker["time"][:19], "%Y-%m-%dT%H:%M:%S"))) < 86400
     assert not list(run.glob("phase*/step-*"))  # nothing was done, so nothing is saved
-    run_phases(phases, group)
+    run_phases(phases, group, Watch())
     assert [(line["phase"], line["step"]) for line in metrics(tmp_path)] == [
         (phase, step) for phase in ("adapter_only", "adapter_gates") for step in (1, 2)
     ]
@@ -74,5 +75,7 @@ def test_a_stop_ends_the_whole_command_and_the_same_command_goes_on(tmp_path: Pa
 
 @pytest.mark.slow  # a phase set up
 def test_the_time_limit_stops_a_run(tmp_path: Path, group: torch.device):
-    run_phases([make_config(tmp_path, "base", run={"dir": f"{tmp_path}/run", "max_hours": 1e-9})], group)
+    run_phases(
+        [make_config(tmp_path, "base", run={"dir": f"{tmp_path}/run", "max_hours": 1e-9})], group, Watch()
+    )
     assert json.loads((tmp_path / "run" / "STOPPED.json").read_text())["reason"] == "max_hours"
