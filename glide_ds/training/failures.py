@@ -29,6 +29,11 @@ def is_lost_peer(error: BaseException) -> bool:
     )
 
 
+def brief(error: BaseException) -> str:
+    """The first sentence of a library's message, without the place in its source."""
+    return re.sub(r"^\[\S*\] ", "", str(error).partition("\n")[0]).partition(". ")[0]
+
+
 @contextmanager
 def explained(config: Config, arithmetic: BatchArithmetic) -> Iterator[None]:
     """Turn errors of the machine that a person can mend into GlideErrors that name the remedy."""

@@ -43,7 +43,7 @@ import torch.distributed as dist
 
 from glide_ds.config import RunConfig
 from glide_ds.data.workers import stacks_of
-from glide_ds.training.failures import is_lost_peer
+from glide_ds.training.failures import brief, is_lost_peer
 from glide_ds.types import EXIT_LOST, GlideError
 
 T = TypeVar("T")
@@ -205,7 +205,7 @@ class Watchdog:
             self._end(
                 Cause(self.rank, EXIT_LOST),
                 f"rank {self.rank} lost its peers in {self.watch.mark!r} after step {self.watch.step}"
-                f"{gone}: {str(error).splitlines()[0]}",
+                f"{gone}: {brief(error)}",
             )
         where = f"rank {self.rank} failed in {self.watch.mark!r} after step {self.watch.step}"
         if isinstance(error, GlideError):
@@ -230,8 +230,8 @@ class Watchdog:
             except (dist.DistError, RuntimeError) as error:
                 self._end(
                     Cause(self.rank, EXIT_LOST),
-                    f"rank {self.rank} can't reach rank 0's store, so rank 0 or the network is gone: "
-                    f"{str(error).splitlines()[0]}",
+                    f"rank {self.rank} can't reach rank 0's store, so rank 0 or the network is gone: {brief(error)}",
+                    alone=True,
                 )
 
     def _tick(self) -> None:
@@ -297,15 +297,15 @@ class Watchdog:
         told = json.loads(self.board.compare_set("cause", "", json.dumps(cause)))
         return Cause(*told)
 
-    def _end(self, cause: Cause, text: str) -> NoReturn:
+    def _end(self, cause: Cause, text: str, *, alone: bool = False) -> NoReturn:
+        """End with `cause`, or with the one that was there before; `alone` where the board is gone."""
         with self._ending:
-            try:
-                first = self._first(cause)
-            except (dist.DistError, RuntimeError):
-                first = cause  # nobody to agree with
+            first = cause
+            with suppress(dist.DistError, RuntimeError):
+                first = cause if alone else self._first(cause)
             if first.rank == self.rank:
                 _say(text)
-            self._leave(first)
+            self._leave(first, alone=alone)
 
     def _follow(self) -> None:
         with self._ending:
@@ -314,12 +314,13 @@ class Watchdog:
                 self._write_stacks()
             self._leave(cause)
 
-    def _leave(self, cause: Cause) -> NoReturn:
+    def _leave(self, cause: Cause, *, alone: bool = False) -> NoReturn:
         """End this process and its workers; rank 0, which may keep the board, as the last."""
-        with suppress(dist.DistError, RuntimeError):  # the board may have gone with rank 0
-            self.board.add("left", 1)
-            if self.rank == 0:
-                self._await("left", self.world - len(cause.silent))
+        if not alone:
+            with suppress(dist.DistError, RuntimeError):  # the board may have gone with rank 0
+                self.board.add("left", 1)
+                if self.rank == 0:
+                    self._await("left", self.world - len(cause.silent))
         for host, pid in cause.silent:
             if host == self.host:
                 _kill(pid)

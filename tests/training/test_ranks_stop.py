@@ -82,11 +82,11 @@ class Ranks(NamedTuple):
         while any(psutil.pid_exists(p) and psutil.Process(p).status() != "zombie" for p in self.pids):
             assert time.monotonic() < until, self.said()
             time.sleep(0.02)
-        time.sleep(0.3)  # the kernel's, to end workers with their trainer
-        alive = [p.pid for p in psutil.process_iter() if p.pid not in group and _group(p.pid) in group]
-        codes = [self.server.ask(wait=pid) for pid in self.pids]
-        assert alive == [], self.said()
-        return codes
+        gone = time.monotonic() + 20  # the kernel's, to end workers with their trainer
+        while workers := [p for p in psutil.process_iter() if p.pid not in group and _group(p.pid) in group]:
+            assert time.monotonic() < gone, (workers, self.said())
+            time.sleep(0.1)
+        return [self.server.ask(wait=pid) for pid in self.pids]
 
     def said(self) -> str:
         return "".join(path.read_text() for path in sorted(self.folder.glob("rank*.log")))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from train_kit import make_config
 
-from glide_ds.training.failures import explanation, is_lost_peer
+from glide_ds.training.failures import brief, explanation, is_lost_peer
 from glide_ds.training.watchdog import Post, Watch, describe_hang, hang_limit, late_posts
 from glide_ds.types import ConfigError
 
@@ -81,6 +81,13 @@ def test_many_late_ranks_stay_one_screen(tmp_path: Path):
 def test_a_lost_peer_is_told_from_a_bug(text: str, lost: bool):
     assert is_lost_peer(RuntimeError(text)) is lost
     assert not is_lost_peer(ValueError(text))
+
+
+def test_a_librarys_message_is_cut_to_its_fact():
+    long = (
+        "[/a/gloo/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:13205. This is typically …\nframe #0"
+    )
+    assert brief(RuntimeError(long)) == "Connection closed by peer [127.0.0.1]:13205"
 
 
 def test_errors_of_the_machine_name_a_remedy(tmp_path: Path):
