@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).parents[1]
 HALF = {"model_channels": 96, "num_head_channels": 32, "xf_width": 256, "xf_layers": 8, "xf_heads": 8}
 CASES: dict[str, dict[str, Any]] = {
@@ -103,8 +105,6 @@ def write_config(folder: Path, case: dict[str, Any]) -> Path:
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
     """One case, in this process: planned and measured bytes."""
-    import torch
-
     from glide_ds.config import load_config
     from glide_ds.training.distributed import read_environment, start_process_group
     from glide_ds.training.memory import memory_estimate, meta_model
@@ -130,8 +130,6 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
 def steps(config: Any, device: Any) -> int:
     """Two updates; the bytes above what was there before."""
     import gc
-
-    import torch
 
     from glide_ds.training.objective import Objective
     from glide_ds.training.run import phase_run
@@ -180,7 +178,9 @@ def main() -> None:
             flush=True,
         )
     if args.out:
-        args.out.write_text(json.dumps({"cases": results}, indent=1) + "\n")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        report = {"environment": environment(device), "cases": results}
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from braceexpand import braceexpand
 
-from glide_ds.config import DataConfig
+from glide_ds.config import Config, DataConfig
 from glide_ds.data.captions import Unusable
 from glide_ds.data.clip_store import ClipStore, Encoder
 from glide_ds.data.filters import Filtered
@@ -30,7 +30,7 @@ from glide_ds.model import create_model
 from glide_ds.model.clip import FrozenClip
 from glide_ds.model.tensor_files import sync_directory
 from glide_ds.preflight import ranks, step
-from glide_ds.preflight.site import Fault, Finding, Site, fault_of
+from glide_ds.preflight.site import BlockedError, Fault, Finding, Site, fault_of
 from glide_ds.training.checkpoint import committed, verify
 from glide_ds.training.lineage import find_start, folder_of, load_start
 from glide_ds.training.memory import (
@@ -43,7 +43,7 @@ from glide_ds.training.memory import (
 )
 from glide_ds.training.preview import describe_batch
 from glide_ds.training.run import check_pipeline, glide_config
-from glide_ds.types import ConfigError, DataError, GlideError, WeightsError
+from glide_ds.types import ConfigError, DataError, GlideConfig, GlideError, WeightsError
 
 STOP_FILE = "STOP"
 PROBE_BYTES = 32 * 2**20
@@ -74,6 +74,14 @@ def batch(site: Site) -> Finding:
         except ConfigError as error:
             faults.append(fault_of(error))
     return Finding("; ".join(dict.fromkeys(texts)), _distinct(faults))
+
+
+def _glide(config: Config) -> GlideConfig:
+    """The architecture to build, where `clip` knows the encoder's width."""
+    try:
+        return glide_config(config)
+    except GlideError:
+        raise BlockedError("the width of the CLIP embeddings is unknown (see clip)") from None
 
 
 def _distinct(faults: list[Fault]) -> tuple[Fault, ...]:
@@ -132,9 +140,9 @@ def memory(site: Site) -> Finding:
         try:
             arithmetic = config.batch_arithmetic(site.world_size)
         except ConfigError:
-            return Finding("the batch can't be split, so there is no estimate", skipped=True)
+            raise BlockedError("the batch can't be split (see batch)") from None
         site.progress(f"counting phase {config.train.phase}")
-        model = meta_model(glide_config(config), config)
+        model = meta_model(_glide(config), config)
         parts = memory_estimate(model, config, arithmetic, dial_of(config))
         needs[config.train.phase] = sum(parts.values())
     phase, need = max(needs.items(), key=lambda item: item[1])
@@ -352,10 +360,10 @@ def weights(site: Site) -> Finding:
     try:
         start = find_start(config, verify=False)
     except ConfigError:
-        return Finding("not looked for: the run directory belongs to another configuration", skipped=True)
+        raise BlockedError("the run directory belongs to another configuration (see resume)") from None
     if start.resumed:
         return Finding(f"from {start.resumed.path}")
-    model = create_model(glide_config(config))
+    model = create_model(_glide(config))
     for later in site.configs[1:]:
         find_start(later, [c.train.phase for c in site.configs], verify=False)
     return Finding(" ".join(load_start(model, config, start)))
@@ -366,7 +374,7 @@ def disk(site: Site) -> Finding:
     folder = existing_parent(Path(site.config.run.dir))
     need, sizes = 0.0, []
     for config in site.configs:
-        size = checkpoint_bytes(meta_model(glide_config(config), config), config)
+        size = checkpoint_bytes(meta_model(_glide(config), config), config)
         need += size * checkpoints_kept(config)
         sizes.append(f"{config.train.phase} {checkpoints_kept(config)} x {gib(size)}")
     held = sum(p.stat().st_size for c in site.configs for p in folder_of(c, c.train.phase).glob("step-*/*"))
@@ -389,7 +397,6 @@ def write(site: Site) -> Finding:
     """What a commit does: write, sync, rename a file over another, move a link."""
     folder = Path(site.config.run.dir)
     probe = folder / f".preflight-{site.host}-{os.getpid()}"
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
     started = time.monotonic()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -408,9 +415,6 @@ def write(site: Site) -> Finding:
         return Finding(fact, (Fault(fact, "choose another run.dir, mend its permissions, or free space"),))
     finally:
         shutil.rmtree(probe, ignore_errors=True)
-        for path in made:
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
     seconds = time.monotonic() - started
     return Finding(f"{folder}: written, synced and renamed at {PROBE_BYTES / seconds / 1e6:,.0f} MB/s")
 

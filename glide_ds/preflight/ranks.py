@@ -27,7 +27,6 @@ def shared_folder(site: Site) -> Finding:
         return ALONE
     probe = [Path(site.config.run.dir) / f".preflight-shared-{time.time_ns()}"]
     dist.broadcast_object_list(probe)
-    made = not probe[0].parent.exists()
     if site.rank == 0:
         probe[0].parent.mkdir(parents=True, exist_ok=True)
         probe[0].touch()
@@ -36,8 +35,6 @@ def shared_folder(site: Site) -> Finding:
     dist.barrier()
     if site.rank == 0:
         probe[0].unlink()
-        if made and not any(probe[0].parent.iterdir()):
-            probe[0].parent.rmdir()
     if seen:
         return Finding(f"{site.config.run.dir} is one folder for all ranks")
     fact = f"{probe[0].parent.absolute()} is not the folder that rank 0 writes to, so no checkpoint could be committed"

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch.distributed as dist
 
 from glide_ds.config import load_config
 from glide_ds.preflight.checks import CHECKS, Check, hosts, read_hostfile
-from glide_ds.preflight.site import Fault, Finding, Site, fault_of
+from glide_ds.preflight.site import BlockedError, Fault, Finding, Site, fault_of
 from glide_ds.training.distributed import read_environment, start_process_group
 from glide_ds.types import GlideError
 
@@ -29,6 +30,7 @@ def main(args: argparse.Namespace) -> int:
     if site.rank == 0:
         print(f"for {site.nodes} node(s) x {site.gpus} rank(s), checked by {site.ranks} rank(s)", flush=True)
     started = time.monotonic()
+    missing = missing_folders(Path(site.config.run.dir))
     if hosts(site).faults and site.ranks > 1:  # joining would wait for minutes
         failed = [
             check.name for check in CHECKS if check.look is hosts and not show(check, site, together=False)
@@ -41,11 +43,19 @@ def main(args: argparse.Namespace) -> int:
         finally:
             dist.destroy_process_group()
     if site.rank == 0:
+        for folder in missing:  # a look leaves nothing behind
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
         verdict = (
             f"{len(failed)} of {len(CHECKS)} checks failed: {', '.join(failed)}" if failed else "all is well"
         )
         print(f"{verdict}, {time.monotonic() - started:.0f} s", flush=True)
     return 1 if failed else 0
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """The folder and those above it that do not exist yet, the deepest first."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
 
 
 def open_site(args: argparse.Namespace) -> Site:
@@ -86,6 +96,8 @@ def look(check: Check, site: Site) -> Finding:
     """A check's finding; what it raises is its fault, so that the other checks still run."""
     try:
         return check.look(site)
+    except BlockedError as reason:
+        return Finding(str(reason), skipped=True)
     except (GlideError, OSError, RuntimeError) as error:  # RuntimeError: torch's, such as out of memory
         return Finding("", (fault_of(error),))
 

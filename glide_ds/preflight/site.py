@@ -33,6 +33,10 @@ class Finding(NamedTuple):
     skipped: bool = False
 
 
+class BlockedError(Exception):
+    """A check can't look before what another one found is mended; the message names that one."""
+
+
 def fault_of(error: Exception) -> Fault:
     """An error's message as fact and remedy: by convention its last clause says what to do."""
     if not isinstance(error, GlideError):
