@@ -77,7 +77,7 @@ def changed_shard(folder: Path) -> Any:
     open_shards(config.data.shards)  # makes the indexes
     replaced = shapes.write_shards(folder / "other", 9, 9, 32)[0]
     replaced.replace(folder / "shards" / "shapes-000003.tar")
-    return make_site(config), "shards", "000003.tar has", "prepare index --force"
+    return make_site(config), "shards", "000003.tar changed since", "prepare index --force"
 
 
 def broken_pictures(folder: Path) -> Any:

@@ -43,9 +43,9 @@ from glide_ds.training.memory import (
 )
 from glide_ds.training.preview import describe_batch
 from glide_ds.training.run import check_pipeline, glide_config
+from glide_ds.training.stopping import STOP_FILE
 from glide_ds.types import ConfigError, DataError, GlideConfig, GlideError, WeightsError
 
-STOP_FILE = "STOP"
 PROBE_BYTES = 32 * 2**20
 WORTHLESS = 0.9  # a larger share of samples that the filter drops is a mistake in the filter
 
