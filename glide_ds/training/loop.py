@@ -52,7 +52,7 @@ def train(run: PhaseRun) -> None:
         clock.steps += 1
         done = step + 1
         last = done == steps
-        skipped = run.guard.settle(done, seen)
+        skipped = run.guard.settle(run, done, seen)
         watch.at("log", done)
         run.log.trace_step(done, seen, timesteps)
         with clock.paused():
@@ -101,7 +101,7 @@ def save(run: PhaseRun, done: int, first_offset: float) -> None:
         "samples_seen": done * run.arithmetic.global_batch,
         "data_fingerprint": run.source.fingerprint,
         "stability": run.guard.facts(),
-        "validation": run.validation.facts(),
+        **run.validation.facts(),
     }
     folder = folder_of(run.config, run.config.train.phase)
     saved = checkpoint.save(run.engine, folder, done, facts, run.config.checkpoint.keep)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,9 @@ from glide_ds.training.lineage import Start, folder_of
 from glide_ds.training.logging import JsonLines, RunLog, finite
 from glide_ds.training.objective import Meter
 from glide_ds.types import Batch, UnstableError
+
+if TYPE_CHECKING:
+    from glide_ds.training.run import PhaseRun
 
 ROLLBACK_FILE = "rollback.json"
 REPORT_FILE = "stopped-report.json"
@@ -124,7 +127,7 @@ class Guard:
         if self.options.spike_factor:
             self.engine.role_clipping.judge = self._judge
 
-    def settle(self, done: int, batches: Sequence[Batch]) -> bool:
+    def settle(self, run: PhaseRun, done: int, batches: Sequence[Batch]) -> bool:
         """After update number `done`: whether it was skipped. Collective where it was.
 
         Raises RolledBack, or UnstableError where that was done often enough.
@@ -137,6 +140,8 @@ class Guard:
         self.state.recent = (*recent, done)
         self._record(done, batches)
         if self.options.skip_limit and len(self.state.recent) >= self.options.skip_limit:
+            if (saver := getattr(run, "saver", None)) is not None:
+                saver.wait()  # what is being written would become the newest checkpoint afterwards
             self._roll_back(done)
         return True
 

@@ -5,6 +5,7 @@ B samples, S image side, D CLIP width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +23,7 @@ from glide_ds.model.glide import Glide
 from glide_ds.tokenizer import encode
 from glide_ds.training.distributed import agreed
 from glide_ds.training.lineage import Start
+from glide_ds.training.logging import finite
 from glide_ds.training.objective import QUARTILES, to_signed
 from glide_ds.types import Batch, ConfigError
 
@@ -251,11 +253,13 @@ class Validation:
             validation=self.latest,
         )
 
-    def facts(self) -> dict[str, Any] | None:
+    def facts(self) -> dict[str, Any]:
         """What the manifest keeps: the baseline for later phases, and the figures of this very update."""
         if self.held_out is None:
-            return None
-        return {"identity": self.identity, "baseline": self.baseline, "latest": self.latest}
+            return {}
+        told = {"identity": self.identity, "baseline": self.baseline, "latest": finite(self.latest)}
+        loss = self.latest["loss"] if self.latest else math.nan
+        return {"validation": told} | ({"validation_loss": loss} if math.isfinite(loss) else {})
 
     def metrics(self) -> dict[str, Any]:
         """What a line of metrics.jsonl says of it."""

@@ -85,6 +85,7 @@ def test_figures_are_logged_and_change_no_training(tmp_path: Path, capsys: pytes
         assert found["loss_clip_off_start"] == lines[1]["validation"]["loss_clip_off_start"]
     manifest = committed(tmp_path / "a" / "run" / "phase3")[0].manifest
     assert manifest["validation"]["latest"] == lines[-1]["validation"]
+    assert manifest["validation_loss"] == lines[-1]["validation"]["loss"]  # the best checkpoint is chosen by it
 
     train_phase(make_config(tmp_path / "b", **VALIDATED | {"validation": {"every": 0}}), shake)
     for line in metrics(tmp_path / "b", steady=True):
