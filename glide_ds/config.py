@@ -260,11 +260,27 @@ class CheckpointConfig:
     """When the run's state is written, and how much of it is kept."""
 
     every: int = 500  # steps
-    keep: int = 2  # committed checkpoints per phase; 0 keeps all
+    keep: int = 2  # the newest committed checkpoints per phase; 0 keeps all
+    keep_every: int = 0  # steps; a checkpoint at a multiple of it is kept for good
+    best: bool = True  # keep the one of the lowest validation loss too, as BEST
+    background: bool = True  # write while training goes on, from a copy of the state in host memory
 
     def __post_init__(self) -> None:
         _in_range("checkpoint.every", self.every, 1)
         _in_range("checkpoint.keep", self.keep, 0)
+        _in_range("checkpoint.keep_every", self.keep_every, 0)
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    """An exponential moving average of the trained weights, 4 bytes per parameter shared by the ranks."""
+
+    decay: float = 0.0  # 0 keeps no average; 0.9999 is usual
+    warmup: float = 10.0  # update t decays by min(decay, (1 + t) / (warmup + t)); 0: by decay from the start
+
+    def __post_init__(self) -> None:
+        _in_range("ema.decay", self.decay, 0, 1)
+        _in_range("ema.warmup", self.warmup, 0)
 
 
 @dataclass(frozen=True)
@@ -343,6 +359,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     stability: StabilityConfig = field(default_factory=StabilityConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     @property

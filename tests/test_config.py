@@ -378,6 +378,11 @@ EFFECTS = {
     "validation.max_degradation": (
         "test_validation.py::test_the_baseline_is_the_first_phases_and_a_drift_from_it_stops_the_run"
     ),
+    "checkpoint.keep_every": "test_checkpoint.py::test_milestones_are_kept_for_good",
+    "checkpoint.best": "test_checkpoint.py::test_the_best_by_validation_loss_is_kept",
+    "checkpoint.background": "test_checkpoint.py::test_a_failure_while_saving_leaves_the_previous_checkpoint",
+    "ema.decay": "test_ema.py::test_the_average_is_what_the_formula_says",
+    "ema.warmup": "test_ema.py::test_the_average_is_what_the_formula_says",
     "log.every": "test_run.py::test_a_run_leaves_what_the_design_says",
     "log.tensorboard": "test_run.py::test_tensorboard_has_the_scalars_and_the_samples",
     "log.samples_every": "test_run.py::test_a_run_leaves_what_the_design_says",

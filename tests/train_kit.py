@@ -50,7 +50,7 @@ DOCUMENT: dict[str, Any] = {
     },
 }
 PHASES = ("base", "adapter_only", "adapter_gates", "full")
-UNSTEADY = ("images_per_s", "data_wait_s", "memory_gib")  # keys of metrics.jsonl that time decides
+UNSTEADY = ("images_per_s", "data_wait_s", "memory_gib", "saves_failed")  # what not only training decides
 
 
 def document(folder: Path, phase: str = "full", **sections: Any) -> dict[str, Any]:

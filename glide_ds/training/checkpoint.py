@@ -1,14 +1,15 @@
 """Checkpoints that are committed or not there.
 
-Every rank writes into PHASE/step-N; barrier; rank 0 writes manifest.json (size and hash of every
-file) and syncs it; one atomic rename moves the link PHASE/LAST. Loading checks the manifest, the
-ranks share that work, and all agree on the newest good checkpoint.
+Every rank writes into PHASE/step-N (background.py); when all are done, rank 0 writes manifest.json (size
+and hash of every file) and syncs it; one atomic rename moves the link PHASE/LAST. Loading checks the
+manifest, the ranks share that work, and all agree on the newest good checkpoint.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -18,11 +19,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from glide_ds.config import CheckpointConfig
 from glide_ds.model.tensor_files import sha256, sync_directory
-from glide_ds.types import CheckpointError
 
 MANIFEST = "manifest.json"
 LAST = "LAST"
+BEST = "BEST"
 MODEL_FILE = "mp_rank_00_model_states.pt"
 
 
@@ -50,30 +52,6 @@ class Committed:
     def read(self, name: str) -> dict[str, Any]:
         """One of DeepSpeed's files, its tensors memory-mapped. The manifest vouches for it being ours."""
         return dict(torch.load(self.path / name, map_location="cpu", weights_only=False, mmap=True))
-
-
-def save(engine: Any, folder: Path, step: int, facts: dict[str, Any], keep: int) -> Committed:
-    """Write and commit the engine's state as `folder`/step-N. Called by all ranks alike.
-
-    `facts` goes into the manifest. A failure leaves the previous commit standing and raises
-    CheckpointError on every rank.
-    """
-    tag = f"step-{step:08d}"
-    target = folder / tag
-    _agree(lambda: _clear(target) if dist.get_rank() == 0 else None, f"{target} can't be prepared")
-    _agree(
-        lambda: engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step}, save_latest=False),
-        f"{target} can't be written",
-    )
-    own = _hashes(target, dist.get_rank(), dist.get_world_size())
-    gathered: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, own)
-    files = {name: entry for part in gathered for name, entry in sorted(part.items())}
-    manifest = {"step": step, "world_size": dist.get_world_size(), **facts, "files": files}
-    _agree(lambda: _commit(target, manifest) if dist.get_rank() == 0 else None, f"{target} can't be committed")
-    if dist.get_rank() == 0:
-        _prune(folder, keep)
-    return Committed(target, step, manifest)
 
 
 def committed(folder: Path) -> list[Committed]:
@@ -126,7 +104,8 @@ def rewind(folder: Path, before: int) -> int:
     chosen = [good[-1].step if good else 0]
     if dist.get_rank() == 0:
         if good:
-            _point(good[-1].path)
+            _point(folder / LAST, good[-1].path)
+            sync_directory(folder)
         for path in folder.glob("step-*"):
             if int(path.name.removeprefix("step-")) > chosen[0]:
                 shutil.rmtree(path)
@@ -159,26 +138,54 @@ def write_atomically(path: Path, text: str) -> None:
     sync_directory(path.parent)
 
 
-def _commit(target: Path, manifest: dict[str, Any]) -> None:
-    for name in manifest["files"]:
-        with (target / name).open("rb") as file:
-            os.fsync(file.fileno())
+def commit(target: Path, manifest: dict[str, Any]) -> None:
+    """Make the files in `target` a checkpoint: from here on it is the newest one. They are on the disk already."""
     write_atomically(target / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    _point(target)
-
-
-def _point(target: Path) -> None:
-    """Make `target` the newest checkpoint, by one atomic rename."""
-    link = target.parent / f".{LAST}.{os.getpid()}"
-    link.unlink(missing_ok=True)
-    link.symlink_to(target.name)
-    link.replace(target.parent / LAST)
+    _point(target.parent / LAST, target)
     sync_directory(target.parent)
 
 
-def _hashes(folder: Path, part: int, parts: int) -> dict[str, Any]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file())[part::parts]
-    return {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}
+def mark_best(made: Committed) -> None:
+    """Move BEST to a checkpoint whose manifest holds the lowest `validation_loss` so far. Not pruned while best."""
+    loss = made.manifest.get("validation_loss")
+    best = _best(made.path.parent)
+    if loss is not None and math.isfinite(loss) and (best is None or loss < best.manifest["validation_loss"]):
+        _point(made.path.parent / BEST, made.path)
+
+
+def prune(folder: Path, config: CheckpointConfig) -> None:
+    """Remove what `config` does not keep: all but the newest, every `keep_every`-th, the best; torn folders too."""
+    last, best = _last_step(folder), _best(folder)
+    kept = [c.path for c in committed(folder)[: config.keep or None]]
+    if config.best and best is not None:
+        kept.append(best.path)
+    for path in folder.glob("step-*"):
+        step = int(path.name.removeprefix("step-"))
+        milestone = config.keep_every and step % config.keep_every == 0 and (path / MANIFEST).exists()
+        # Anything newer than LAST is being written by nobody: this runs between commits.
+        if path not in kept and not milestone and step <= last:
+            shutil.rmtree(path)
+
+
+def clear(target: Path) -> None:
+    """An empty folder to write into; what an earlier try left is removed."""
+    if target.exists():
+        shutil.rmtree(target)
+    target.mkdir(parents=True)
+
+
+def _point(link: Path, target: Path) -> None:
+    temporary = link.with_name(f".{link.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.name)
+    temporary.replace(link)
+
+
+def _best(folder: Path) -> Committed | None:
+    """The checkpoint that BEST names, if it is still there."""
+    name = (folder / BEST).readlink().name if (folder / BEST).is_symlink() else None
+    found = (c for c in committed(folder) if c.path.name == name and "validation_loss" in c.manifest)
+    return next(found, None)
 
 
 def _last_step(folder: Path) -> int:
@@ -186,37 +193,3 @@ def _last_step(folder: Path) -> int:
         return int((folder / LAST).readlink().name.removeprefix("step-"))
     except (OSError, ValueError):
         return -1  # nothing was ever committed here
-
-
-def _clear(target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        shutil.rmtree(target)
-
-
-def _prune(folder: Path, keep: int) -> None:
-    last = _last_step(folder)
-    kept = [c.path for c in committed(folder)[: keep or None]]
-    for path in folder.glob("step-*"):
-        # Anything newer than LAST is being written by nobody: this runs between commits.
-        if path not in kept and int(path.name.removeprefix("step-")) <= last:
-            shutil.rmtree(path)
-
-
-def _agree(action: Any, consequence: str) -> None:
-    """Run `action`; where it fails on any rank, every rank raises the same CheckpointError."""
-    failure = None
-    try:
-        action()
-    except (OSError, RuntimeError, CheckpointError) as error:
-        failure = f"{type(error).__name__}: {error}"
-    failures: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
-    first = next(((rank, text) for rank, text in enumerate(failures) if text), None)
-    if first:
-        shared = CheckpointError(
-            f"{consequence} (rank {first[0]}: {first[1]}); the previous checkpoint stands. Check free disk "
-            "space and permissions, then start the same command again"
-        )
-        shared.on_all_ranks = True
-        raise shared

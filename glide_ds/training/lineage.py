@@ -31,6 +31,7 @@ FREE_KEYS = (
     "glide_ds.checkpoint.",
     "glide_ds.stability.",
     "glide_ds.validation.",
+    "glide_ds.ema.",
     "glide_ds.train.steps",
     "glide_ds.train.checkpointing",
     "glide_ds.train.channels_last",

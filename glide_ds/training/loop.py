@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from glide_ds.training import checkpoint
-from glide_ds.training.lineage import folder_of, lineage
+from glide_ds.training.lineage import lineage
 from glide_ds.training.logging import Clock, merge_reports
 from glide_ds.training.objective import Meter, Objective, hash64, phase_seed
 from glide_ds.training.phases import gate_offset, gates
@@ -49,6 +47,8 @@ def train(run: PhaseRun) -> None:
             engine.step()
             seen.append(batch)
             timesteps.append(losses.timesteps)
+        if run.ema:
+            run.ema.update()
         clock.steps += 1
         done = step + 1
         last = done == steps
@@ -67,6 +67,8 @@ def train(run: PhaseRun) -> None:
         if config.log.samples_every and (done % config.log.samples_every == 0 or last):
             with clock.paused():
                 sampler.draw(done)
+    watch.at("save", run.saver.step)
+    run.saver.finish()
 
 
 def _prepare(run: PhaseRun, step: int, first_offset: float) -> None:
@@ -88,9 +90,8 @@ def _first_gate_offset(run: PhaseRun) -> float:
 
 
 def save(run: PhaseRun, done: int, first_offset: float) -> None:
-    """Commit a checkpoint and say what became of the data so far. Collective."""
+    """Save a checkpoint, to be committed in the background, and say what became of the data so far. Collective."""
     run.watch.at("save", done)
-    started = time.monotonic()
     facts = {
         "phase": run.config.train.phase,
         "model": asdict(run.model.config),
@@ -103,9 +104,7 @@ def save(run: PhaseRun, done: int, first_offset: float) -> None:
         "stability": run.guard.facts(),
         **run.validation.facts(),
     }
-    folder = folder_of(run.config, run.config.train.phase)
-    saved = checkpoint.save(run.engine, folder, done, facts, run.config.checkpoint.keep)
-    run.log.line(f"committed {saved.path} in {time.monotonic() - started:.1f} s")
+    run.saver.save(done, facts, run.ema.files() if run.ema else None)
     report_data(run)
 
 
@@ -142,6 +141,7 @@ def read_metrics(run: PhaseRun, done: int, meter: Meter, clock: Clock) -> dict[s
         "lr_by_role": rates,
         "grad_norm_by_role": norms,
         "gates": open_gates,
+        "saves_failed": run.saver.failures,
         "memory_gib": _memory(run.device) / 2**30,
     }
 

@@ -116,6 +116,8 @@ def memory_estimate(
         "master": 4.0 * trained / world,
         "moments": OPTIMIZER_BYTES[config.deepspeed["optimizer"]["type"]] * trained / world,
     }
+    if config.ema.decay:
+        static["average"] = 4.0 * trained / world
     bucket_bytes = float(width * bucket * (2 if zero.get("overlap_comm") else 1))
     activations = activations or count_activations(model)
     kept, arrived = activations.backward_peak(dial, arithmetic.micro_batch, 1 / world)

@@ -57,7 +57,8 @@ def block(
             text, WIDTH, initial_indent=f"{name:<8}", subsequent_indent=" " * 8, break_long_words=False
         )
     warning = banner(config, start)
-    for text in (*start.damaged, *((warning,) if warning else ())):
+    damaged = [f"DAMAGED CHECKPOINT, not used: {text}; {start.describe()} instead" for text in start.damaged]
+    for text in (*damaged, *((warning,) if warning else ())):
         lines += textwrap.wrap(text, WIDTH, initial_indent="!!      ", subsequent_indent="!!      ")
     return "\n".join([*lines, "─" * WIDTH])
 
@@ -81,7 +82,7 @@ def describe_rates(config: Config) -> str:
 def describe_memory(model: nn.Module, config: Config, arithmetic: BatchArithmetic) -> str:
     """An estimate per rank, by part."""
     parts = memory_estimate(model, config, arithmetic, dial_of(config))
-    shown = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
+    shown = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
     return f"about {gib(sum(parts.values()))} per rank: {shown}"
 
 

@@ -19,9 +19,11 @@ from glide_ds.model import create_model
 from glide_ds.model.clip import FrozenClip, embedding_dim
 from glide_ds.model.glide import Glide
 from glide_ds.training import preview
+from glide_ds.training.background import Saver
 from glide_ds.training.checkpoint import Committed
 from glide_ds.training.distributed import agreed, read_environment, start_process_group
 from glide_ds.training.elastic import load_repartitioned
+from glide_ds.training.ema import Ema
 from glide_ds.training.engine import build_engine, release
 from glide_ds.training.failures import explained
 from glide_ds.training.lineage import Start, find_start, folder_of, load_start, record
@@ -33,7 +35,7 @@ from glide_ds.training.stability import Guard, RolledBack
 from glide_ds.training.stopping import Stop, Stopper, mark_stopped, start_again
 from glide_ds.training.validation import Validation
 from glide_ds.training.watchdog import SET_UP, Watch, guarded
-from glide_ds.types import CheckpointError, ConfigError, DataError, GlideConfig
+from glide_ds.types import CheckpointError, ConfigError, DataError, GlideConfig, GlideError
 
 
 @dataclass
@@ -54,6 +56,8 @@ class PhaseRun:
     stopper: Stopper
     guard: Guard
     validation: Validation
+    saver: Saver
+    ema: Ema | None
 
 
 def main(paths: Sequence[str], overlay: str | None, sets: Sequence[str], dry_run: bool = False) -> None:
@@ -180,28 +184,43 @@ def phase_run(
         if rank == 0:
             record(config, start)
         log = RunLog(config, rank, start.step)
+        ema = Ema(engine, config.ema) if config.ema.decay else None
+        if ema and start.resumed and not ema.load(start.resumed):
+            told.append(
+                f"ema.decay is set and {start.resumed.path} holds no average: it starts at these weights"
+            )
         for line in told:
             log.line(line)
-        guard = Guard(config, engine, start, log, device)
+        folder = folder_of(config, train_config.phase)
+        saver = Saver(engine, folder, config.checkpoint, config.run.timeout_s, log.line)
+        guard = Guard(config, engine, start, log, device, saver)
         diffusion = create_diffusion(config.model.noise_schedule)
         validation = Validation(config, start, diffusion, clip)
         watch, stopper = watch or Watch(), Stopper(config.run, train_config.phase)
-        yield PhaseRun(
-            config=config,
-            arithmetic=arithmetic,
-            device=device,
-            model=model,
-            engine=engine,
-            diffusion=diffusion,
-            clip=clip,
-            source=source,
-            start=start,
-            log=log,
-            watch=watch,
-            stopper=stopper,
-            guard=guard,
-            validation=validation,
-        )
+        try:
+            yield PhaseRun(
+                config=config,
+                arithmetic=arithmetic,
+                device=device,
+                model=model,
+                engine=engine,
+                diffusion=diffusion,
+                clip=clip,
+                source=source,
+                start=start,
+                log=log,
+                watch=watch,
+                stopper=stopper,
+                guard=guard,
+                validation=validation,
+                saver=saver,
+                ema=ema,
+            )
+        except GlideError:
+            saver.wait()  # raised by all ranks: all will write their part
+            raise
+        finally:
+            saver.wait()  # whatever ended the phase, the state that was copied is committed
         stopper.close(train_config.steps)
         watch.at(SET_UP, 0)
         guard.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,7 @@ def draw(
 
 
 class Sampler:
-    """Draws the run's sample grids, on rank 0; the other ranks go on to the next step and wait there."""
+    """Draws the run's sample grids, on rank 0, by the averaged weights where there are any; the others wait."""
 
     def __init__(self, run: PhaseRun) -> None:
         self.run = run
@@ -70,10 +71,13 @@ class Sampler:
         self.captions, self.low_res = example_inputs(run.config) if self.active else ([], None)
 
     def draw(self, done: int) -> None:
-        """Write the grid after update `done`."""
+        """Write the grid after update `done`. Collective."""
         self.run.watch.at("sample", done)
-        if not self.active:
-            return
+        with self.run.ema.applied() if self.run.ema else nullcontext():
+            if self.active:
+                self._draw(done)
+
+    def _draw(self, done: int) -> None:
         run, log = self.run, self.run.config.log
         embedding = None if run.clip is None else run.clip.encode_text(self.captions)
         images = draw(

@@ -6,14 +6,17 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from train_kit import PARITY, make_config, shake, train_phase
 
-from glide_ds.training import checkpoint
-from glide_ds.training.checkpoint import newest_good
+from glide_ds.config import CheckpointConfig
+from glide_ds.training.background import Saver
+from glide_ds.training.checkpoint import committed, newest_good
 from glide_ds.training.distributed import agreed, read_environment, start_process_group
 from glide_ds.training.objective import Losses, Meter
 from glide_ds.types import DataError, GlideError
@@ -47,8 +50,6 @@ def error_on_one_rank(rank: int) -> str:
 
 
 def mean_over_ranks(rank: int) -> float:
-    import torch
-
     meter = Meter(1000, "cpu")
     mse = torch.tensor([1.0, 2.0]) if rank == 0 else torch.tensor([6.0, 7.0])
     meter.add(Losses(mse.mean(), mse, mse, None, torch.tensor([0, 999])))
@@ -79,25 +80,31 @@ def resume_what_one_rank_began(folder: Path) -> None:
 
 
 def save_that_fails_on_one_rank(rank: int, folder: Path) -> list[object]:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    save = torch.save
+
     class Engine:
-        full = False
+        checkpoint_engine: Any = None
 
         def save_checkpoint(self, folder: str, tag: str, client_state: object, save_latest: bool) -> None:
-            target = Path(folder) / tag
-            target.mkdir(exist_ok=True)
-            dist.barrier()
-            (target / f"part{rank}.pt").write_bytes(b"part")
-            if self.full and rank == 1:
-                raise OSError(28, "No space left on device")
+            self.checkpoint_engine.save({"part": rank}, f"part{rank}.pt")
 
-    engine, home = Engine(), folder / "full_disk"
-    first = checkpoint.save(engine, home, 1, {}, 1)
-    engine.full = True
+    home = folder / "full_disk"
+    saver = Saver(Engine(), home, CheckpointConfig(keep=1), timeout_s=60)
+    saver.save(1, {})
+    saver.finish()
+    (first,) = committed(home)
+    if rank == 1:
+        torch.save = full  # type: ignore[assignment]
+    saver.save(2, {})
     try:
-        checkpoint.save(engine, home, 2, {}, 1)
+        saver.finish()
         told = "nothing"
     except GlideError as error:
         told = str(error)
+    torch.save = save
     found, _ = newest_good(home)
     return [sorted(first.manifest["files"]), told, found.step if found else None]
 

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
+import re
+import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from glide_ds.training import checkpoint
+from glide_ds.config import CheckpointConfig
+from glide_ds.training import background, checkpoint
+from glide_ds.training.background import Saver
 from glide_ds.training.checkpoint import (
+    BEST,
     LAST,
     MANIFEST,
     Committed,
     committed,
     newest_good,
-    save,
     verify,
     write_atomically,
 )
@@ -28,24 +35,28 @@ pytestmark = pytest.mark.usefixtures("group")
 
 
 class Engine:
-    """Writes what DeepSpeed would, in small."""
+    """Hands its checkpoint engine what DeepSpeed would, in small."""
 
-    def __init__(self, fail: Callable[[Path], None] | None = None) -> None:
-        self.fail = fail
+    checkpoint_engine: Any = None
+
+    def __init__(self) -> None:
+        self.weights = torch.zeros(100)
 
     def save_checkpoint(self, folder: str, tag: str, client_state: dict[str, Any], save_latest: bool) -> bool:
         assert not save_latest  # DeepSpeed's own pointer moves before the files are complete
-        target = Path(folder) / tag
-        target.mkdir()
-        (target / "model.pt").write_bytes(b"model" * 100 + bytes([client_state["step"]]))
-        if self.fail:
-            self.fail(target)
-        (target / "optimizer.pt").write_bytes(b"moments" * 100)
+        for name in ("model.pt", "optimizer.pt"):
+            state = {"flat": self.weights, "view": self.weights[50:], "step": int(tag[-2:])}
+            self.checkpoint_engine.save(state, f"{folder}/{tag}/{name}")
         return True
 
 
-def saved(folder: Path, step: int, keep: int = 0, engine: Engine | None = None) -> Committed:
-    return save(engine or Engine(), folder, step, {"phase": "full"}, keep)
+def saver(folder: Path, **config: Any) -> Saver:
+    return Saver(Engine(), folder, CheckpointConfig(**config), timeout_s=10)
+
+
+def saved(folder: Path, step: int, keep: int = 0, **facts: Any) -> Committed:
+    saver(folder, keep=keep, background=False).save(step, {"phase": "full", **facts})
+    return next(c for c in committed(folder) if c.step == step)
 
 
 def last(folder: Path) -> str:
@@ -57,7 +68,7 @@ def test_a_commit_lists_every_file_with_size_and_hash(tmp_path: Path):
     assert made.path == tmp_path / "step-00000005"
     assert json.loads((made.path / MANIFEST).read_text()) == made.manifest
     assert set(made.manifest["files"]) == {"model.pt", "optimizer.pt"}
-    assert made.manifest["files"]["model.pt"]["size"] == 501
+    assert made.manifest["files"]["model.pt"]["size"] == (made.path / "model.pt").stat().st_size
     assert (made.manifest["step"], made.manifest["phase"], made.world_size) == (5, "full", 1)
     assert last(tmp_path) == "step-00000005"
     assert verify(made) == []
@@ -80,7 +91,7 @@ def truncate(path: Path) -> None:
     ("damage", "told"),
     [
         (flip, "does not match its hash"),
-        (truncate, "has 500 bytes instead of 501"),
+        (truncate, r"has \d+ bytes instead of \d+"),
         (Path.unlink, "is missing"),
     ],
 )
@@ -91,7 +102,7 @@ def test_damage_falls_back_to_the_checkpoint_before_and_says_so(
     damage(bad.path / "model.pt")
     found, damaged = newest_good(tmp_path)
     assert found == good
-    assert damaged == [f"{bad.path}: model.pt {told}"]
+    assert re.fullmatch(f"{bad.path}: model.pt {told}", *damaged)
     damage(good.path / "model.pt")
     found, damaged = newest_good(tmp_path)
     assert found is None
@@ -110,7 +121,8 @@ def test_the_ranks_share_the_verification(tmp_path: Path):
 def test_files_without_a_manifest_are_no_checkpoint(tmp_path: Path):
     good = saved(tmp_path, 4)
     torn = tmp_path / "step-00000008"
-    Engine().save_checkpoint(str(tmp_path), torn.name, {"step": 8}, save_latest=False)
+    torn.mkdir()
+    (torn / "model.pt").write_bytes(b"half")
     assert newest_good(tmp_path) == (good, [])
     (torn / MANIFEST).write_text('{"step": 8, "fi')
     assert newest_good(tmp_path) == (good, [])
@@ -120,7 +132,7 @@ def test_files_without_a_manifest_are_no_checkpoint(tmp_path: Path):
 
 def test_a_manifest_that_the_pointer_never_reached_is_not_committed(tmp_path: Path):
     good = saved(tmp_path, 4)
-    Engine().save_checkpoint(str(tmp_path), "step-00000008", {"step": 8}, save_latest=False)
+    shutil.copytree(good.path, tmp_path / "step-00000008")
     manifest = good.manifest | {"step": 8}
     (tmp_path / "step-00000008" / MANIFEST).write_text(json.dumps(manifest))
     assert committed(tmp_path) == [good]
@@ -158,38 +170,107 @@ def full_disk(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("moment", ["writing", "manifest", "pointer"])
+@pytest.mark.parametrize("moment", ["folder", "writing", "manifest", "pointer"])
+@pytest.mark.parametrize("behind", [True, False])
 def test_a_failure_while_saving_leaves_the_previous_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    moment: str,
+    behind: bool,
 ):
     good = saved(tmp_path, 4, keep=1)
-    engine = Engine(full_disk if moment == "writing" else None)
-    if moment == "manifest":
-        monkeypatch.setattr(checkpoint, "write_atomically", full_disk)
-    if moment == "pointer":
-        monkeypatch.setattr(Path, "symlink_to", full_disk)
-    with pytest.raises(CheckpointError, match="No space left on device") as caught:
-        saved(tmp_path, 8, keep=1, engine=engine)
+    target = {
+        "folder": (checkpoint, "clear"),
+        "writing": (torch, "save"),
+        "manifest": (checkpoint, "write_atomically"),
+        "pointer": (Path, "symlink_to"),
+    }[moment]
+    failing = saver(tmp_path, keep=1, background=behind)
+    with monkeypatch.context() as patch:
+        patch.setattr(*target, full_disk)
+        if behind:
+            failing.save(8, {})  # training goes on
+            failing.wait()
+        with pytest.raises(CheckpointError, match="No space left on device") as caught:
+            failing.finish() if behind else failing.save(8, {})
     assert "the previous checkpoint stands" in str(caught.value)
     assert str(tmp_path / "step-00000008") in str(caught.value)
-    monkeypatch.undo()
+    assert f"!! CHECKPOINT NOT SAVED: {tmp_path / 'step-00000008'}" in capsys.readouterr().out
+    assert failing.failures == 1
     assert last(tmp_path) == "step-00000004"
     assert newest_good(tmp_path) == (good, [])
-    again = saved(tmp_path, 8, keep=1)
-    assert newest_good(tmp_path) == (again, [])
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000004"]  # no half that fills the disk
+    failing.save(8, {})
+    failing.finish()
+    assert newest_good(tmp_path)[0] == committed(tmp_path)[0] != good
+    assert last(tmp_path) == "step-00000008"
 
 
-def test_a_full_disk_is_survived(tmp_path: Path):
-    """/dev/full answers every write with ENOSPC, as a disk without room does."""
-    good = saved(tmp_path, 4)
+def test_a_later_save_makes_up_for_one_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made = saver(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full_disk)
+        made.save(4, {})
+        made.wait()
+    made.save(8, {})
+    made.finish()
+    assert [c.step for c in committed(tmp_path)] == [8]
+    assert made.failures == 1
 
-    def fill(target: Path) -> None:
-        with (target / "optimizer.pt").open("wb"), Path("/dev/full").open("wb", buffering=0) as full:
-            full.write(b"moments")
 
-    with pytest.raises(CheckpointError, match="No space left"):
-        saved(tmp_path, 8, engine=Engine(fill))
-    assert newest_good(tmp_path) == (good, [])
+def test_a_snapshot_that_can_not_be_taken_is_told_by_the_thread(tmp_path: Path):
+    made = saver(tmp_path)
+    made.engine.weights = torch.empty(4, device="meta")  # no data to copy
+    made.save(4, {})
+    with pytest.raises(CheckpointError, match=r"rank 0: .*meta"):
+        made.finish()
+
+
+def test_what_is_written_is_the_state_at_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Training changes the weights while the thread writes, and the buffers are used again."""
+    made, write, gate = saver(tmp_path), torch.save, threading.Event()
+
+    def slow(*arguments: Any) -> None:
+        gate.wait(10)
+        write(*arguments)
+
+    monkeypatch.setattr(torch, "save", slow)
+    for step in (1, 2):
+        gate.clear()
+        made.engine.weights.fill_(step)
+        made.save(step, {})
+        made.engine.weights.fill_(-1)
+        assert committed(tmp_path)[:1] == [] if step == 1 else committed(tmp_path)[0].step == 1
+        gate.set()
+        made.finish()
+        state = committed(tmp_path)[0].read("model.pt")
+        assert state["step"] == step
+        assert torch.equal(state["flat"], torch.full((100,), float(step)))
+        assert state["view"].untyped_storage().data_ptr() == state["flat"].untyped_storage().data_ptr()
+    assert len(made.snapshot.buffers) == 2  # one storage of each file
+
+
+def test_the_store_keeps_no_keys_of_old_saves(tmp_path: Path):
+    made = saver(tmp_path)
+    made.save(1, {})
+    made.finish()
+    before = made.store.num_keys()
+    for step in range(2, 6):
+        made.save(step, {})
+    made.finish()
+    assert made.store.num_keys() == before
+
+
+def test_a_rank_that_never_finishes_is_named_and_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    made = Saver(Engine(), tmp_path, CheckpointConfig(), timeout_s=0.2)
+    monkeypatch.setattr(background.dist, "get_world_size", lambda: 2)
+    made.save(4, {})
+    made.wait()
+    assert "wait timeout" in str(made.failure)
+    assert committed(tmp_path) == []
 
 
 @pytest.mark.parametrize(("keep", "left"), [(1, [6]), (2, [4, 6]), (0, [2, 4, 6])])
@@ -198,6 +279,28 @@ def test_pruning_keeps_the_newest(tmp_path: Path, keep: int, left: list[int]):
         saved(tmp_path, step, keep)
     assert [c.step for c in reversed(committed(tmp_path))] == left
     assert sorted(path.name for path in tmp_path.glob("step-*")) == [f"step-{step:08d}" for step in left]
+
+
+def test_milestones_are_kept_for_good(tmp_path: Path):
+    made = saver(tmp_path, keep=1, keep_every=3)
+    for step in range(1, 8):
+        made.save(step, {})
+    made.finish()
+    assert [c.step for c in committed(tmp_path)] == [7, 6, 3]
+
+
+@pytest.mark.parametrize(("best", "left"), [(True, [5, 2]), (False, [5])])
+def test_the_best_by_validation_loss_is_kept(tmp_path: Path, best: bool, left: list[int]):
+    made = saver(tmp_path, keep=1, best=best)
+    losses: dict[int, dict[str, float]] = {1: {"validation_loss": 0.9}, 2: {"validation_loss": 0.3}}
+    losses |= {3: {"validation_loss": 0.5}, 4: {}, 5: {"validation_loss": math.nan}}
+    for step, facts in losses.items():
+        made.save(step, facts)
+    made.finish()
+    assert [c.step for c in committed(tmp_path)] == left
+    assert (tmp_path / BEST).is_symlink() == best
+    if best:
+        assert (tmp_path / BEST).readlink().name == "step-00000002"
 
 
 def test_pruning_clears_torn_folders_away(tmp_path: Path):

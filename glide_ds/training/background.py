@@ -1,0 +1,257 @@
+"""Saving off the critical path: a copy in host memory, written and committed while training goes on.
+
+Training stops only while the state is copied. A thread on every rank then writes the rank's own files, puts
+them on the disk and hashes them. The threads meet over a connection of their own to the process group's
+store, never in a collective, which would mix with training's: each rank leaves its hashes there, rank 0
+commits once it has all, and every rank reads the outcome.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from glide_ds.config import CheckpointConfig
+from glide_ds.model.tensor_files import sha256
+from glide_ds.training import checkpoint
+from glide_ds.training.checkpoint import Committed
+from glide_ds.types import CheckpointError
+
+# Numbers the saves of this process, so that the keys of two never meet; all ranks save alike.
+SAVES = itertools.count()
+
+
+class Saver:
+    """Saves one phase's state as `folder`/step-N. All ranks call its methods alike.
+
+    With `config.background` off a save returns once it is committed. A failed save is reported by one line
+    and leaves the previous commit standing; `finish` raises where the last one failed.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        folder: Path,
+        config: CheckpointConfig,
+        timeout_s: float,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.engine, self.folder, self.config, self.say = engine, folder, config, say
+        self.patience = timedelta(seconds=timeout_s)  # for the slowest rank's writing
+        # A connection of its own: waiting on the group's would block whatever else uses it.
+        self.store = dist.distributed_c10d._get_default_store().clone()
+        self.snapshot = Snapshot()
+        self.thread: threading.Thread | None = None
+        self.step = 0  # of the last save
+        self.failure: str | None = None  # of the last save
+        self.failures = 0
+        self.stale: list[str] = []  # the last save's keys in the store
+        # DeepSpeed would copy its own export script into every checkpoint while training waits.
+        engine._copy_recovery_script = lambda folder: None
+
+    def save(self, step: int, facts: Mapping[str, Any], files: Mapping[str, Any] | None = None) -> None:
+        """Copy the state after update `step`, and have it written. Waits for the save before.
+
+        `facts` goes into the manifest. Where it holds `validation_loss`, the link BEST moves to the checkpoint
+        if no other has a lower one. `files` are this rank's own, by name, beside DeepSpeed's.
+        """
+        self.wait()
+        self.step, started = step, time.monotonic()
+        self.snapshot.take(self.engine, self.folder, f"step-{step:08d}", files or {})
+        stall = time.monotonic() - started
+        manifest = {"step": step, "world_size": dist.get_world_size(), **facts}
+        self.failure = f"rank {dist.get_rank()}'s writing thread died"  # until it says otherwise
+        self.thread = threading.Thread(
+            target=self._write, args=(next(SAVES), manifest, started, stall), name="checkpoint", daemon=True
+        )
+        self.thread.start()
+        if not self.config.background:
+            self.finish()
+
+    def wait(self) -> None:
+        """Wait for the save under way, whatever becomes of it. Not collective."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+            self.failures += self.failure is not None
+
+    def finish(self) -> None:
+        """Wait until the last save is committed. Collective; raises CheckpointError on all ranks where it failed."""
+        self.wait()
+        failures: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(failures, self.failure)
+        first = next((failure for failure in failures if failure), None)
+        if first:
+            self.failure = None
+            error = CheckpointError(
+                f"{first}; the previous checkpoint stands. Check free disk space and permissions, then start the "
+                "same command again"
+            )
+            error.on_all_ranks = True
+            raise error
+
+    def _write(self, number: int, manifest: dict[str, Any], started: float, stall: float) -> None:
+        """The thread: write, tell rank 0, and hear what became of it."""
+        rank, target = dist.get_rank(), self.folder / f"step-{manifest['step']:08d}"
+        keys = {name: f"save{number}/{name}" for name in ("ready", "outcome")}
+        try:
+            if rank == 0:
+                unready = attempt(lambda: checkpoint.clear(target))
+                self.store.set(keys["ready"], "")
+            self.store.wait([keys["ready"]], self.patience)
+            failure = self.snapshot.failure or (unready if rank == 0 else None)
+            written: dict[str, Any] = {}
+            if failure is None:
+                failure = attempt(lambda: written.update(self.snapshot.write(target)))
+            own = {"failure": failure, "files": written}
+            self.store.set(f"save{number}/rank{rank}", json.dumps(own))
+            if rank == 0:
+                self.store.set(keys["outcome"], self._commit(number, target, manifest) or "")
+            # Rank 0 may first have to wait for another rank as long as its patience lasts, then commit.
+            self.store.wait([keys["outcome"]], 2 * self.patience)
+            self.failure = self.store.get(keys["outcome"]).decode() or None
+        except RuntimeError as error:  # the store's own
+            self.failure = f"{target} can't be committed: rank {rank} lost touch with the others ({error})"
+        if rank == 0:
+            self._report(target, time.monotonic() - started, stall)
+
+    def _commit(self, number: int, target: Path, manifest: dict[str, Any]) -> str | None:
+        """Rank 0: gather the ranks' files and commit them. Returns what went wrong."""
+        keys = [f"save{number}/rank{rank}" for rank in range(dist.get_world_size())]
+        for key in self.stale:  # nobody reads the last save's any more
+            self.store.delete_key(key)
+        self.stale = [*keys, f"save{number}/ready", f"save{number}/outcome"]
+        failure = attempt(lambda: self.store.wait(keys, self.patience))
+        if failure is None:
+            parts = [json.loads(self.store.get(key)) for key in keys]
+            failures = [f"rank {rank}: {part['failure']}" for rank, part in enumerate(parts) if part["failure"]]
+            files = {name: entry for part in parts for name, entry in sorted(part["files"].items())}
+            failure = next(iter(failures), None)
+        if failure is None:
+            whole = {**manifest, "files": files}
+            failure = attempt(lambda: checkpoint.commit(target, whole))
+        if failure is None:
+            made = Committed(target, manifest["step"], whole)
+            best = self.config.best and attempt(lambda: checkpoint.mark_best(made))
+            pruned = attempt(lambda: checkpoint.prune(self.folder, self.config))
+            if trouble := best or pruned:
+                self.say(f"!! {self.folder}: {trouble}; the commit itself stands")
+            return None
+        free = shutil.disk_usage(self.folder).free
+        shutil.rmtree(target, ignore_errors=True)  # half a checkpoint is of no use, and the disk may be full
+        return f"{target} can't be written ({failure}; {free / 2**20:,.0f} MiB were free)"
+
+    def _report(self, target: Path, seconds: float, stall: float) -> None:
+        if self.failure is None:
+            waited = f", training waited {stall:.2f} s" if self.config.background else ""
+            self.say(f"committed {target} in {seconds:.1f} s{waited}")
+        else:
+            self.say(f"!! CHECKPOINT NOT SAVED: {self.failure}; the previous checkpoint stands")
+
+
+class Snapshot:
+    """A copy of the engine's state in host memory. Takes the place of DeepSpeed's checkpoint engine meanwhile.
+
+    The buffers are kept for the next save: page-locked, where the state comes from a GPU.
+    """
+
+    def __init__(self) -> None:
+        self.files: dict[str, Any] = {}
+        self.failure: str | None = None
+        self.buffers: dict[tuple[str, int], Tensor] = {}
+
+    def take(self, engine: Any, folder: Path, tag: str, files: Mapping[str, Any]) -> None:
+        """Copy what DeepSpeed saves of `engine` on this rank, and `files`. Collective."""
+        self.files, self.failure = {}, None
+        theirs, engine.checkpoint_engine = engine.checkpoint_engine, self
+        try:
+            engine.save_checkpoint(str(folder), tag=tag, client_state={}, save_latest=False)
+        finally:
+            engine.checkpoint_engine = theirs
+        for name, state in files.items():
+            self.save(state, name)
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+
+    def write(self, target: Path) -> dict[str, dict[str, Any]]:
+        """Write the files below `target`, onto the disk. Returns size and hash of each."""
+        target.mkdir(exist_ok=True)
+        written = {}
+        for name, state in self.files.items():
+            path = target / name
+            torch.save(state, path)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            written[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
+        return written
+
+    # What DeepSpeed calls on a checkpoint engine.
+
+    def save(self, state_dict: Mapping[str, Any], path: str) -> None:
+        name = Path(path).name
+        copies: dict[int, Tensor] = {}
+        # An error here would leave the other ranks waiting in DeepSpeed's barrier: it is told by the thread.
+        self.failure = self.failure or attempt(
+            lambda: self.files.update({name: self._copied(state_dict, name, copies)})
+        )
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Nothing: the thread makes the folder."""
+
+    def create(self, info: Any) -> None:
+        """Nothing to prepare."""
+
+    def commit(self, info: Any) -> bool:
+        return True  # rank 0's thread commits
+
+    def is_decoupled(self) -> bool:
+        return False
+
+    def _copied(self, value: Any, name: str, copies: dict[int, Tensor]) -> Any:
+        """`value` with new containers, and every tensor a view of a host copy of its storage."""
+        if isinstance(value, Tensor):
+            return self._host(value, name, copies)
+        if isinstance(value, dict):
+            twin = copy.copy(value)  # an OrderedDict of a module carries its versions along
+            for key, inner in value.items():
+                twin[key] = self._copied(inner, name, copies)
+            return twin
+        if type(value) in (list, tuple):
+            return type(value)(self._copied(inner, name, copies) for inner in value)
+        return value
+
+    def _host(self, tensor: Tensor, name: str, copies: dict[int, Tensor]) -> Tensor:
+        """ZeRO's parameters are views of one flat buffer: storages are copied, each once."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in copies:
+            key, size, pinned = (name, len(copies)), storage.nbytes(), tensor.is_cuda
+            buffer = self.buffers.get(key)
+            if buffer is None or buffer.numel() != size:
+                buffer = self.buffers[key] = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+            source = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+            copies[storage._cdata] = buffer.copy_(source, non_blocking=True)
+        return torch.empty(0, dtype=tensor.dtype).set_(
+            copies[storage._cdata].untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride()
+        )
+
+
+def attempt(action: Callable[[], object]) -> str | None:
+    """What went wrong, for where an error has to be told to other ranks first."""
+    try:
+        action()
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        return f"{type(error).__name__}: {error}"
+    return None

@@ -1,0 +1,90 @@
+"""An exponential moving average of the trained weights, sharded like ZeRO-2's fp32 masters: 4/W bytes each.
+
+Polyak & Juditsky 1992; the warm-up of the decay is TensorFlow's ExponentialMovingAverage's `num_updates`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from glide_ds.config import EmaConfig
+from glide_ds.training.checkpoint import Committed
+from glide_ds.training.elastic import own_part
+
+
+class Ema:
+    """The average of this rank's part of every parameter group. A phase's starts at its first weights."""
+
+    def __init__(self, engine: Any, config: EmaConfig) -> None:
+        self.zero, self.config = engine.optimizer, config
+        self.parts: list[Tensor] = [
+            master.detach().clone() for master in self.zero.single_partition_of_fp32_groups
+        ]
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the weights of one more update in; where its step was skipped, none."""
+        if self.zero.overflow:
+            return
+        self.updates += 1
+        masters = [master.detach() for master in self.zero.single_partition_of_fp32_groups]
+        torch._foreach_lerp_(self.parts, masters, 1 - decay_at(self.config, self.updates))
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The averaged weights in the module, for sampling and validation; after it the trained ones, bit for bit.
+
+        Collective: every rank gathers all parts, before and after.
+        """
+        masters = self.zero.single_partition_of_fp32_groups
+        self._publish(self.parts)
+        try:
+            yield
+        finally:
+            self._publish(masters)
+
+    def _publish(self, parts: Sequence[Tensor]) -> None:
+        """Have ZeRO gather `parts` into the module, as it does with the masters after a step."""
+        masters, self.zero.single_partition_of_fp32_groups = self.zero.single_partition_of_fp32_groups, parts
+        self.zero.update_lp_params()
+        self.zero.single_partition_of_fp32_groups = masters
+
+    def files(self) -> dict[str, dict[str, Any]]:
+        """This rank's file of a checkpoint, by name."""
+        return {file_name(dist.get_rank()): {"updates": self.updates, "parts": self.parts}}
+
+    def load(self, checkpoint: Committed) -> bool:
+        """Take the average of a checkpoint of any number of ranks; False, and no change, where it holds none."""
+        if not has_average(checkpoint):
+            return False
+        files = read_files(checkpoint)
+        for i, (own, group) in enumerate(zip(self.parts, self.zero.bit16_groups, strict=True)):
+            total = sum(parameter.numel() for parameter in group)
+            own.copy_(own_part([file["parts"][i] for file in files], total, own.numel()))
+        self.updates = files[0]["updates"]
+        return True
+
+
+def decay_at(config: EmaConfig, update: int) -> float:
+    """How much of the average stays at update number `update`, counted from 1."""
+    return min(config.decay, (1 + update) / (config.warmup + update))
+
+
+def file_name(rank: int) -> str:
+    return f"ema_rank_{rank}.pt"
+
+
+def has_average(checkpoint: Committed) -> bool:
+    return file_name(0) in checkpoint.manifest["files"]
+
+
+def read_files(checkpoint: Committed) -> list[dict[str, Any]]:
+    """Every rank's part, memory-mapped."""
+    return [checkpoint.read(file_name(rank)) for rank in range(checkpoint.world_size)]
