@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
+import ctypes
+import mmap
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 import glide_ds
 from glide_ds.config import ClipConfig
-from glide_ds.model.tensor_files import read_state, sha256, write_sidecar, write_state
-from glide_ds.training.checkpoint import LAST, MANIFEST, Committed, committed, verify
+from glide_ds.model.tensor_files import sha256, write_sidecar, write_state
+from glide_ds.training.checkpoint import LAST, MANIFEST, MODEL_FILE, Committed, committed, verify
+from glide_ds.training.elastic import masters, stretch
+from glide_ds.training.ema import has_average, read_files
 from glide_ds.training.phases import PHASES
 from glide_ds.types import CheckpointError, GlideConfig, WeightsError
 
 State = dict[str, Tensor]
 FORMATS = (".pt", ".safetensors")
+_LIBC = ctypes.CDLL(None)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="run directory, phase folder or checkpoint folder")
     parser.add_argument("--out", type=Path, required=True, help="X.pt or X.safetensors")
     parser.add_argument("--phase", choices=list(PHASES), help="default: the last phase that has a checkpoint")
+    parser.add_argument("--ema", action="store_true", help="the average of the weights (ema.decay)")
     parser.add_argument("--split_adapter", action="store_true", help="the CLIP part into X-clip.pt of its own")
 
 
@@ -35,7 +41,8 @@ def run(args: argparse.Namespace) -> None:
     started = time.monotonic()
     checkpoint = find_checkpoint(args.run, args.phase)
     print(f"exporting {checkpoint.path} ({checkpoint.manifest['phase']}, step {checkpoint.step})", flush=True)
-    for path, tensors in export(checkpoint, args.out, split_adapter=args.split_adapter).items():
+    written = export(checkpoint, args.out, split_adapter=args.split_adapter, ema=args.ema)
+    for path, tensors in written.items():
         values = sum(tensor.numel() for tensor in tensors.values())
         print(f"wrote {path}: {len(tensors)} tensors, {values:,} values, verified against the checkpoint")
     print(f"done in {time.monotonic() - started:.1f} s")
@@ -68,14 +75,16 @@ def find_checkpoint(place: Path, phase: str | None = None) -> Committed:
     return found[0]
 
 
-def export(checkpoint: Committed, out: Path, *, split_adapter: bool = False) -> dict[Path, State]:
-    """Write the checkpoint's weights, with the JSON beside them, and compare what was written.
+def export(
+    checkpoint: Committed, out: Path, *, split_adapter: bool = False, ema: bool = False
+) -> dict[Path, State]:
+    """Write the checkpoint's weights, or their average, with the JSON beside them, and compare what was written.
 
     Returns the states by path. Raises WeightsError where the file differs from the checkpoint.
     """
     if out.suffix not in FORMATS:
         raise WeightsError(f"--out {out}: the format follows the ending; use {' or '.join(FORMATS)}")
-    state = {name: tensor.float() for name, tensor in checkpoint.model_state().items()}
+    state = assembled(checkpoint, ema=ema)
     parts = {out: state}
     if split_adapter:
         adapter = {name: tensor for name, tensor in state.items() if "clip" in name}
@@ -86,28 +95,62 @@ def export(checkpoint: Committed, out: Path, *, split_adapter: bool = False) -> 
     out.parent.mkdir(parents=True, exist_ok=True)
     for path, part in parts.items():
         write_state(path, part)
-        compare(path, checkpoint)
-        write_sidecar(path, about(checkpoint, path, part))
+        compare(path, checkpoint, ema=ema)
+        write_sidecar(path, about(checkpoint, path, part, ema=ema))
     return parts
 
 
-def compare(path: Path, checkpoint: Committed) -> None:
-    """Read an export back and hold every value against the checkpoint, by DeepSpeed's own way to it.
+def assembled(checkpoint: Committed, *, ema: bool = False) -> State:
+    """Every weight in fp32: trained ones from the optimizer's masters or, with `ema`, their average; the rest as is.
 
-    Its zero_to_fp32 gathers trained parameters from the optimizer's fp32 partitions, which `export`
-    does not read. Raises WeightsError naming the first differing tensors.
+    Takes no more memory than the result. Raises CheckpointError where there is no average.
     """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    flat = dict(trained(checkpoint, ema=ema))
+    state: State = {}
+    for name, tensor in checkpoint.model_state().items():
+        state[name] = flat.pop(name) if name in flat else tensor.to(torch.float32, copy=True)
+        forget(tensor)
+    return state
 
-    with (
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):  # it prints a page
-        live = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
-    written = read_state(path)
-    wrong = [
-        name for name in written if name not in live or not torch.equal(written[name], live[name].float().cpu())
-    ]
+
+def trained(checkpoint: Committed, *, ema: bool) -> Iterator[tuple[str, Tensor]]:
+    """(name, fp32 tensor) of every trained parameter, put together from the ranks' parts of each group."""
+    if ema and not has_average(checkpoint):
+        raise CheckpointError(
+            f"{checkpoint.path} holds no average of the weights: it was trained with ema.decay=0. Export without "
+            "--ema"
+        )
+    ranks = [file["parts"] for file in read_files(checkpoint)] if ema else masters(checkpoint)
+    for i, shapes in enumerate(checkpoint.read(MODEL_FILE)["param_shapes"]):
+        parts, position = [rank[i] for rank in ranks], 0
+        total = sum(shape.numel() for shape in shapes.values())
+        for name, shape in shapes.items():
+            yield name, stretch(parts, position, shape.numel(), total).view(shape)
+            forget(*parts)
+            position += shape.numel()
+
+
+def compare(path: Path, checkpoint: Committed, *, ema: bool = False) -> None:
+    """Read an export back and hold every value against the checkpoint, one tensor at a time.
+
+    Trained weights are held against the module's own tensors, where `export` took the optimizer's; an average
+    has no second source. Raises WeightsError naming the first differing tensors.
+    """
+    names, read = reader(path)
+    averaged = set()
+    wrong = []
+    if ema:
+        for name, tensor in trained(checkpoint, ema=True):
+            averaged.add(name)
+            if name in names and not torch.equal(read(name), tensor):
+                wrong.append(name)
+    live = checkpoint.model_state()
+    for name in sorted(names - averaged):
+        # In bf16 the module holds what the fp32 masters round to.
+        if name not in live or not torch.equal(read(name).to(live[name].dtype), live[name]):
+            wrong.append(name)
+        else:
+            forget(live[name])
     if wrong:
         raise WeightsError(
             f"{path} differs from {checkpoint.path} in {len(wrong)} tensors, first {', '.join(wrong[:3])}: "
@@ -115,7 +158,31 @@ def compare(path: Path, checkpoint: Committed) -> None:
         )
 
 
-def about(checkpoint: Committed, path: Path, part: State) -> dict[str, Any]:
+def reader(path: Path) -> tuple[set[str], Callable[[str], Tensor]]:
+    """The names in an export, and how to read one tensor of it into memory."""
+    if path.suffix == ".safetensors":
+        file = safe_open(path, "pt")
+        return set(file.keys()), file.get_tensor
+    state: State = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+    def read(name: str) -> Tensor:
+        copy = state[name].clone()
+        forget(state[name])
+        return copy
+
+    return set(state), read
+
+
+def forget(*tensors: Tensor) -> None:
+    """Give back the pages of memory-mapped tensors: they come back when read again, but count as memory till then."""
+    for tensor in tensors:
+        page, start = mmap.PAGESIZE, tensor.data_ptr()
+        low, high = -(-start // page) * page, (start + tensor.nbytes) // page * page
+        if low < high:
+            _LIBC.madvise(ctypes.c_void_p(low), ctypes.c_size_t(high - low), mmap.MADV_DONTNEED)
+
+
+def about(checkpoint: Committed, path: Path, part: State, *, ema: bool) -> dict[str, Any]:
     """The sidecar: architecture, where it came from, what it is."""
     manifest = checkpoint.manifest
     model = manifest["model"] | ({} if any("clip" in name for name in part) else {"clip_dim": None})
@@ -125,6 +192,7 @@ def about(checkpoint: Committed, path: Path, part: State) -> dict[str, Any]:
         "clip": manifest["clip"],
         "phase": manifest["phase"],
         "step": checkpoint.step,
+        "ema": ema,
         "samples_seen": manifest["samples_seen"],
         "lineage": manifest["lineage"],
         "checkpoint_sha256": checkpoint.fingerprint,

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from glide_ds.config import PRESETS, ClipConfig
 from glide_ds.diffusion import SAMPLERS
-from glide_ds.export import clip_of, find_checkpoint
+from glide_ds.export import assembled, clip_of, find_checkpoint
 from glide_ds.model import create_model
 from glide_ds.model.clip import FrozenClip
 from glide_ds.model.glide import Glide
@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clip", choices=["on", "off", "both"], help="default: on where the model has an adapter"
     )
+    parser.add_argument("--ema", action="store_true", help="of a run: by the average of its weights")
     parser.add_argument("--upsampler", help="a second model, of kind upsample, that enlarges the pictures")
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--steps", type=int, default=100)
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_model(args.model, device)
+    loaded = load_model(args.model, device, ema=args.ema)
     modes = {"both": ["on", "off"], None: ["on" if loaded.clip else "off"]}.get(args.clip, [args.clip])
     if "on" in modes and loaded.clip is None:
         raise ConfigError(f"--clip {args.clip}: {args.model} has no CLIP adapter; use --clip off")
@@ -79,12 +80,19 @@ def run(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}")
 
 
-def load_model(source: str, device: torch.device) -> Loaded:
-    """A model in eval mode from an export, a run or checkpoint folder, `openai` or `builtin:tiny`."""
+def load_model(source: str, device: torch.device, *, ema: bool = False) -> Loaded:
+    """A model in eval mode from an export, a run or checkpoint folder, `openai` or `builtin:tiny`.
+
+    `ema` takes the average of a run's weights; an export either is one or isn't.
+    """
+    if ema and not Path(source).is_dir():
+        raise ConfigError(
+            f"--ema: {source} is no run directory; an export holds the average if it was made with --ema"
+        )
     if Path(source).is_dir():
         checkpoint = find_checkpoint(Path(source))
         model = create_model(GlideConfig(**checkpoint.manifest["model"]))
-        load_state(model, StateFile(checkpoint.path, checkpoint.model_state()), source=source)
+        load_state(model, StateFile(checkpoint.path, assembled(checkpoint, ema=ema)), source=source)
         about = checkpoint.manifest
     else:
         about = (sidecar(source) or {}) if Path(source).is_file() else {}

@@ -15,10 +15,11 @@ import torch
 from train_kit import ARCHITECTURE
 
 from glide_ds import export as module
-from glide_ds.export import add_arguments, compare, export, find_checkpoint
+from glide_ds.export import add_arguments, assembled, compare, export, find_checkpoint
 from glide_ds.model import GlideConfig, create_model
 from glide_ds.model.tensor_files import read_state, sidecar, write_state
 from glide_ds.training.checkpoint import Committed, committed
+from glide_ds.training.ema import read_files
 from glide_ds.types import CheckpointError, WeightsError
 
 PLAIN = GlideConfig(**ARCHITECTURE)
@@ -136,6 +137,27 @@ def test_the_sidecar_says_what_it_is_and_where_from(checkpoint: Committed, tmp_p
     assert about["lineage"] == {"full": {"start": "random", "sha256": None}}
     assert about["sha256"] == hashlib.sha256((tmp_path / "x.pt").read_bytes()).hexdigest()
     assert about["checkpoint_sha256"] == checkpoint.fingerprint
+
+
+def test_the_average_is_exported_and_said_to_be_one(checkpoint: Committed, tmp_path: Path):
+    export(checkpoint, tmp_path / "x.pt", ema=True)
+    state, plain = read_state(tmp_path / "x.pt"), assembled(checkpoint)
+    shapes = checkpoint.read("mp_rank_00_model_states.pt")["param_shapes"]
+    for names, part in zip(shapes, read_files(checkpoint)[0]["parts"], strict=True):
+        flat = torch.cat([state[name].flatten() for name in names])
+        assert torch.equal(flat, part[: flat.numel()])
+    assert {name for name in state if torch.equal(state[name], plain[name])} >= {"clip_gate_offset"}
+    assert not torch.equal(state["out.2.bias"], plain["out.2.bias"])
+    assert [json.loads((tmp_path / "x.pt.json").read_text())["ema"], state.keys()] == [True, plain.keys()]
+    compare(tmp_path / "x.pt", checkpoint, ema=True)
+    for name in ("out.2.bias", "clip_gate_offset"):
+        write_state(tmp_path / "y.pt", altered(state, name))
+        with pytest.raises(WeightsError, match=f"in 1 tensors, first {name}"):
+            compare(tmp_path / "y.pt", checkpoint, ema=True)
+    without = {name: entry for name, entry in checkpoint.manifest["files"].items() if "ema" not in name}
+    bare = replace(checkpoint, manifest={**checkpoint.manifest, "files": without})
+    with pytest.raises(CheckpointError, match=r"ema\.decay"):
+        export(bare, tmp_path / "z.pt", ema=True)
 
 
 # --- differences are found ---

@@ -32,6 +32,7 @@ from glide_ds.types import CheckpointError
 
 # Numbers the saves of this process, so that the keys of two never meet; all ranks save alike.
 SAVES = itertools.count()
+PEERS_S = 30.0  # for a save under way when an error ends the phase: its peers may be gone
 
 
 class Saver:
@@ -81,10 +82,10 @@ class Saver:
         if not self.config.background:
             self.finish()
 
-    def wait(self) -> None:
-        """Wait for the save under way, whatever becomes of it. Not collective."""
+    def wait(self, limit_s: float | None = None) -> None:
+        """Wait for the save under way, whatever becomes of it, at most `limit_s`. Not collective."""
         if self.thread is not None:
-            self.thread.join()
+            self.thread.join(limit_s)
             self.thread = None
             self.failures += self.failure is not None
 

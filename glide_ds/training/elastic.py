@@ -64,11 +64,15 @@ def load_repartitioned(engine: Any, checkpoint: Committed) -> None:
 
 
 def own_part(parts: Sequence[Tensor], total: int, size: int) -> Tensor:
-    """This rank's `size` values of a line of `total`, cut elsewhere into `parts`; zeros beyond its end.
+    """This rank's `size` values of a line of `total`, cut elsewhere into `parts`; zeros beyond its end."""
+    return stretch(parts, dist.get_rank() * size, size, total)
+
+
+def stretch(parts: Sequence[Tensor], start: int, size: int, total: int) -> Tensor:
+    """A copy of `size` values from `start` on of a line of `total`, cut into `parts`; zeros beyond its end.
 
     Only the stretches that overlap are touched: parts may be memory-mapped files.
     """
-    start = dist.get_rank() * size
     own = torch.zeros(size, dtype=parts[0].dtype)
     position = 0
     for part in parts:
@@ -77,3 +81,9 @@ def own_part(parts: Sequence[Tensor], total: int, size: int) -> Tensor:
             own[low - start : high - start] = part[low - position : high - position]
         position += part.numel()
     return own
+
+
+def masters(checkpoint: Committed) -> list[list[Tensor]]:
+    """Every rank's part of the fp32 masters of every parameter group, memory-mapped."""
+    names = (f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(checkpoint.world_size))
+    return [checkpoint.read(name)["optimizer_state_dict"]["single_partition_of_fp32_groups"] for name in names]

@@ -6,6 +6,7 @@ the optimizer's step, where ZeRO-2 lays the gradients of a parameter group flat 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -211,13 +212,16 @@ def dial_of(config: Config) -> str:
 
 
 def checkpoint_bytes(model: Any, config: Config) -> float:
-    """Bytes of one checkpoint on disk, all ranks' files together: the module, master weights and moments."""
+    """Bytes of one checkpoint on disk, all ranks' files together: the module, master weights, moments, the average."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     module = weight_bytes(config) * sum(p.numel() for p in (*model.parameters(), *model.buffers()))
-    return float(module + (4 + OPTIMIZER_BYTES[config.deepspeed["optimizer"]["type"]]) * trained)
+    average = 4 if config.ema.decay else 0
+    return float(module + (4 + OPTIMIZER_BYTES[config.deepspeed["optimizer"]["type"]] + average) * trained)
 
 
 def checkpoints_kept(config: Config) -> int:
-    """The most checkpoints of the phase that lie on disk at once: the kept ones and the one being written."""
-    written = -(-config.train.steps // config.checkpoint.every)
-    return min(written, config.checkpoint.keep + 1) if config.checkpoint.keep else written
+    """The most checkpoints of the phase on disk at once: the newest, the milestones, the one being written."""
+    every, keep, steps = config.checkpoint.every, config.checkpoint.keep, config.train.steps
+    written = -(-steps // every)
+    milestones = steps // math.lcm(every, config.checkpoint.keep_every) if config.checkpoint.keep_every else 0
+    return min(written, keep + 1 + milestones) if keep else written

@@ -19,7 +19,7 @@ from glide_ds.model import create_model
 from glide_ds.model.clip import FrozenClip, embedding_dim
 from glide_ds.model.glide import Glide
 from glide_ds.training import preview
-from glide_ds.training.background import Saver
+from glide_ds.training.background import PEERS_S, Saver
 from glide_ds.training.checkpoint import Committed
 from glide_ds.training.distributed import agreed, read_environment, start_process_group
 from glide_ds.training.elastic import load_repartitioned
@@ -220,7 +220,7 @@ def phase_run(
             saver.wait()  # raised by all ranks: all will write their part
             raise
         finally:
-            saver.wait()  # whatever ended the phase, the state that was copied is committed
+            saver.wait(PEERS_S)  # whatever ends the phase, the state that was copied shall be committed
         stopper.close(train_config.steps)
         watch.at(SET_UP, 0)
         guard.close()
