@@ -27,5 +27,4 @@ def cluster() -> Iterator[slurm_kit.Cluster]:
         yield cluster
     finally:
         cluster.close()
-        if not os.environ.get("KEEP"):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "ip", "nsenter", "unshare", "sshd", "pdsh")
 SYSTEM_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 PHASES = ("adapter_only", "adapter_gates", "full")
-STEPS, EVERY = 20, 5  # of each phase; between checkpoints
+STEPS, EVERY = 40, 5  # of each phase; between checkpoints
 
 
 def missing() -> str | None:
