@@ -193,7 +193,7 @@ def phase_run(
             log.line(line)
         folder = folder_of(config, train_config.phase)
         saver = Saver(engine, folder, config.checkpoint, config.run.timeout_s, log.line)
-        guard = Guard(config, engine, start, log, device, saver)
+        guard = Guard(config, engine, start, log, device)
         diffusion = create_diffusion(config.model.noise_schedule)
         validation = Validation(config, start, diffusion, clip)
         watch, stopper = watch or Watch(), Stopper(config.run, train_config.phase)

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from glide_ds.config import Config
 from glide_ds.training import checkpoint
-from glide_ds.training.background import Saver
 from glide_ds.training.checkpoint import write_atomically
 from glide_ds.training.engine import cut_rates
 from glide_ds.training.lineage import Start, folder_of
@@ -95,10 +94,7 @@ class LossWindow:
 class Guard:
     """Skips bad updates, counts and reports them, and rolls the run back where there are too many."""
 
-    def __init__(
-        self, config: Config, engine: Any, start: Start, log: RunLog, device: torch.device, saver: Saver
-    ) -> None:
-        self.saver = saver
+    def __init__(self, config: Config, engine: Any, start: Start, log: RunLog, device: torch.device) -> None:
         self.config, self.options, self.engine, self.log = config, config.stability, engine, log
         self.run_dir, self.folder = Path(config.run.dir), folder_of(config, config.train.phase)
         manifest = start.resumed.manifest if start.resumed else {}
@@ -144,8 +140,7 @@ class Guard:
         self.state.recent = (*recent, done)
         self._record(done, batches)
         if self.options.skip_limit and len(self.state.recent) >= self.options.skip_limit:
-            if (saver := getattr(run, "saver", None)) is not None:
-                saver.wait()  # what is being written would become the newest checkpoint afterwards
+            run.saver.wait()  # what is being written would become the newest checkpoint afterwards
             self._roll_back(done)
         return True
 
@@ -233,7 +228,6 @@ class Guard:
                 f"Look at the samples in {self.run_dir / SKIPPED_FILE}, mend the data or lower the learning rate, "
                 f"and start again; the last checkpoint in {self.folder} stands",
             )
-        self.saver.wait()  # what is committed during the rewind would be the newest again
         target = checkpoint.rewind(self.folder, state.recent[0])
         after = Stability(
             data_offset=done + state.data_offset - target,

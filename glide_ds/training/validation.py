@@ -279,8 +279,7 @@ class Validation:
 
 def averaged(run: PhaseRun) -> Any:
     """A context with the averaged weights in the module, where the run keeps an average."""
-    ema = getattr(run, "ema", None)
-    return ema.applied() if ema is not None else nullcontext()
+    return run.ema.applied() if run.ema else nullcontext()
 
 
 def held_out_shards(config: Config) -> str | tuple[str, ...] | None:
