@@ -1,0 +1,174 @@
+"""Kill a two-rank run at random instants, damage its checkpoints, fill its disk: nothing committed may be lost.
+
+    python tests/chaos.py --kills 100 --folder /tmp/chaos --out chaos.json
+
+The ranks are forked from this process, which has imported everything: a start takes a second or two instead of
+ten. After every kill the next start has to resume at the newest committed step, by files that verify, and in the
+end the joined metrics have to be those of a run that nobody disturbed. The first violation ends the script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from forked_run import ForkedRun
+from train_kit import metrics
+
+from glide_ds.training.checkpoint import Committed, committed, verify
+
+RANKS = 2
+OPTIONS: dict[str, Any] = {
+    "train_batch_size": 2,
+    "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 2}},
+    "checkpoint": {"every": 3, "keep": 3},
+    "ema": {"decay": 0.9},
+    "data": {"trace": False},
+    "run": {"timeout_s": 60},
+}
+
+
+def strike(run: ForkedRun, dice: random.Random) -> str:
+    """Let the run live a while, then kill one or both ranks. Returns when and whom."""
+    moment = dice.choices(["save", "step", "start"], [5, 4, 1])[0]
+    if moment == "start":
+        time.sleep(dice.uniform(0, 4))
+    else:
+        while not run.trained() and run.alive():
+            time.sleep(0.01)
+    if moment == "step":
+        time.sleep(dice.uniform(0, 2))
+    elif moment == "save":
+        while not run.torn() and run.alive():
+            time.sleep(0.001)
+        time.sleep(dice.uniform(0, 0.25))
+    # Before the ranks have met, one that waits for the other is the launcher's to end.
+    ranks = [0, 1] if moment == "start" else dice.choice([[0], [1], [0, 1]])
+    run.kill(ranks)
+    return f"{moment}, {'both ranks' if len(ranks) == RANKS else f'rank {ranks[0]}'}"
+
+
+def damage(made: Committed, dice: random.Random) -> str:
+    """Cut a file of the checkpoint short, or flip one bit of it."""
+    path = made.path / dice.choice(sorted(made.manifest["files"]))
+    size = path.stat().st_size
+    if dice.random() < 0.5:
+        os.truncate(path, dice.randrange(size))
+        return "truncated"
+    with path.open("r+b") as file:
+        file.seek(dice.randrange(size))
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1 << dice.randrange(8)]))
+    return "bit flipped"
+
+
+def resumed_at(run: ForkedRun) -> int | None:
+    """The step at which this start says that it resumed; 0 from the beginning, None before it said so."""
+    text = " ".join(run.said().split())
+    found = re.search(r"resumes at step (\d+)", text)
+    return int(found[1]) if found else 0 if "starts from" in text else None
+
+
+def torment(run: ForkedRun, kills: int, seed: int, say: Any) -> dict[str, Any]:
+    """Kill the run `kills` times; damage the newest checkpoint before every fifth start. Returns the counts."""
+    dice, tally, during_save = random.Random(seed), Counter[str](), 0
+    for number in range(kills):
+        before = run.newest()
+        damaged = None
+        if number % 5 == 4 and before is not None and len(committed(run.phase)) > 1:
+            tally[damage(before, dice)] += 1
+            damaged, before = before, committed(run.phase)[1]
+        expected = before.step if before else 0
+        run.start(RANKS, steps=10**6)
+        tally[strike(run, dice)] += 1
+        codes = run.wait()
+        assert any(codes), "nobody died"
+        during_save += run.torn()
+        at = resumed_at(run)
+        assert at in (expected, None), (
+            f"run {number} resumed at {at} instead of {expected}:\n{run.said()[-3000:]}"
+        )
+        if damaged is not None and at is not None:
+            assert "DAMAGED CHECKPOINT" in run.said(), "the fallback was not told"
+        after = run.newest()
+        assert (after.step if after else 0) >= expected, f"run {number} lost a commit"
+        if after is not None and after != damaged:
+            assert not verify(after), f"run {number} committed a damaged checkpoint"
+        say(f"{number + 1}/{kills}: resumed at {at}, newest {after.step if after else None}, torn {run.torn()}")
+    return {"kills": kills, "during_a_save": during_save, **tally}
+
+
+def finish(run: ForkedRun, reference: ForkedRun, more: int) -> dict[str, Any]:
+    """Let the run end well, and hold its metrics against those of an undisturbed one."""
+    newest = run.newest()
+    steps = (newest.step if newest else 0) + more
+    run.start(RANKS, steps)
+    assert run.wait() == [0, 0], run.said()[-3000:]
+    reference.start(RANKS, steps, checkpoint={"every": 10**6})
+    assert reference.wait(3600) == [0, 0], reference.said()[-3000:]
+    joined, straight = (metrics(r.folder, steady=True) for r in (run, reference))
+    assert joined == straight, "the joined metrics differ from the undisturbed run's"
+    return {"steps": steps, "equal_lines": len(joined)}
+
+
+def fill_disk(folder: Path) -> dict[str, Any]:
+    """A disk with room for one checkpoint and a half; then it is given more."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64M", "tmpfs", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True, text=True)
+    if mounted.returncode:
+        return {"skipped": f"a tmpfs can't be mounted here: {mounted.stderr.strip()}"}
+    try:
+        run = ForkedRun(folder, **OPTIONS)
+        run.start(RANKS, 6, checkpoint={"every": 3, "keep": 1})
+        codes = run.wait()
+        newest = run.newest()
+        assert all(codes), f"the last save failed and nobody said so: {codes}"
+        assert "CHECKPOINT NOT SAVED" in run.said(), run.said()[-2000:]
+        assert newest is not None, "the first save fits"
+        assert newest.step == 3
+        assert not verify(newest)
+        subprocess.run(["mount", "-o", "remount,size=256M", str(folder)], check=True)
+        run.start(RANKS, 6, checkpoint={"every": 3, "keep": 1})
+        assert run.wait() == [0, 0], run.said()[-3000:]
+        assert resumed_at(run) == 3
+        assert [line["step"] for line in metrics(folder)] == list(range(1, 7))
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+    return {"survived": True}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, required=True, help="an empty folder to work in")
+    parser.add_argument("--out", type=Path, help="write the counts here as JSON")
+    args = parser.parse_args()
+    started = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"{time.monotonic() - started:6.0f} s  {text}", flush=True)
+
+    run = ForkedRun(args.folder / "tormented", **OPTIONS)
+    counts = torment(run, args.kills, args.seed, say)
+    say(str(counts))
+    counts |= {"end": finish(run, ForkedRun(args.folder / "undisturbed", **OPTIONS), more=4)}
+    say(str(counts["end"]))
+    counts |= {"full_disk": fill_disk(args.folder / "full")}
+    say(str(counts["full_disk"]))
+    if args.out:
+        args.out.write_text(json.dumps({"seed": args.seed, **counts}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
