@@ -243,6 +243,7 @@ def test_one_step_of_the_full_size_base_model_fits_in_24_gb(root: Path, tmp_path
         "model.weights=random",
         "log.samples_every=0",
         "data.workers=0",
+        "validation.every=0",
     ]
     before = time.monotonic()
     finish(root, launch(root, 1, "--ds_config", "ds_configs/base.json", "--set", *sets), timeout=1500)
