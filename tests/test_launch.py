@@ -210,7 +210,7 @@ def test_the_deepspeed_launcher_stopped_from_outside_stops_its_ranks_well(root: 
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     marker = json.loads((run / "STOPPED.json").read_text())
-    assert marker["reason"] == ("SIGINT" if how == "Ctrl-C" else "SIGTERM")
+    assert marker["reason"] in (("SIGINT", "SIGTERM") if how == "Ctrl-C" else ("SIGTERM",))
     assert (run / "phase1" / "LAST").readlink().name == f"step-{marker['step']:08d}"
 
 

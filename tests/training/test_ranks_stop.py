@@ -173,7 +173,8 @@ def test_a_run_stopped_in_every_way_is_the_uninterrupted_one(server: Forked, tmp
         assert ranks.codes() == [0, 0], ranks.said()
         print(f"{how}: {time.monotonic() - begun:.1f} s, {ranks.updates() - before} more updates")
         told = marker(ranks)
-        assert told["reason"] == how
+        # Of two signals at once either may be heard first.
+        assert told["reason"] in ((how, "SIGTERM") if how == "SIGINT" else (how,))
         assert (told["phase"], told["step"]) == ("full", ranks.updates())
         assert (ranks.run / "phase3" / "LAST").readlink().name == f"step-{told['step']:08d}"
         asked.append(told["step"])
