@@ -86,6 +86,7 @@ def main(paths: Sequence[str], overlay: str | None, sets: Sequence[str], dry_run
 def run_phases(configs: Sequence[Config], device: torch.device, watch: Watch) -> None:
     """Train one phase after the other, until the last is done or all ranks agree to stop."""
     folder, model = Path(configs[0].run.dir), None
+    agreed(lambda: _check_writable(folder))
     if dist.get_rank() == 0:
         start_again(folder)
     for config in configs:
