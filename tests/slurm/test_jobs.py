@@ -19,7 +19,7 @@ import pytest
 from slurm_kit import EVERY, PHASES, STEPS, Cluster, Job, config, outcome, submit
 from test_lib import readme_commands
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.cluster
 FIRST = PHASES[:1]
 
 
