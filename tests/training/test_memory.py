@@ -9,6 +9,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from train_kit import make_config
 
+from glide_ds.config import load_config
 from glide_ds.model import create_model
 from glide_ds.training import memory
 from glide_ds.training.phases import parameter_groups
@@ -89,8 +90,8 @@ def test_a_small_batch_peaks_in_the_optimizers_step(tmp_path: Path):
     assert parts["gradients"] > 4 * trained
 
 
-def test_a_checkpoint_on_disk_has_the_size_that_was_planned(trained: Path, tmp_path: Path):
-    config = make_config(tmp_path, "full")
+def test_a_checkpoint_on_disk_has_the_size_that_was_planned(trained: Path):
+    (config,) = load_config(trained / "run" / "run.json")
     planned = memory.checkpoint_bytes(memory.meta_model(glide_config(config), config), config)
     (folder,) = sorted((trained / "run" / "phase3").glob("step-*"))[-1:]
     assert planned == pytest.approx(sum(p.stat().st_size for p in folder.iterdir()), rel=0.1)
