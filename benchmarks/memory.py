@@ -31,21 +31,21 @@ CASES: dict[str, dict[str, Any]] = {
         "phase": "full",
         "architecture": {**HALF, "image_size": 32},
         "micro": 8,
-        "checkpointing": False,
+        "checkpointing": "none",
         "optimizer": "AdamW",
     },
     "full, AdamW8bit, blocks computed again": {
         "phase": "full",
         "architecture": {**HALF, "image_size": 64},
         "micro": 4,
-        "checkpointing": True,
+        "checkpointing": "blocks",
         "optimizer": "AdamW8bit",
     },
     "adapter_only, AdamW, nothing computed again": {
         "phase": "adapter_only",
         "architecture": {**HALF, "image_size": 64},
         "micro": 4,
-        "checkpointing": False,
+        "checkpointing": "none",
         "optimizer": "AdamW",
     },
 }
@@ -119,8 +119,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         config = load_config(write_config(Path(folder), case))[0]
         arithmetic = config.batch_arithmetic(1)
         model = meta_model(glide_config(config), config)
-        dial = "blocks" if case["checkpointing"] else "none"
-        plan = memory_estimate(model, config, arithmetic, dial)
+        plan = memory_estimate(model, config, arithmetic, case["checkpointing"])
         del model
         measured = steps(config, device)
     torch.distributed.destroy_process_group()

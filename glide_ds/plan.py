@@ -25,7 +25,6 @@ from glide_ds.training.memory import (
     checkpoint_bytes,
     checkpoints_kept,
     count_activations,
-    dial_of,
     gib,
     memory_estimate,
     meta_model,
@@ -158,7 +157,7 @@ def make_plan(
     arithmetic = config.batch_arithmetic(nodes * gpus)
     glide = glide_config(config)
     model = meta_model(glide, config)
-    found, work, dial = count_activations(model), count_work(model), dial_of(config)
+    found, work, dial = count_activations(model), count_work(model), config.train.checkpointing
     limit = usable_bytes(gpu, gpus)
     memory = {name: rank_memory(model, config, arithmetic, name, found, gpu) for name in DIALS}
     largest = {name: largest_micro_batch(model, config, arithmetic, name, found, gpu, limit) for name in DIALS}
@@ -316,7 +315,7 @@ def measured_peak() -> float:
 def describe(plan: Plan, nodes: int) -> list[str]:
     """The plan of one phase, a page of plain text."""
     config, arithmetic = plan.config, plan.arithmetic
-    dial, gpus = dial_of(config), arithmetic.world_size // nodes
+    dial, gpus = config.train.checkpointing, arithmetic.world_size // nodes
     lines = [
         f"── glide_ds plan: phase {config.train.phase} on {nodes} x {gpus} {plan.gpu} ".ljust(100, "─"),
         f"batch     {describe_batch(config, arithmetic)}",

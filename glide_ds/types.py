@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+
+Checkpointing = Literal["none", "attention", "blocks"]  # what is computed again in the backward pass
 
 KINDS = ("base", "upsample", "base-inpaint", "upsample-inpaint")
 

@@ -209,6 +209,7 @@ def test_a_choice_names_its_options(tmp_path: Path, name: str, value: str):
         ("train.steps", 0),
         ("train.seed", -1),
         ("train.weighting", "snr"),
+        ("train.checkpointing", True),
         ("train.vb_weight", -1),
         ("train.adapter_clipping", -1),
         ("train.gate_warmup", -1),
@@ -444,6 +445,7 @@ def test_every_field_can_be_set_and_comes_back_from_run_json(tmp_path: Path):
             "data.clip_store": "x",
             "validation.shards": "x",
             "run.timeout_s": 60,
+            "train.checkpointing": "attention",
         }.get(name, not field.default if isinstance(field.default, bool) else None)
         if value is None:
             value = f"x{field.default}" if isinstance(field.default, str) else (field.default or 1) / 2

@@ -15,7 +15,7 @@ from glide_ds.model.layers import LayerNorm, normal_parameter
 from glide_ds.model.text import TextEncoding, Transformer
 from glide_ds.model.unet import AttentionBlock, ClipContext, Context, UNet, timestep_embedding
 from glide_ds.tokenizer import N_VOCAB
-from glide_ds.types import ConfigError, GlideConfig, GlideError
+from glide_ds.types import Checkpointing, ConfigError, GlideConfig, GlideError
 
 _NORM_GROUPS = 32
 _EMBEDDING_STD = 0.01  # of the positional and padding embeddings; the published code leaves them undefined
@@ -30,13 +30,14 @@ def create_model(config: GlideConfig) -> Glide:
 class Glide(UNet):
     """The denoiser. Its state_dict has OpenAI's names; whatever CLIP adds has `clip` in its name.
 
-    `checkpointing` recomputes each residual, attention and transformer block in the backward pass instead of
-    keeping its activations: in training only, and with identical gradients.
+    `checkpointing` says which blocks are computed again in the backward pass instead of keeping their activations:
+    "none", "attention" (the UNet's), or all "blocks" (residual, attention, transformer). In training only, and
+    with identical gradients.
     """
 
     def __init__(self, config: GlideConfig) -> None:
         super().__init__(config, _input_channels(config), lambda channels: _attention(config, channels))
-        self.checkpointing = False
+        self.checkpointing: Checkpointing = "none"
         width = config.xf_width
         self.transformer = Transformer(width, config.xf_layers, config.xf_heads)
         self.final_ln = LayerNorm(width)
@@ -99,11 +100,11 @@ class Glide(UNet):
             )
         h = self.token_embedding(tokens) + self.positional_embedding
         h = torch.where(mask[..., None], h, self.padding_embedding)
-        h = self.final_ln(self.transformer(h, self._checkpoints_now()))
+        h = self.final_ln(self.transformer(h, recompute=self._checkpoints_now() == "blocks"))
         return TextEncoding(pooled=self.transformer_proj(h[:, -1]), tokens=h)
 
-    def _checkpoints_now(self) -> bool:
-        return self.checkpointing and self.training and torch.is_grad_enabled()
+    def _checkpoints_now(self) -> Checkpointing:
+        return self.checkpointing if self.training and torch.is_grad_enabled() else "none"
 
     def _clip_context(self, embedding: Tensor | None, drop: Tensor | None) -> ClipContext | None:
         if embedding is None:

@@ -55,8 +55,8 @@ def normal_parameter(*shape: int, std: float) -> nn.Parameter:
     return nn.Parameter(nn.init.normal_(torch.empty(shape), std=std))
 
 
-def run_block(block: nn.Module, *inputs: Any, checkpointing: bool) -> Tensor:
-    """Call `block`; with `checkpointing`, keep its inputs only and compute it again in the backward pass."""
-    if checkpointing:
+def run_block(block: nn.Module, *inputs: Any, recompute: bool) -> Tensor:
+    """Call `block`; with `recompute`, keep its inputs only and compute it again in the backward pass."""
+    if recompute:
         return checkpoint(block, *inputs, use_reentrant=False)
     return block(*inputs)

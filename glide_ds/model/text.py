@@ -65,7 +65,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads) for _ in range(layers))
 
-    def forward(self, x: Tensor, checkpointing: bool = False) -> Tensor:
+    def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
         for block in self.resblocks:
-            x = run_block(block, x, checkpointing=checkpointing)
+            x = run_block(block, x, recompute=recompute)
         return x

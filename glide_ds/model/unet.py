@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glide_ds.model.layers import GroupNorm, PointwiseConv1d, run_block, zero_init
-from glide_ds.types import GlideConfig
+from glide_ds.types import Checkpointing, GlideConfig
 
 
 class ClipContext(NamedTuple):
@@ -117,12 +117,12 @@ class AttentionBlock(nn.Module):
 class Stage(nn.ModuleList):
     """One entry of the published block lists: a convolution, or residual blocks and attention in turn."""
 
-    def forward(self, h: Tensor, emb_be: Tensor, context: Context, checkpointing: bool) -> Tensor:
+    def forward(self, h: Tensor, emb_be: Tensor, context: Context, checkpointing: Checkpointing) -> Tensor:
         for block in self:
             if isinstance(block, AttentionBlock):
-                h = run_block(block, h, context, checkpointing=checkpointing)
+                h = run_block(block, h, context, recompute=checkpointing != "none")
             elif isinstance(block, ResBlock):
-                h = run_block(block, h, emb_be, checkpointing=checkpointing)
+                h = run_block(block, h, emb_be, recompute=checkpointing == "blocks")
             else:
                 h = block(h)
         return h
@@ -191,7 +191,9 @@ class UNet(nn.Module):
                 self.output_blocks.append(stage)
         return channels
 
-    def denoise(self, x: Tensor, emb_be: Tensor, context: Context, checkpointing: bool = False) -> Tensor:
+    def denoise(
+        self, x: Tensor, emb_be: Tensor, context: Context, checkpointing: Checkpointing = "none"
+    ) -> Tensor:
         """The UNet proper, after its inputs have been assembled."""
         skips = []
         for stage in self.input_blocks:

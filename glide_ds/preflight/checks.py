@@ -36,7 +36,6 @@ from glide_ds.training.lineage import find_start, folder_of, load_start
 from glide_ds.training.memory import (
     checkpoint_bytes,
     checkpoints_kept,
-    dial_of,
     gib,
     memory_estimate,
     meta_model,
@@ -143,7 +142,7 @@ def memory(site: Site) -> Finding:
             raise BlockedError("the batch can't be split (see batch)") from None
         site.progress(f"counting phase {config.train.phase}")
         model = meta_model(_glide(config), config)
-        parts = memory_estimate(model, config, arithmetic, dial_of(config))
+        parts = memory_estimate(model, config, arithmetic, config.train.checkpointing)
         needs[config.train.phase] = sum(parts.values())
     phase, need = max(needs.items(), key=lambda item: item[1])
     text = f"phase {phase} takes about {gib(need)} per rank"

@@ -203,14 +203,6 @@ def gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
 
 
-def dial_of(config: Config) -> str:
-    """The setting of train.checkpointing, by its name in DIALS."""
-    dial: object = config.train.checkpointing
-    if isinstance(dial, str):
-        return dial
-    return "blocks" if dial else "none"
-
-
 def checkpoint_bytes(model: Any, config: Config) -> float:
     """Bytes of one checkpoint on disk, all ranks' files together: the module, master weights, moments, the average."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -10,7 +10,7 @@ from torch import nn
 
 from glide_ds.config import BatchArithmetic, Config
 from glide_ds.training.lineage import Start, banner, folder_of
-from glide_ds.training.memory import dial_of, gib, memory_estimate, meta_model
+from glide_ds.training.memory import gib, memory_estimate, meta_model
 from glide_ds.training.phases import count_by_role, trained_roles
 from glide_ds.types import GlideConfig
 
@@ -81,7 +81,7 @@ def describe_rates(config: Config) -> str:
 
 def describe_memory(model: nn.Module, config: Config, arithmetic: BatchArithmetic) -> str:
     """An estimate per rank, by part."""
-    parts = memory_estimate(model, config, arithmetic, dial_of(config))
+    parts = memory_estimate(model, config, arithmetic, config.train.checkpointing)
     shown = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
     return f"about {gib(sum(parts.values()))} per rank: {shown}"
 

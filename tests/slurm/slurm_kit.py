@@ -171,7 +171,7 @@ def submit(
 
 
 def config(folder: Path, phase: str) -> Path:
-    train = {"phase": phase, "steps": STEPS, "checkpointing": False}
+    train = {"phase": phase, "steps": STEPS, "checkpointing": "none"}
     return write_config(folder, phase, train=train, log={"every": 5}, checkpoint={"every": EVERY})
 
 
