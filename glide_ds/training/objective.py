@@ -56,16 +56,24 @@ def draw(seed: int, step: int, slots: list[int], side: int, timesteps: int, drop
     """Timesteps, noise and CLIP dropout for these slots of global batch `step`.
 
     Every slot has its own generator, seeded by (seed, step, slot): the numbers depend neither on the
-    number of ranks nor on the micro-batch, and a rank draws only its own.
+    number of ranks nor on the micro-batch, and a rank draws only its own. They are drawn on the host, so that
+    every kind of device trains on the same ones.
     """
-    generator = torch.Generator(device)
+    generator = torch.Generator()
     t, noise, dropped = [], [], []
     for slot in slots:
         generator.manual_seed(hash64(seed, step, slot))
-        t.append(torch.randint(timesteps, (1,), generator=generator, device=device))
-        dropped.append(torch.rand(1, generator=generator, device=device) < drop)
-        noise.append(torch.randn(3, side, side, generator=generator, device=device))
-    return Draws(torch.cat(t), torch.stack(noise), torch.cat(dropped))
+        t.append(torch.randint(timesteps, (1,), generator=generator))
+        dropped.append(torch.rand(1, generator=generator) < drop)
+        noise.append(torch.randn(3, side, side, generator=generator))
+    return Draws(*(_sent(part, device) for part in (torch.cat(t), torch.stack(noise), torch.cat(dropped))))
+
+
+def _sent(host: Tensor, device: Any) -> Tensor:
+    """A copy on the device that the host does not wait for."""
+    if torch.device(device).type != "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 def to_signed(images: Tensor) -> Tensor:
