@@ -50,7 +50,15 @@ DOCUMENT: dict[str, Any] = {
     },
 }
 PHASES = ("base", "adapter_only", "adapter_gates", "full")
-UNSTEADY = ("images_per_s", "data_wait_s", "memory_gib", "saves_failed")  # what not only training decides
+# Keys of metrics.jsonl that not only training decides.
+UNSTEADY = (
+    "images_per_s",
+    "images_per_s_per_rank",
+    "data_wait_s",
+    "data_wait_share",
+    "memory_gib",
+    "saves_failed",
+)
 
 
 def document(folder: Path, phase: str = "full", **sections: Any) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from tqdm import tqdm
 from glide_ds.config import Config
 from glide_ds.types import Batch
 
+MUCH_WAITING = 0.2  # of a step's time
+
 
 class JsonLines:
     """An append-only file of JSON objects, cut back to what a resumed phase has really done."""
@@ -75,6 +77,7 @@ class Progress:
     def __init__(self, phase: str, done: int, total: int, shown: bool) -> None:
         self.phase, self.total, self.shown = phase, total, shown
         self.started, self.first = time.monotonic(), done
+        self.readings, self.diagnosed = 0, False
         self.bar = None
         if shown and sys.stdout.isatty():
             self.bar = tqdm(
@@ -92,8 +95,19 @@ class Progress:
             left = (time.monotonic() - self.started) / done * (self.total - step)
             self.line(
                 f"{self.phase} step {step}/{self.total}  loss {metrics['loss']:.4f}  "
-                f"{metrics['images_per_s']:.1f} images/s  {duration(left)} left"
+                f"{metrics['images_per_s']:.1f} images/s  data wait {metrics['data_wait_share']:.0%}  "
+                f"{metrics['memory_gib']:.1f} GiB  {duration(left)} left"
             )
+        if metrics:
+            self._diagnose(metrics)
+
+    def _diagnose(self, metrics: Mapping[str, Any]) -> None:
+        """Say once what holds the training up. The first readings wait for loaders that are starting."""
+        self.readings += 1
+        cause = diagnosis(metrics) if self.readings > 2 and not self.diagnosed else None
+        if cause:
+            self.diagnosed = True
+            self.line(cause)
 
     def line(self, text: str) -> None:
         """A line of its own, above the bar where there is one."""
@@ -132,6 +146,17 @@ class Clock:
         read = self.steps, now - self.since, self.waited
         self.steps, self.waited, self.since = 0, 0.0, now
         return read
+
+
+def diagnosis(metrics: Mapping[str, Any]) -> str | None:
+    """What keeps the device from training, where something does, and what to do about it."""
+    share = metrics["data_wait_share"]
+    if share < MUCH_WAITING:
+        return None
+    return (
+        f"data wait is {share:.0%} of the step, in which the device has nothing to do: raise data.workers, "
+        "give the rank more cores, or compute CLIP embeddings beforehand (glide-ds prepare clip)"
+    )
 
 
 def duration(seconds: float) -> str:

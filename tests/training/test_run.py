@@ -112,6 +112,8 @@ def test_metrics_hold_gates_rates_and_norms_by_role(trained: Path):
     assert line["gate_mean"] == pytest.approx(0.5, abs=0.01)
     assert all(value > 0 for value in line["grad_norm_by_role"].values())
     assert line["images_per_s"] > 0
+    assert line["images_per_s_per_rank"] == line["images_per_s"]
+    assert 0 <= line["data_wait_share"] < 1
     assert line["data_wait_s"] >= 0
     assert 0.1 < line["memory_gib"] < 20
 

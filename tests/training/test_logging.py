@@ -1,0 +1,26 @@
+"""What the log says of the run's speed."""
+
+from __future__ import annotations
+
+import pytest
+
+from glide_ds.training.logging import Progress, diagnosis
+
+
+def reading(wait: float) -> dict[str, float]:
+    return {"loss": 1.0, "images_per_s": 10.0, "data_wait_share": wait, "memory_gib": 1.0}
+
+
+def test_waiting_for_data_is_diagnosed_with_its_share_and_remedy():
+    assert "data wait is 43% of the step" in (diagnosis(reading(0.43)) or "")
+    assert "data.workers" in (diagnosis(reading(0.43)) or "")
+    assert diagnosis(reading(0.05)) is None
+
+
+def test_a_diagnosis_is_said_once_and_not_while_loaders_start(capsys: pytest.CaptureFixture[str]):
+    progress = Progress("full", 0, 10, shown=True)
+    said = []
+    for step in range(1, 6):
+        progress.step(step, reading(0.5))
+        said.append("raise data.workers" in capsys.readouterr().out)
+    assert said == [False, False, True, False, False]
