@@ -8,7 +8,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -180,58 +179,6 @@ def kill(process: subprocess.Popen[Any]) -> None:
     for pid in descendants(process.pid):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["Ctrl-C", "kill"])
-def test_the_deepspeed_launcher_stopped_from_outside_stops_its_ranks_well(root: Path, tmp_path: Path, how: str):
-    run = tmp_path / "run"
-    sets = [*SMALL, f"run.dir={run}", "train.steps=100000", "log.samples_every=0", "data.trace=true"]
-    command = launch(root, 2, "--ds_config", TINY[0], "--set", *sets, port=free_port())
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            command, cwd=root, env=environment(), stdout=log, stderr=log, start_new_session=True
-        )
-    family: list[int] = []
-    try:
-        await_updates(run / "trace" / "rank0.jsonl", 3)
-        family = descendants(process.pid)
-        if how == "Ctrl-C":  # to the terminal's process group: command, launcher, ranks and workers
-            os.killpg(process.pid, signal.SIGINT)
-        else:
-            process.terminate()
-        give_up = time.monotonic() + 60
-        while any(is_running(pid) for pid in family):
-            assert time.monotonic() < give_up, (tmp_path / "log").read_text()
-            process.poll()  # so that it does not stay a zombie
-            time.sleep(0.1)
-    finally:
-        for pid in family:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-    marker = json.loads((run / "STOPPED.json").read_text())
-    assert marker["reason"] in (("SIGINT", "SIGTERM") if how == "Ctrl-C" else ("SIGTERM",))
-    assert (run / "phase1" / "LAST").readlink().name == f"step-{marker['step']:08d}"
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def await_updates(trace: Path, updates: int) -> None:
-    give_up = time.monotonic() + 120
-    while not (trace.exists() and trace.read_text().count("\n") >= updates):
-        assert time.monotonic() < give_up
-        time.sleep(0.05)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.slow
