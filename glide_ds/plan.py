@@ -19,6 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from glide_ds.config import BatchArithmetic, Config, load_config
+from glide_ds.training.command import add_config_arguments
 from glide_ds.training.memory import (
     DIALS,
     Activations,
@@ -112,16 +113,7 @@ class Plan:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ds_config", nargs="+", required=True, metavar="JSON", help="as for training")
-    parser.add_argument("--config", metavar="YAML", help="values that the phases share, laid over the JSON")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        action="extend",
-        help="single values, laid over both",
-    )
+    add_config_arguments(parser)
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus", type=int, default=1, help="per node")
     parser.add_argument("--gpu", choices=GPUS, default="h100")

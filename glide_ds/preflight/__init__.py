@@ -10,18 +10,11 @@ import argparse
 import os
 from pathlib import Path
 
+from glide_ds.training.command import add_config_arguments
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ds_config", nargs="+", required=True, metavar="JSON", help="as for training")
-    parser.add_argument("--config", metavar="YAML", help="values that the phases share, laid over the JSON")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        action="extend",
-        help="single values, laid over both",
-    )
+    add_config_arguments(parser)
     parser.add_argument("--nodes", type=int, help="that the run will have; default: the hostfile's, else 1")
     parser.add_argument("--gpus", type=int, help="per node; default: the hostfile's slots, else this machine's")
     parser.add_argument("--hostfile", type=Path, metavar="FILE", help="DeepSpeed's: whether its hosts resolve")

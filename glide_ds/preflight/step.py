@@ -23,8 +23,6 @@ from glide_ds.training.memory import gib
 from glide_ds.training.run import phase_run
 from glide_ds.types import GlideError
 
-BIG = 100_000_000  # parameters: on a CPU a step of more takes minutes
-
 
 def real_step(site: Site) -> Finding:
     """One update of the first phase at its micro-batch, committed and loaded again, in a folder beside the run's.

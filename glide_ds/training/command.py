@@ -7,7 +7,8 @@ import argparse
 from glide_ds.training.signals import SIGNALS
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """What names a run's configuration, on every command that reads one."""
     parser.add_argument(
         "--ds_config",
         nargs="+",
@@ -24,6 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         help="single values, laid over both",
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
     parser.add_argument("--dry_run", action="store_true", help="say what would happen, and end")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
 
