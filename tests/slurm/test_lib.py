@@ -160,7 +160,8 @@ def test_submit_phases_shows_its_commands_and_finds_mistakes_first(tmp_path: Pat
     shown = dry_run(f"run.dir={tmp_path}/run", "data.shards=/data/{0..9}.tar")
     first, second, third, _ = shown.stdout.splitlines()
     assert first.startswith(
-        "sbatch --parsable --job-name=glide-phase1 --nodes=4 slurm/train.sbatch --ds_config"
+        "sbatch --parsable --job-name=glide-phase1 --nodes=4 --gpus-per-node=8 --time=24:00:00 "
+        "slurm/train.sbatch --ds_config"
     )
     assert "--dependency" not in first
     assert "afterok:<phase1>" in second.replace("\\", "")
