@@ -15,6 +15,7 @@ import os
 import random
 import re
 import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -24,6 +25,9 @@ from forked_run import ForkedRun
 from train_kit import metrics
 
 from glide_ds.training.checkpoint import Committed, committed, verify
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from machine import environment
 
 RANKS = 2
 OPTIONS: dict[str, Any] = {
@@ -154,6 +158,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="an empty folder to work in")
     parser.add_argument("--out", type=Path, help="write the counts here as JSON")
     args = parser.parse_args()
+    about = {"environment": environment("cpu"), "seed": args.seed}
     started = time.monotonic()
 
     def say(text: str) -> None:
@@ -167,7 +172,8 @@ def main() -> None:
     counts |= {"full_disk": fill_disk(args.folder / "full")}
     say(str(counts["full_disk"]))
     if args.out:
-        args.out.write_text(json.dumps({"seed": args.seed, **counts}, indent=1) + "\n")
+        about |= {"seconds": round(time.monotonic() - started)}
+        args.out.write_text(json.dumps(about | counts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

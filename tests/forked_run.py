@@ -17,13 +17,16 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import deepspeed  # noqa: F401 - imported here so that no rank has to
+import open_clip  # noqa: F401
 import torch._dynamo
 import torch._inductor.compile_fx  # noqa: F401
 from train_kit import document
 
+from glide_ds.training import run as product
 from glide_ds.training.checkpoint import LAST, Committed, committed
 from glide_ds.training.phases import PHASES
-from glide_ds.training.run import main as train_main
+
+product.PEERS_S = 5.0  # a rank that lost its peer in a save would wait half a minute
 
 
 class ForkedRun:
@@ -34,6 +37,7 @@ class ForkedRun:
         self.phase = folder / "run" / PHASES[phase].folder
         self.log = folder / "log.txt"
         self.pids: list[int] = []
+        self.started = 0.0
         folder.mkdir(parents=True, exist_ok=True)
 
     def start(self, ranks: int, steps: int, **options: Any) -> None:
@@ -45,6 +49,7 @@ class ForkedRun:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         self.log.unlink(missing_ok=True)
+        self.started = time.time()
         self.pids = [self._fork(rank, ranks, port, path) for rank in range(ranks)]
 
     def _fork(self, rank: int, ranks: int, port: str, path: Path) -> int:
@@ -57,7 +62,7 @@ class ForkedRun:
         os.dup2(output, 2)
         code = 1  # unless all goes well: an error's traceback is in the log
         try:
-            train_main([str(path)], None, ())
+            product.main([str(path)], None, ())
             code = 0
         finally:
             sys.excepthook(*sys.exc_info()) if code else None  # type: ignore[arg-type]
@@ -96,10 +101,15 @@ class ForkedRun:
         return all(Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z" for pid in self.pids)
 
     def torn(self) -> bool:
-        """Whether a save is under way: a folder that is newer than what is committed."""
-        newest = max((path.name for path in self.phase.glob("step-*")), default="")
+        """Whether this start has begun a save and not committed it: a folder newer than what is committed."""
+        newest = max(self.phase.glob("step-*"), default=None)
         last = self.phase / LAST
-        return bool(newest) and (not last.is_symlink() or newest > last.readlink().name)
+        if newest is None or (last.is_symlink() and newest.name <= last.readlink().name):
+            return False
+        try:
+            return newest.stat().st_mtime > self.started  # else it's what an earlier kill left
+        except FileNotFoundError:
+            return False  # just being cleared
 
     def newest(self) -> Committed | None:
         return next(iter(committed(self.phase)), None)

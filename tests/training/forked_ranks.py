@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed  # noqa: F401
+import open_clip  # noqa: F401
 import torch._dynamo
 import torch._inductor.compile_fx
 
