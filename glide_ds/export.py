@@ -18,7 +18,7 @@ from torch import Tensor
 import glide_ds
 from glide_ds.config import ClipConfig
 from glide_ds.model.tensor_files import sha256, write_sidecar, write_state
-from glide_ds.training.checkpoint import LAST, MANIFEST, MODEL_FILE, Committed, committed, verify
+from glide_ds.training.checkpoint import LAST, MANIFEST, MODEL_FILE, Committed, committed, unreadable, verify
 from glide_ds.training.elastic import masters, stretch
 from glide_ds.training.ema import has_average, read_files
 from glide_ds.training.phases import PHASES
@@ -56,21 +56,22 @@ def find_checkpoint(place: Path, phase: str | None = None) -> Committed:
     if (place / MANIFEST).is_file():
         wanted = place.resolve()
         found = [c for c in committed(wanted.parent) if c.path == wanted]
-    elif (place / LAST).is_symlink():
-        found = committed(place)
+        broken = [path for path in unreadable(wanted.parent) if path == wanted]
     else:
         names = [phase] if phase else list(reversed(PHASES))
-        found = [c for name in names for c in committed(place / PHASES[name].folder)]
-    if not found:
+        folders = [place] if (place / LAST).is_symlink() else [place / PHASES[name].folder for name in names]
+        both = ((committed(folder), unreadable(folder)) for folder in folders)
+        found, broken = next(filter(any, both), ([], []))
+    if not found and not broken:
         wanted_phase = f" of phase {phase}" if phase else ""
         raise CheckpointError(
             f"{place} holds no committed checkpoint{wanted_phase}; give a run directory in which training has "
             "saved at least once"
         )
-    if problems := verify(found[0]):
+    if problems := [f"{MANIFEST} can't be read"] if broken else verify(found[0]):
         raise CheckpointError(
-            f"{found[0].path} is damaged ({problems[0]}), so its weights can't be trusted; export an earlier "
-            "one by naming its folder"
+            f"{broken[0] if broken else found[0].path} is damaged ({problems[0]}), so its weights can't be trusted; "
+            "export an earlier one by naming its folder"
         )
     return found[0]
 

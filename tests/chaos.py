@@ -24,7 +24,7 @@ from typing import Any
 from forked_run import ForkedRun
 from train_kit import metrics
 
-from glide_ds.training.checkpoint import Committed, committed, verify
+from glide_ds.training.checkpoint import MANIFEST, Committed, committed, verify
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from machine import environment
@@ -62,10 +62,10 @@ def strike(run: ForkedRun, dice: random.Random) -> str:
 
 def damage(made: Committed, dice: random.Random) -> str:
     """Cut a file of the checkpoint short, or flip one bit of it."""
-    path = made.path / dice.choice(sorted(made.manifest["files"]))
+    path = made.path / dice.choice([MANIFEST, *sorted(made.manifest["files"])])
     size = path.stat().st_size
     if dice.random() < 0.5:
-        os.truncate(path, dice.randrange(size))
+        os.truncate(path, dice.randrange(size - 1))  # a manifest may do without its last line's end
         return "truncated"
     with path.open("r+b") as file:
         file.seek(dice.randrange(size))

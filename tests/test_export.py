@@ -18,7 +18,7 @@ from glide_ds import export as module
 from glide_ds.export import add_arguments, assembled, compare, export, find_checkpoint
 from glide_ds.model import GlideConfig, create_model
 from glide_ds.model.tensor_files import read_state, sidecar, write_state
-from glide_ds.training.checkpoint import Committed, committed
+from glide_ds.training.checkpoint import MANIFEST, Committed, committed
 from glide_ds.training.ema import read_files
 from glide_ds.types import CheckpointError, WeightsError
 
@@ -229,6 +229,10 @@ def test_no_checkpoint_and_a_damaged_one_are_told(trained: Path, tmp_path: Path)
     with pytest.raises(CheckpointError, match="does not match its hash"):
         find_checkpoint(run)
     assert find_checkpoint(run / "phase3" / "step-00000004").step == 4
+    (model.parent / MANIFEST).write_text("{")
+    for place in (run, run / "phase3", model.parent):
+        with pytest.raises(CheckpointError, match=r"step-00000005 is damaged \(manifest\.json can't be read"):
+            find_checkpoint(place)
 
 
 def test_another_ending_is_refused(checkpoint: Committed, tmp_path: Path):

@@ -31,7 +31,7 @@ from glide_ds.model.clip import FrozenClip
 from glide_ds.model.tensor_files import sync_directory
 from glide_ds.preflight import ranks, step
 from glide_ds.preflight.site import BlockedError, Fault, Finding, Site, fault_of
-from glide_ds.training.checkpoint import committed, verify
+from glide_ds.training.checkpoint import MANIFEST, committed, unreadable, verify
 from glide_ds.training.lineage import find_start, folder_of, load_start
 from glide_ds.training.memory import (
     checkpoint_bytes,
@@ -334,19 +334,23 @@ def resume(site: Site) -> Finding:
             faults.append(fault_of(error))
         except WeightsError:
             pass  # `weights` says it
-        phase = config.train.phase
-        for candidate in committed(folder_of(config, phase)):
+        phase, damaged = config.train.phase, []
+        folder = folder_of(config, phase)
+        damaged += [(path, [f"{MANIFEST} can't be read"]) for path in unreadable(folder)]
+        for candidate in committed(folder):
             site.progress(f"reading {candidate.path}")
             if not (problems := verify(candidate)):
                 texts.append(f"{phase} goes on at step {candidate.step} of {config.train.steps}")
                 break
-            faults.append(
-                Fault(
-                    f"the checkpoint {candidate.path} is damaged: {'; '.join(problems[:3])}; the run would fall "
-                    "back to an older one",
-                    f"put the file back, or remove {candidate.path} to accept that",
-                )
+            damaged.append((candidate.path, problems))
+        faults += [
+            Fault(
+                f"the checkpoint {path} is damaged: {'; '.join(problems[:3])}; the run would fall back to an older "
+                "one",
+                f"put the file back, or remove {path} to accept that",
             )
+            for path, problems in damaged
+        ]
     stop = Path(site.config.run.dir) / STOP_FILE
     if stop.exists():
         faults.append(Fault(f"{stop} is there: the run would stop at its first step", f"remove {stop}"))

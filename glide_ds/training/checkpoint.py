@@ -25,6 +25,7 @@ from glide_ds.model.tensor_files import sha256, sync_directory
 MANIFEST = "manifest.json"
 LAST = "LAST"
 BEST = "BEST"
+OWN_HASH = "sha256"  # the manifest's own, of all its other entries
 MODEL_FILE = "mp_rank_00_model_states.pt"
 
 
@@ -39,7 +40,7 @@ class Committed:
     @property
     def fingerprint(self) -> str:
         """The hash of the manifest, which holds the hash of every file: the checkpoint's identity."""
-        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
+        return _hash(self.manifest)
 
     @property
     def world_size(self) -> int:
@@ -63,12 +64,24 @@ def committed(folder: Path) -> list[Committed]:
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            own = manifest.pop(OWN_HASH, None)
             candidate = Committed(path, int(manifest["step"]), manifest)
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, AttributeError):
             continue  # no readable manifest: never committed, or damaged since
-        if candidate.step <= last:
+        if candidate.step <= last and own in (None, _hash(manifest)):  # none: of an earlier version
             found.append(candidate)
     return found
+
+
+def unreadable(folder: Path) -> list[Path]:
+    """What was committed after the newest of `committed`, and has a damaged manifest; the newest first."""
+    newest = next((made.step for made in committed(folder)), -1)
+    last = _last_step(folder)
+    return [
+        path
+        for path in sorted(folder.glob("step-*"), reverse=True)
+        if newest < (step := _step(path)) <= last and (step == last or (path / MANIFEST).exists())
+    ]
 
 
 def newest_good(folder: Path) -> tuple[Committed | None, list[str]]:
@@ -76,10 +89,11 @@ def newest_good(folder: Path) -> tuple[Committed | None, list[str]]:
 
     Called by all ranks alike: each verifies its share of the files, and all return the same.
     """
-    damaged: list[str] = []
-    candidates: list[Any] = [committed(folder) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(candidates)  # a network file system may show the ranks different lists
-    for candidate in candidates[0]:
+    found: list[Any] = [(committed(folder), unreadable(folder)) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found)  # a network file system may show the ranks different lists
+    candidates, illegible = found[0]
+    damaged = [f"{path}: {MANIFEST} is damaged" for path in illegible]
+    for candidate in candidates:
         faults: list[list[str]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(faults, verify(candidate, dist.get_rank(), dist.get_world_size()))
         problems = [fault for part in faults for fault in part]
@@ -107,7 +121,7 @@ def rewind(folder: Path, before: int) -> int:
             _point(folder / LAST, good[-1].path)
             sync_directory(folder)
         for path in folder.glob("step-*"):
-            if int(path.name.removeprefix("step-")) > chosen[0]:
+            if _step(path) > chosen[0]:
                 shutil.rmtree(path)
     dist.broadcast_object_list(chosen)
     return chosen[0]
@@ -140,7 +154,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 def commit(target: Path, manifest: dict[str, Any]) -> None:
     """Make the files in `target` a checkpoint: from here on it is the newest one. They are on the disk already."""
-    write_atomically(target / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    vouched = manifest | {OWN_HASH: _hash(manifest)}
+    write_atomically(target / MANIFEST, json.dumps(vouched, indent=1) + "\n")
     _point(target.parent / LAST, target)
     sync_directory(target.parent)
 
@@ -160,7 +175,7 @@ def prune(folder: Path, config: CheckpointConfig) -> None:
     if config.best and best is not None:
         kept.append(best.path)
     for path in folder.glob("step-*"):
-        step = int(path.name.removeprefix("step-"))
+        step = _step(path)
         milestone = config.keep_every and step % config.keep_every == 0 and (path / MANIFEST).exists()
         # Anything newer than LAST is being written by nobody: this runs between commits.
         if path not in kept and not milestone and step <= last:
@@ -188,8 +203,16 @@ def _best(folder: Path) -> Committed | None:
     return next(found, None)
 
 
+def _hash(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
 def _last_step(folder: Path) -> int:
     try:
-        return int((folder / LAST).readlink().name.removeprefix("step-"))
+        return _step((folder / LAST).readlink())
     except (OSError, ValueError):
         return -1  # nothing was ever committed here

@@ -66,7 +66,9 @@ def last(folder: Path) -> str:
 def test_a_commit_lists_every_file_with_size_and_hash(tmp_path: Path):
     made = saved(tmp_path, 5)
     assert made.path == tmp_path / "step-00000005"
-    assert json.loads((made.path / MANIFEST).read_text()) == made.manifest
+    told = json.loads((made.path / MANIFEST).read_text())
+    assert told.pop("sha256") == made.fingerprint
+    assert told == made.manifest
     assert set(made.manifest["files"]) == {"model.pt", "optimizer.pt"}
     assert made.manifest["files"]["model.pt"]["size"] == (made.path / "model.pt").stat().st_size
     assert (made.manifest["step"], made.manifest["phase"], made.world_size) == (5, "full", 1)
@@ -107,6 +109,26 @@ def test_damage_falls_back_to_the_checkpoint_before_and_says_so(
     found, damaged = newest_good(tmp_path)
     assert found is None
     assert len(damaged) == 2
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: os.truncate(path, path.stat().st_size - 2),
+        Path.unlink,
+        lambda path: path.write_text(path.read_text().replace('"phase": "full"', '"phase": "fuml"')),
+        lambda path: path.write_text(path.read_text().replace('"files"', '"fimes"')),
+        lambda path: path.write_text(path.read_text().replace('"step": 8', '"step": 9')),
+        lambda path: path.write_bytes(path.read_bytes().replace(b"model.pt", b"mode\xec.pt")),
+    ],
+    ids=["truncated", "gone", "value", "key", "step", "letter"],
+)
+def test_a_damaged_manifest_falls_back_and_says_so(tmp_path: Path, damage: Callable[[Path], None]):
+    good, bad = saved(tmp_path, 4), saved(tmp_path, 8)
+    damage(bad.path / MANIFEST)
+    assert newest_good(tmp_path) == (good, [f"{bad.path}: manifest.json is damaged"])
+    again = saved(tmp_path, 8)  # the run goes on from 4 and comes here again
+    assert newest_good(tmp_path) == (again, [])
 
 
 def test_the_ranks_share_the_verification(tmp_path: Path):
