@@ -235,8 +235,12 @@ class TrainConfig:
     gate_warmup: int = 0  # steps; 0 sets the offset at once
     kl_weight: float = 0.0  # of the Gaussian KL to the CLIP-off pass
     kl_every: int = 100  # steps between two KL terms
-    # What is computed again in the backward pass to save memory: none | attention | blocks (all of them).
+    # What is computed again in the backward pass to save memory: none | attention | blocks (all of them) | budget.
     checkpointing: Checkpointing = "blocks"
+    activation_gb: float = 0.0  # GiB that checkpointing=budget may keep per rank between forward and backward
+    compile: bool = (
+        False  # compile the model's blocks, with torch.compile: a minute's work, kept for later starts
+    )
     tf32: bool = True
     channels_last: bool = False  # NHWC activations: 1.25 times as fast on a CPU
 
@@ -247,8 +251,13 @@ class TrainConfig:
         _one_of("train.weighting", self.weighting, ("eps", "v"))
         for name in ("steps", "kl_every"):
             _in_range(f"train.{name}", getattr(self, name), 1)
-        for name in ("seed", "vb_weight", "adapter_clipping", "gate_warmup", "kl_weight"):
+        for name in ("seed", "vb_weight", "adapter_clipping", "gate_warmup", "kl_weight", "activation_gb"):
             _in_range(f"train.{name}", getattr(self, name), 0)
+        if (self.checkpointing == "budget") != (self.activation_gb > 0):
+            raise ConfigError(
+                f"train.checkpointing = {self.checkpointing!r} with train.activation_gb = {self.activation_gb:g}: "
+                "the budget and its size go together, and one alone would do nothing; give both or neither"
+            )
         if self.phase != "base" and self.scope != "all":
             raise ConfigError(
                 f"train.scope = {self.scope!r} belongs to phase base; phase {self.phase!r} fixes what trains. "

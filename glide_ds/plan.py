@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from glide_ds.config import BatchArithmetic, Config, load_config
+from glide_ds.model.glide import RECOMPUTED, Glide
 from glide_ds.training.command import add_config_arguments
 from glide_ds.training.memory import (
-    DIALS,
     Activations,
     checkpoint_bytes,
     checkpoints_kept,
@@ -30,6 +31,7 @@ from glide_ds.training.memory import (
     memory_estimate,
     meta_model,
     one_image,
+    recomputed,
     weight_bytes,
 )
 from glide_ds.training.preview import describe_batch
@@ -79,7 +81,7 @@ class Work:
 
     step: int  # forward and backward, nothing computed again
     forward: int
-    again: Mapping[str, int]  # what each dial computes a second time
+    blocks: Mapping[nn.Module, int]  # the forward pass of each block, which may be computed again
 
 
 @dataclass(frozen=True)
@@ -151,10 +153,11 @@ def make_plan(
     model = meta_model(glide, config)
     found, work, dial = count_activations(model), count_work(model), config.train.checkpointing
     limit = usable_bytes(gpu, gpus)
-    memory = {name: rank_memory(model, config, arithmetic, name, found, gpu) for name in DIALS}
-    largest = {name: largest_micro_batch(model, config, arithmetic, name, found, gpu, limit) for name in DIALS}
+    dials = dict.fromkeys([*RECOMPUTED, dial])
+    memory = {name: rank_memory(model, config, arithmetic, name, found, gpu) for name in dials}
+    largest = {name: largest_micro_batch(model, config, arithmetic, name, found, gpu, limit) for name in dials}
     rate, source = rate_of(config, gpu, results)
-    again = work.again[dial]
+    again = sum(work.blocks[block] for block in recomputed(found, config, arithmetic, dial))
     if config.train.kl_weight > 0:
         again += work.forward // config.train.kl_every  # the pass without CLIP
     flops = float(work.step + again) * arithmetic.micro_batch * arithmetic.accumulation
@@ -176,7 +179,7 @@ def make_plan(
     )
 
 
-def count_work(model: Any) -> Work:
+def count_work(model: Glide) -> Work:
     """Operations of one image in matrix products, convolutions and attention, two per multiply-add.
 
     What the phase freezes has no gradient and costs none.
@@ -190,20 +193,15 @@ def count_work(model: Any) -> Work:
         model(**inputs).sum().backward()
     model.zero_grad()
     counts = forward.get_flop_counts()
-    names = {f"{type(model).__name__}.{name}": module for name, module in model.named_modules()}
-    again = {
-        dial: sum(
-            sum(counts[name].values())
-            for name, module in names.items()
-            if isinstance(module, kinds) and name in counts
-        )
-        for dial, kinds in DIALS.items()
+    kind = type(model).__name__
+    blocks: dict[nn.Module, int] = {
+        block: int(sum(counts.get(f"{kind}.{name}", {}).values())) for name, block in model.blocks().items()
     }
-    return Work(int(counter.get_total_flops()), int(forward.get_total_flops()), again)
+    return Work(int(counter.get_total_flops()), int(forward.get_total_flops()), blocks)
 
 
 def rank_memory(
-    model: Any, config: Config, arithmetic: BatchArithmetic, dial: str, found: Activations, gpu: str
+    model: Glide, config: Config, arithmetic: BatchArithmetic, dial: str, found: Activations, gpu: str
 ) -> dict[str, float]:
     """Bytes per GPU by part, with the frozen encoder and the workspace."""
     parts = memory_estimate(model, config, arithmetic, dial, found)
@@ -215,7 +213,7 @@ def rank_memory(
 
 
 def largest_micro_batch(
-    model: Any,
+    model: Glide,
     config: Config,
     arithmetic: BatchArithmetic,
     dial: str,

@@ -12,7 +12,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-Checkpointing = Literal["none", "attention", "blocks"]  # what is computed again in the backward pass
+# What is computed again in the backward pass; budget: as little as train.activation_gb allows.
+Checkpointing = Literal["none", "attention", "blocks", "budget"]
 
 KINDS = ("base", "upsample", "base-inpaint", "upsample-inpaint")
 

@@ -11,13 +11,19 @@ from torch import Tensor, nn
 
 from glide_ds.model.clip_adapter import ClipAdapter
 from glide_ds.model.dual_attention import DualAttention
-from glide_ds.model.layers import LayerNorm, normal_parameter
+from glide_ds.model.layers import Block, LayerNorm, normal_parameter
 from glide_ds.model.text import TextEncoding, Transformer
 from glide_ds.model.unet import AttentionBlock, ClipContext, Context, UNet, timestep_embedding
 from glide_ds.tokenizer import N_VOCAB
-from glide_ds.types import Checkpointing, ConfigError, GlideConfig, GlideError
+from glide_ds.types import ConfigError, GlideConfig, GlideError
 
 _NORM_GROUPS = 32
+# What is computed again in the backward pass instead of being kept, by setting of train.checkpointing.
+RECOMPUTED: dict[str, tuple[type[Block], ...]] = {
+    "none": (),
+    "attention": (AttentionBlock,),
+    "blocks": (Block,),
+}
 _EMBEDDING_STD = 0.01  # of the positional and padding embeddings; the published code leaves them undefined
 
 
@@ -28,16 +34,10 @@ def create_model(config: GlideConfig) -> Glide:
 
 
 class Glide(UNet):
-    """The denoiser. Its state_dict has OpenAI's names; whatever CLIP adds has `clip` in its name.
-
-    `checkpointing` says which blocks are computed again in the backward pass instead of keeping their activations:
-    "none", "attention" (the UNet's), or all "blocks" (residual, attention, transformer). In training only, and
-    with identical gradients.
-    """
+    """The denoiser. Its state_dict has OpenAI's names; whatever CLIP adds has `clip` in its name."""
 
     def __init__(self, config: GlideConfig) -> None:
         super().__init__(config, _input_channels(config), lambda channels: _attention(config, channels))
-        self.checkpointing: Checkpointing = "none"
         width = config.xf_width
         self.transformer = Transformer(width, config.xf_layers, config.xf_heads)
         self.final_ln = LayerNorm(width)
@@ -75,7 +75,6 @@ class Glide(UNet):
         Returns [B, 6, S, S] in the dtype of x: epsilon, then the interpolation weights of the log variance.
         Raises GlideError if an input is missing or this kind of model has no use for it.
         """
-        checkpointing = self._checkpoints_now()
         text = text if text is not None else self.encode_text(tokens, mask)
         context = Context(text.tokens, self._clip_context(clip_embedding, clip_drop))
         dtype = self.positional_embedding.dtype
@@ -84,7 +83,7 @@ class Glide(UNet):
         )
         emb = self.time_embed(sinusoids.to(dtype)) + text.pooled
         image = self._input_image(x, low_res, inpaint_image, inpaint_mask).to(dtype)
-        return self.denoise(image, emb, context, checkpointing).to(x.dtype)
+        return self.denoise(image, emb, context).to(x.dtype)
 
     def encode_text(self, tokens: Tensor | None, mask: Tensor | None) -> TextEncoding:
         """Run the text transformer on tokens int64 [B, T] and mask bool [B, T] (False = padding)."""
@@ -100,11 +99,17 @@ class Glide(UNet):
             )
         h = self.token_embedding(tokens) + self.positional_embedding
         h = torch.where(mask[..., None], h, self.padding_embedding)
-        h = self.final_ln(self.transformer(h, recompute=self._checkpoints_now() == "blocks"))
+        h = self.final_ln(self.transformer(h))
         return TextEncoding(pooled=self.transformer_proj(h[:, -1]), tokens=h)
 
-    def _checkpoints_now(self) -> Checkpointing:
-        return self.checkpointing if self.training and torch.is_grad_enabled() else "none"
+    def blocks(self) -> dict[str, Block]:
+        """Residual, attention and transformer blocks by name."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, Block)}
+
+    def recompute(self, dial: str) -> None:
+        """Choose the blocks that are computed again in the backward pass, by a name of RECOMPUTED."""
+        for block in self.blocks().values():
+            block.recompute = isinstance(block, RECOMPUTED[dial])
 
     def _clip_context(self, embedding: Tensor | None, drop: Tensor | None) -> ClipContext | None:
         if embedding is None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glide_ds.model.layers import LayerNorm, run_block
+from glide_ds.model.layers import Block, LayerNorm
 
 
 class TextEncoding(NamedTuple):
@@ -45,7 +45,7 @@ class MLP(nn.Module):
         return self.c_proj(F.gelu(self.c_fc(x)))
 
 
-class ResidualAttentionBlock(nn.Module):
+class ResidualAttentionBlock(Block):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.attn = Attention(width, heads)
@@ -65,7 +65,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads) for _ in range(layers))
 
-    def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         for block in self.resblocks:
-            x = run_block(block, x, recompute=recompute)
+            assert isinstance(block, Block)
+            x = block.run(x)
         return x

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glide_ds.model.layers import GroupNorm, PointwiseConv1d, run_block, zero_init
-from glide_ds.types import Checkpointing, GlideConfig
+from glide_ds.model.layers import Block, GroupNorm, PointwiseConv1d, zero_init
+from glide_ds.types import GlideConfig
 
 
 class ClipContext(NamedTuple):
@@ -47,7 +47,7 @@ def frequencies(count: int, device: torch.device) -> Tensor:
     return exponents.double().exp().float()
 
 
-class ResBlock(nn.Module):
+class ResBlock(Block):
     """Residual block with scale-shift conditioning; `resample` is "up", "down" or None."""
 
     def __init__(
@@ -85,7 +85,7 @@ class ResBlock(nn.Module):
         return x
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(Block):
     """Self-attention of pixels over text and pixels together, in one softmax with the text first."""
 
     def __init__(self, channels: int, head_channels: int, text_width: int) -> None:
@@ -117,12 +117,12 @@ class AttentionBlock(nn.Module):
 class Stage(nn.ModuleList):
     """One entry of the published block lists: a convolution, or residual blocks and attention in turn."""
 
-    def forward(self, h: Tensor, emb_be: Tensor, context: Context, checkpointing: Checkpointing) -> Tensor:
+    def forward(self, h: Tensor, emb_be: Tensor, context: Context) -> Tensor:
         for block in self:
             if isinstance(block, AttentionBlock):
-                h = run_block(block, h, context, recompute=checkpointing != "none")
+                h = block.run(h, context)
             elif isinstance(block, ResBlock):
-                h = run_block(block, h, emb_be, recompute=checkpointing == "blocks")
+                h = block.run(h, emb_be)
             else:
                 h = block(h)
         return h
@@ -191,15 +191,13 @@ class UNet(nn.Module):
                 self.output_blocks.append(stage)
         return channels
 
-    def denoise(
-        self, x: Tensor, emb_be: Tensor, context: Context, checkpointing: Checkpointing = "none"
-    ) -> Tensor:
+    def denoise(self, x: Tensor, emb_be: Tensor, context: Context) -> Tensor:
         """The UNet proper, after its inputs have been assembled."""
         skips = []
         for stage in self.input_blocks:
-            x = stage(x, emb_be, context, checkpointing)
+            x = stage(x, emb_be, context)
             skips.append(x)
-        x = self.middle_block(x, emb_be, context, checkpointing)
+        x = self.middle_block(x, emb_be, context)
         for stage in self.output_blocks:
-            x = stage(torch.cat([x, skips.pop()], dim=1), emb_be, context, checkpointing)
+            x = stage(torch.cat([x, skips.pop()], dim=1), emb_be, context)
         return self.out(x)

@@ -34,6 +34,8 @@ FREE_KEYS = (
     "glide_ds.ema.",
     "glide_ds.train.steps",
     "glide_ds.train.checkpointing",
+    "glide_ds.train.activation_gb",
+    "glide_ds.train.compile",
     "glide_ds.train.channels_last",
     "glide_ds.data.workers",
     "glide_ds.data.trace",

@@ -18,71 +18,103 @@ from torch.overrides import TorchFunctionMode
 
 from glide_ds.config import BatchArithmetic, Config
 from glide_ds.model import create_model
-from glide_ds.model.text import ResidualAttentionBlock
-from glide_ds.model.unet import AttentionBlock, ResBlock
+from glide_ds.model.glide import RECOMPUTED, Glide
+from glide_ds.model.layers import Block
 from glide_ds.training.phases import parameter_groups
 from glide_ds.types import GlideConfig
 
-# Which blocks keep their input only and are computed again in the backward pass, by train.checkpointing.
-DIALS: dict[str, tuple[type[nn.Module], ...]] = {
-    "none": (),
-    "attention": (AttentionBlock,),
-    "blocks": (ResBlock, AttentionBlock, ResidualAttentionBlock),
-}
 OPTIMIZER_BYTES = {"AdamW": 8.0, "AdamW8bit": 2.1}  # of moments per trained parameter
+Again = frozenset[nn.Module]  # the blocks that are computed again in the backward pass
 
 
 @dataclass
-class Block:
+class Kept:
     """What autograd keeps of one block for one image, in bytes; what an earlier block keeps already is not in it."""
 
     module: nn.Module
     inside: int = 0
     input: int = 0
     gradients: int = 0  # of its trained parameters, whatever the batch
+    work: int = 0  # about how many multiply-adds it takes to compute again
 
 
 @dataclass
 class Activations:
     """What autograd keeps for one image, block by block in the order of the forward pass."""
 
-    blocks: list[Block] = field(default_factory=list)
+    blocks: list[Kept] = field(default_factory=list)
     outside: int = 0  # between blocks
 
-    def kept(self, dial: str) -> int:
-        """Bytes at the start of the backward pass: its high point where gradients are small."""
-        return self.outside + sum(
-            b.input if isinstance(b.module, DIALS[dial]) else b.inside for b in self.blocks
-        )
+    def kept(self, again: Again) -> int:
+        """Bytes at the start of the backward pass, where the blocks `again` keep their input only."""
+        return self.outside + sum(b.input if b.module in again else b.inside for b in self.blocks)
 
-    def backward_peak(self, dial: str, images: int, gradient_share: float) -> tuple[float, float]:
+    def most(self, again: Again) -> int:
+        """The same, with the largest block of `again` alive beside it."""
+        return self.kept(again) + max((b.inside for b in self.blocks if b.module in again), default=0)
+
+    def dialled(self, dial: str) -> Again:
+        """The blocks that a name of RECOMPUTED stands for."""
+        return frozenset(b.module for b in self.blocks if isinstance(b.module, RECOMPUTED[dial]))
+
+    def within(self, budget: float) -> Again:
+        """The blocks to compute again so that one image keeps no more than `budget` bytes, for little work.
+
+        Those that free the most bytes per multiply-add go first. Where the budget can't be met: all blocks.
+        """
+        again: set[nn.Module] = set()
+        saving = [b for b in self.blocks if b.inside > b.input]
+        for block in sorted(saving, key=lambda b: (b.input - b.inside) / b.work):
+            if self.most(frozenset(again)) <= budget:
+                break
+            again.add(block.module)
+        return frozenset(again)
+
+    def backward_peak(self, again: Again, images: int, gradient_share: float) -> tuple[float, float]:
         """Bytes of activations and of gradients at the worst moment of the backward pass.
 
         `gradient_share` is the part of each gradient that stays: 1 / ranks under ZeRO-2.
         """
-        left, arrived = float(self.kept(dial) * images), 0.0
+        left, arrived = float(self.kept(again) * images), 0.0
         worst = (left, arrived)
         for block in reversed(self.blocks):
-            again = isinstance(block.module, DIALS[dial])
-            now = (left + (block.inside * images if again else 0), arrived + block.gradients)
+            anew = block.module in again
+            now = (left + (block.inside * images if anew else 0), arrived + block.gradients)
             worst = max(worst, now, key=sum)
-            left -= (block.input if again else block.inside) * images
+            left -= (block.input if anew else block.inside) * images
             arrived += block.gradients * gradient_share
         return worst
 
 
-def activation_bytes(model: Any, micro_batch: int, dial: str) -> int:
-    """Bytes that autograd keeps for one micro-batch at that setting of train.checkpointing.
+def recomputed(found: Activations, config: Config, arithmetic: BatchArithmetic, dial: str) -> Again:
+    """The blocks that are computed again at that setting of train.checkpointing."""
+    if dial == "budget":
+        return found.within(config.train.activation_gb * 2**30 / arithmetic.micro_batch)
+    return found.dialled(dial)
+
+
+def set_recomputation(model: Glide, config: Config, arithmetic: BatchArithmetic) -> None:
+    """Have the model compute again what train.checkpointing says."""
+    if config.train.checkpointing != "budget":
+        model.recompute(config.train.checkpointing)
+        return
+    twin = meta_model(model.config, config)
+    again = recomputed(count_activations(twin), config, arithmetic, "budget")
+    for name, block in twin.blocks().items():
+        model.blocks()[name].recompute = block in again
+
+
+def activation_bytes(model: Glide, micro_batch: int, dial: str) -> int:
+    """Bytes that autograd keeps for one micro-batch at that name of RECOMPUTED.
 
     `model` is on the meta device and in the precision and with the frozen parameters that it trains with.
     Where blocks are computed again, the largest of them is alive beside what is kept.
     """
     found = count_activations(model)
-    again = [block.inside for block in found.blocks if isinstance(block.module, DIALS[dial])]
-    return (found.kept(dial) + max(again, default=0)) * micro_batch
+    return found.most(found.dialled(dial)) * micro_batch
 
 
-def meta_model(glide: GlideConfig, config: Config) -> Any:
+def meta_model(glide: GlideConfig, config: Config) -> Glide:
     """The phase's model without memory: its precision, its frozen parameters."""
     with torch.device("meta"):
         model = create_model(glide)
@@ -96,7 +128,7 @@ def weight_bytes(config: Config) -> int:
 
 
 def memory_estimate(
-    model: Any, config: Config, arithmetic: BatchArithmetic, dial: str, activations: Activations | None = None
+    model: Glide, config: Config, arithmetic: BatchArithmetic, dial: str, activations: Activations | None = None
 ) -> dict[str, float]:
     """Bytes per rank by part at the step's high point, for a `meta_model`. The frozen CLIP encoder is left out.
 
@@ -121,7 +153,8 @@ def memory_estimate(
         static["average"] = 4.0 * trained / world
     bucket_bytes = float(width * bucket * (2 if zero.get("overlap_comm") else 1))
     activations = activations or count_activations(model)
-    kept, arrived = activations.backward_peak(dial, arithmetic.micro_batch, 1 / world)
+    again = recomputed(activations, config, arithmetic, dial)
+    kept, arrived = activations.backward_peak(again, arithmetic.micro_batch, 1 / world)
     flat = 4.0 * max(groups.values(), default=0) / world
     if kept + arrived + bucket_bytes >= gradients + flat:
         moment = {"gradients": accumulated + arrived, "activations": kept, "buckets": bucket_bytes}
@@ -130,13 +163,13 @@ def memory_estimate(
     return static | moment
 
 
-def count_activations(model: Any) -> Activations:
+def count_activations(model: Glide) -> Activations:
     """Run one image through a model on the meta device and note what autograd keeps, and which block keeps it."""
     found = Activations()
     seen: dict[int, torch.UntypedStorage] = {}  # alive, so that no number is used twice
     for tensor in (*model.parameters(), *model.buffers()):
         seen[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-    current: list[Block] = []
+    current: list[Kept] = []
 
     def new_bytes(tensor: torch.Tensor) -> int:
         storage = tensor.untyped_storage()
@@ -153,7 +186,8 @@ def count_activations(model: Any) -> Activations:
         return tensor
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-        block = Block(module)
+        block = Kept(module)
+        block.work = sum(p.numel() for p in module.parameters()) * args[0].shape[2:].numel()
         if args[0].requires_grad or any(p.requires_grad for p in module.parameters()):
             block.input = args[0].untyped_storage().nbytes()
         block.gradients = sum(p.nbytes for p in module.parameters() if p.requires_grad)
@@ -163,7 +197,7 @@ def count_activations(model: Any) -> Activations:
     def leave(*_: object) -> None:
         current.pop()
 
-    blocks = [m for m in model.modules() if isinstance(m, DIALS["blocks"])]
+    blocks = [m for m in model.modules() if isinstance(m, Block)]
     hooks = [m.register_forward_pre_hook(enter) for m in blocks]
     hooks += [m.register_forward_hook(leave) for m in blocks]
     with torch.device("meta"), saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention():

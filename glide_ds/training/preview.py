@@ -6,9 +6,8 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from glide_ds.config import BatchArithmetic, Config
+from glide_ds.model.glide import Glide
 from glide_ds.training.lineage import Start, banner, folder_of
 from glide_ds.training.memory import gib, memory_estimate, meta_model
 from glide_ds.training.phases import count_by_role, trained_roles
@@ -79,7 +78,7 @@ def describe_rates(config: Config) -> str:
     return f"{config.deepspeed['optimizer']['type']}, learning rate {rates}, {config.deepspeed['scheduler']['type']}"
 
 
-def describe_memory(model: nn.Module, config: Config, arithmetic: BatchArithmetic) -> str:
+def describe_memory(model: Glide, config: Config, arithmetic: BatchArithmetic) -> str:
     """An estimate per rank, by part."""
     parts = memory_estimate(model, config, arithmetic, config.train.checkpointing)
     shown = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)

@@ -21,6 +21,7 @@ from glide_ds.model.glide import Glide
 from glide_ds.training import preview
 from glide_ds.training.background import PEERS_S, Saver
 from glide_ds.training.checkpoint import Committed
+from glide_ds.training.compiling import set_compilation
 from glide_ds.training.distributed import agreed, read_environment, start_process_group
 from glide_ds.training.elastic import load_repartitioned
 from glide_ds.training.ema import Ema
@@ -29,6 +30,7 @@ from glide_ds.training.failures import explained
 from glide_ds.training.lineage import Start, find_start, folder_of, load_start, record
 from glide_ds.training.logging import RunLog
 from glide_ds.training.loop import train
+from glide_ds.training.memory import set_recomputation
 from glide_ds.training.objective import phase_seed
 from glide_ds.training.phases import PHASES, parameter_groups
 from glide_ds.training.stability import Guard, RolledBack
@@ -174,10 +176,14 @@ def phase_run(
         model = create_model(glide)
     model = model.float().to(device)
     told = agreed(lambda: load_start(model, config, start))
-    model.checkpointing = train_config.checkpointing
+    set_recomputation(model, config, arithmetic)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = train_config.tf32
+    torch.backends.cudnn.benchmark = (
+        True  # shapes never change: the fastest algorithm of each is worth a search
+    )
     engine = build_engine(model, parameter_groups(model, config), config, arithmetic)
     try:
+        agreed(lambda: set_compilation(model, config, arithmetic.micro_batch, device))
         if start.resumed:
             resumed = start.resumed
             agreed(lambda: _check_data(resumed, source))

@@ -8,7 +8,7 @@ from tiny_glide import CLIP_DIM, tiny_config, tiny_embeddings, tiny_inputs, tiny
 
 from glide_ds.model import GlideConfig, create_model
 from glide_ds.tokenizer import N_VOCAB, encode
-from glide_ds.types import Checkpointing, ConfigError, GlideError
+from glide_ds.types import ConfigError, GlideError
 
 PUBLISHED = {  # kind: state_dict entries, parameters
     "base": (783, 385_030_726),
@@ -133,15 +133,15 @@ def test_an_encoded_caption_can_be_used_again() -> None:
 
 @pytest.mark.parametrize("clip_dim", [None, CLIP_DIM])
 @pytest.mark.parametrize("dial", ["attention", "blocks"])
-def test_checkpointing_changes_no_gradient(clip_dim: int | None, dial: Checkpointing) -> None:
+def test_recomputing_changes_no_gradient(clip_dim: int | None, dial: str) -> None:
     """Bit for bit, dropout included: its random numbers are drawn again in the backward pass."""
     model = tiny_model(clip_dim=clip_dim, dropout=0.5).train()
     inputs = tiny_inputs(model)
     if clip_dim is not None:
         inputs["clip_embedding"] = tiny_embeddings()
 
-    def gradients(checkpointing: Checkpointing) -> list[torch.Tensor]:
-        model.checkpointing = checkpointing
+    def gradients(checkpointing: str) -> list[torch.Tensor]:
+        model.recompute(checkpointing)
         torch.manual_seed(1)
         return list(
             torch.autograd.grad(model(**inputs).square().mean(), list(model.parameters()), allow_unused=True)
@@ -164,14 +164,14 @@ def count_saved_bytes(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -
     return sum(saved.values())
 
 
-def test_checkpointing_saves_memory_in_training_only() -> None:
+def test_recomputing_saves_memory_in_training_only() -> None:
     model = tiny_model()
     inputs = tiny_inputs(model)
     plain = count_saved_bytes(model.train(), inputs)
-    model.checkpointing = "attention"
+    model.recompute("attention")
     some = count_saved_bytes(model, inputs)
     assert some < plain
-    model.checkpointing = "blocks"
+    model.recompute("blocks")
     assert count_saved_bytes(model.eval(), inputs) > 0.9 * plain
     assert count_saved_bytes(model.train(), inputs) < min(some, 0.6 * plain)
 

@@ -41,7 +41,7 @@ class Bare:
 def bare_twin(run: PhaseRun) -> Glide:
     model = create_model(run.model.config)
     model.load_state_dict(run.model.state_dict())
-    model.checkpointing = run.model.checkpointing
+    model.recompute(run.config.train.checkpointing)
     return model.train()
 
 
