@@ -1,0 +1,26 @@
+"""The rate that matrix products reach on this machine: what a step's own rate is measured against."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+SIDES = {"cpu": 1024, "cuda": 8192}
+ROUNDS = {"cpu": 4, "cuda": 10}
+
+
+def matrix_peak(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+    """Operations per second of a square product of random numbers, the best of a few; fp32 as TF32 is set."""
+    side, rounds = SIDES[device.type], ROUNDS[device.type]
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(rounds):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * side**3 / best
