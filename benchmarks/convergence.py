@@ -8,7 +8,8 @@ phase3: the quickstart's phases 1 and 2 once, with fp32 AdamW, then its phase 3 
 
 The loss is measured on held-out shapes under fixed noise, timesteps even over all T, with CLIP on in phase 3: all
 models see the same numbers, so that their ratios resolve far less than the 1 % asked for. The runs are kept below
---work; the same command continues them.
+--work; the same command continues them. So one command per seed and variant, all at once, and then one for all of
+them, use a GPU that a single tiny model leaves idle.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def compare(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
             with phase_run(configured(phase, parents, 0, "AdamW", []), device) as run:
                 train(run)
     rows = []
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         for name in args.variants:
             optimizer, everything_8bit = VARIANTS[name]
             folder = args.work / f"{args.suite}-{name.replace(' ', '-')}-{seed}"
@@ -156,7 +157,7 @@ def main() -> None:
     parser.add_argument("suite", choices=("base", "phase3"))
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS)[:2])
     parser.add_argument("--steps", type=int, default=2000, help="of suite base (default 2000)")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=2048, help="held-out pictures (default 2048)")
     parser.add_argument("--work", type=Path, default=Path("runs/convergence"), help="folder of the runs")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")

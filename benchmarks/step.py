@@ -240,7 +240,7 @@ def measure(trainees: list[Trainee], rounds: int, device: torch.device) -> list[
         work = count_work(meta_model(glide_config(trainee.config), trainee.config))
         seconds = statistics.median(taken)
         rate = v.micro * work.step / seconds
-        first = [f / variants_micro(trainees[0]) for f in times[0]]
+        first = [f / trainees[0].variant.micro for f in times[0]]
         rows.append(
             {
                 **asdict(v),
@@ -254,10 +254,6 @@ def measure(trainees: list[Trainee], rounds: int, device: torch.device) -> list[
             }
         )
     return rows
-
-
-def variants_micro(trainee: Trainee) -> int:
-    return trainee.variant.micro
 
 
 def losses(trainee: Trainee) -> list[float]:
@@ -278,6 +274,16 @@ def parity(chosen: list[Variant], size: str, device: torch.device) -> list[dict[
     return rows
 
 
+def run_variants(chosen: list[Variant], args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    with ExitStack() as stack:
+        trainees = []
+        for variant in chosen:
+            print(f"building {variant.name}", flush=True)
+            trainees.append(Trainee(variant, args.size, device))
+            stack.callback(trainees[-1].close)
+        return measure(trainees, args.rounds, device)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", choices=("options", "phases", "overhead", "dials", "batch", "parity"))
@@ -295,13 +301,9 @@ def main() -> None:
     if args.suite == "parity":
         rows = parity(chosen, args.size, device)
     else:
-        with ExitStack() as stack:
-            trainees = []
-            for variant in chosen:
-                print(f"building {variant.name}", flush=True)
-                trainees.append(Trainee(variant, args.size, device))
-                stack.callback(trainees[-1].close)
-            rows = measure(trainees, args.rounds, device)
+        # Micro-batches of very different size would not fit beside each other.
+        together = [[v] for v in chosen] if args.suite == "batch" else [chosen]
+        rows = [row for group in together for row in run_variants(group, args, device)]
         show(rows)
     dist.destroy_process_group()
     if args.out:

@@ -1,0 +1,104 @@
+"""On a GPU: the published code's numbers, and the ways to train that only a GPU has, against the plain one."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from golden_kit import GOLDEN, captions, check, golden_inputs, golden_model, raw
+from tiny_glide import CLIP_DIM, tiny_embeddings, tiny_inputs, tiny_model
+
+from glide_ds.diffusion import create_diffusion
+from glide_ds.model.glide import RECOMPUTED
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+SMALL = ["small_base", "small_sr", "small_inpaint", "small_srinpaint"]
+SIDE = GOLDEN["models"]["small_base"]["image_size"]
+
+
+@pytest.fixture(autouse=True)
+def _fp32_is_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def on_gpu(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.cuda() for name, tensor in inputs.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", SMALL)
+def test_golden_forward(case: str, dtype: torch.dtype) -> None:
+    model = copy.deepcopy(golden_model(case, dtype)).cuda()
+    with torch.no_grad():
+        output = model(**on_gpu(golden_inputs(case, dtype)))
+    check(output.cpu(), GOLDEN["models"][case]["f64"])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_golden_losses_and_gradients(layout: torch.memory_format) -> None:
+    expected = GOLDEN["train"]["schedules"]["squaredcos_cap_v2"]
+    diffusion = create_diffusion("squaredcos_cap_v2")
+    model = copy.deepcopy(golden_model("small_base", torch.float64)).cuda()
+    x0 = raw("train/x0", (4, 3, SIDE, SIDE)).tanh()
+    x0[:, :, 0, 0], x0[:, :, 0, 1] = -1, 1
+    x0, t, noise = x0.cuda(), torch.tensor(GOLDEN["train"]["timesteps"]).cuda(), raw("train/noise", x0.shape)
+    noise = noise.cuda()
+    x_t = diffusion.q_sample(x0, t, noise).contiguous(memory_format=layout)
+    tokens, mask = (part.cuda() for part in captions(GOLDEN["train"]["captions"]))
+    losses = diffusion.losses(model(x_t, diffusion.model_timesteps(t), tokens, mask), x0, x_t, t, noise)
+    assert losses["mse"].tolist() == pytest.approx(expected["mse"], rel=1e-10)
+    assert losses["vb"].tolist() == pytest.approx(expected["vb_bits"], rel=1e-10)
+    parameters = dict(model.named_parameters())
+    gradients = torch.autograd.grad(losses["mse"].mean(), list(parameters.values()))
+    norms = {name: gradient.norm().item() for name, gradient in zip(parameters, gradients, strict=True)}
+    for name, norm in expected["grad_l2"].items():
+        assert norms[name] == pytest.approx(norm, rel=1e-9), name
+
+
+def test_golden_forward_at_full_size() -> None:
+    model = golden_model.__wrapped__("full_base", torch.float32).cuda()
+    with torch.no_grad():
+        output = model(**on_gpu(golden_inputs("full_base", torch.float32)))
+    check(output.cpu(), GOLDEN["models"]["full_base"]["f64"])
+
+
+def outputs_and_gradients(model, inputs) -> list[torch.Tensor]:
+    output = model(**inputs)
+    parameters = list(model.parameters())
+    loss = output.float().square().mean()
+    return [output.detach(), *torch.autograd.grad(loss, parameters, allow_unused=True)]
+
+
+def largest_departure(got: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """The largest ||a - b|| / ||b||, of output and of all gradients that are not tiny beside the largest."""
+    pairs = [(a.double(), b.double()) for a, b in zip(got, expected, strict=True) if b is not None]
+    floor = 1e-4 * max(b.norm() for _, b in pairs[1:])
+    return max(((a - b).norm() / b.norm().clamp(min=floor)).item() for a, b in pairs)
+
+
+@pytest.mark.parametrize("dial", RECOMPUTED)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_compiled_blocks_compute_what_eager_ones_do(layout: torch.memory_format, dial: str) -> None:
+    model = tiny_model(clip_dim=CLIP_DIM).cuda().train()
+    inputs = on_gpu(tiny_inputs(model) | {"clip_embedding": tiny_embeddings()})
+    inputs["x"] = inputs["x"].contiguous(memory_format=layout)
+    model.recompute(dial)
+    eager = outputs_and_gradients(model, inputs)
+    for block in model.blocks().values():
+        block.compiled = torch.compile(block.forward, dynamic=False, fullgraph=True)
+    compiled = outputs_and_gradients(model, inputs)
+    assert 0 < largest_departure(compiled, eager) < 2e-5
+
+
+def test_bfloat16_follows_float32_in_outputs_and_gradients() -> None:
+    model = tiny_model(clip_dim=CLIP_DIM).cuda().train()
+    inputs = on_gpu(tiny_inputs(model) | {"clip_embedding": tiny_embeddings()})
+    expected = outputs_and_gradients(model, inputs)
+    got = outputs_and_gradients(copy.deepcopy(model).bfloat16(), inputs)
+    assert largest_departure(got[:1], expected[:1]) < 0.03
+    whole, want = (
+        torch.cat([g.double().flatten() for g in part[1:] if g is not None]) for part in (got, expected)
+    )
+    assert (whole - want).norm() / want.norm() < 0.05
