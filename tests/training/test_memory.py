@@ -60,6 +60,34 @@ def test_each_turn_of_the_dial_keeps_less_and_a_frozen_trunk_least(tmp_path: Pat
     assert all(frozen < free for frozen, free in zip(kept["adapter_only"], kept["full"], strict=True))
 
 
+def test_a_budget_is_kept_with_as_little_work_as_it_takes(tmp_path: Path):
+    micro = 4
+    (whole, all_again) = (
+        memory.activation_bytes(memory.meta_model(glide_config(config), config), micro, dial)
+        for config in [make_config(tmp_path)]
+        for dial in ("none", "blocks")
+    )
+    recomputed = []
+    for budget in (whole, (whole + all_again) // 2, all_again, all_again // 2):
+        config = make_config(
+            tmp_path,
+            train_batch_size=micro,
+            train_micro_batch_size_per_gpu=micro,
+            train={"checkpointing": "budget", "activation_gb": budget / 2**30},
+        )
+        model = create_model(glide_config(config))
+        parameter_groups(model, config)
+        memory.set_recomputation(model, config, config.batch_arithmetic(1))
+        twin = memory.meta_model(glide_config(config), config)
+        found = memory.count_activations(twin)
+        again = {twin.blocks()[name] for name, block in model.blocks().items() if block.recompute}
+        recomputed.append(len(again))
+        if budget >= all_again:
+            assert found.most(frozenset(again)) * micro <= budget
+    assert recomputed == sorted(recomputed)
+    assert recomputed[0] == 0 < recomputed[1] < recomputed[-1]
+
+
 def test_parts_follow_precision_optimizer_ranks_and_accumulation(tmp_path: Path):
     def parts(ranks: int = 1, dial: str = "none", **sections):
         config = make_config(tmp_path, "full", **sections)
