@@ -1,4 +1,7 @@
-"""What tests/training/test_elastic.py looks at: `elastic_runs.py FOLDER PHASE`, runs continued on other ranks."""
+"""What tests/training/test_elastic.py looks at: `elastic_runs.py FOLDER PHASE`, runs continued on other ranks.
+
+FOLDER/weights.pt is what they start from.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ OPTIONS: dict[str, Any] = {
 def main(folder: Path, phase: str) -> None:
     longest = STEPS * max(len(chain) for chain in CHAINS.values())
     for name, chain in CHAINS.items():
-        run = ForkedRun(folder / name, phase, **OPTIONS)
+        run = ForkedRun(folder / name, phase, model={"weights": f"{folder}/weights.pt"}, **OPTIONS)
         for part, ranks in enumerate(chain, start=1):
             run.start(ranks, longest if part == len(chain) else STEPS * part)
             codes = run.wait()

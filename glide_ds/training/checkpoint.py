@@ -122,7 +122,7 @@ def rewind(folder: Path, before: int) -> int:
             sync_directory(folder)
         for path in folder.glob("step-*"):
             if _step(path) > chosen[0]:
-                shutil.rmtree(path)
+                remove(path)
     dist.broadcast_object_list(chosen)
     return chosen[0]
 
@@ -179,13 +179,19 @@ def prune(folder: Path, config: CheckpointConfig) -> None:
         milestone = config.keep_every and step % config.keep_every == 0 and (path / MANIFEST).exists()
         # Anything newer than LAST is being written by nobody: this runs between commits.
         if path not in kept and not milestone and step <= last:
-            shutil.rmtree(path)
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint's folder. The manifest goes first, so half of one is not taken for a damaged one."""
+    (path / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(path)
 
 
 def clear(target: Path) -> None:
     """An empty folder to write into; what an earlier try left is removed."""
     if target.exists():
-        shutil.rmtree(target)
+        remove(target)
     target.mkdir(parents=True)
 
 

@@ -26,6 +26,8 @@ from glide_ds.training.checkpoint import (
     Committed,
     committed,
     newest_good,
+    prune,
+    unreadable,
     verify,
     write_atomically,
 )
@@ -330,6 +332,16 @@ def test_pruning_clears_torn_folders_away(tmp_path: Path):
     (tmp_path / "step-00000009").mkdir()  # newer than what is committed: not ours to judge
     saved(tmp_path, 6, keep=1)
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000006", "step-00000009"]
+
+
+def test_a_checkpoint_that_is_half_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    saved(tmp_path, 3)
+    good = saved(tmp_path, 6)
+    monkeypatch.setattr(shutil, "rmtree", lambda path: (path / "model.pt").unlink())  # and is killed
+    prune(tmp_path, CheckpointConfig(keep=1))
+    assert (tmp_path / "step-00000003" / "optimizer.pt").exists()
+    assert committed(tmp_path) == [good]
+    assert unreadable(tmp_path) == []
 
 
 def test_small_files_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
