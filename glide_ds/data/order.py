@@ -36,6 +36,8 @@ WINDOW = 1 << 16
 LANES = (1, 2, 4, 8, 24, 120, 720, 3072)
 SHARDS_PER_LANE = 8
 FEISTEL_ROUNDS = 6
+FEW = 12  # values that take as long one by one as in an array
+_STIR = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 def mix(*values: int | Ints | Words) -> Words:
@@ -43,11 +45,16 @@ def mix(*values: int | Ints | Words) -> Words:
     state = np.zeros(np.broadcast_shapes(*(np.shape(v) for v in values)) or (1,), np.uint64)
     for value in values:
         word = np.uint64(value & 0xFFFFFFFFFFFFFFFF) if isinstance(value, int) else np.asarray(value)
-        state = (state ^ word.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state ^= state >> np.uint64(31)
+        state = _stir(state, word.astype(np.uint64))
     return state
+
+
+def _stir(state: Words, word: Words | np.uint64) -> Words:
+    """Take one more word into a hash."""
+    state = (state ^ word) + np.uint64(_STIR[0])
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(_STIR[1])
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(_STIR[2])
+    return state ^ (state >> np.uint64(31))
 
 
 def uniform(*values: int | Ints | Words) -> NDArray[np.float64]:
@@ -63,21 +70,40 @@ def permute(index: Ints, size: Ints | np.int64, key: Words) -> Ints:
     """
     index, sizes, key = np.broadcast_arrays(index, size, key)
     bits = np.ceil(np.log2(np.maximum(sizes, 2)) / 2).astype(np.uint64)
+    keys = np.stack([mix(key, number) for number in range(FEISTEL_ROUNDS)])
     out = index.astype(np.uint64)
     todo = np.arange(out.size)
     limit = sizes.astype(np.uint64)
-    while todo.size:
-        out[todo] = _feistel(out[todo], bits[todo], key[todo])
+    while True:
+        out[todo] = _feistel(out[todo], bits[todo], keys[:, todo])
         todo = todo[out[todo] >= limit[todo]]
+        if todo.size <= FEW:
+            break
+    for place in todo.tolist():
+        out[place] = _walk_on(int(out[place]), int(limit[place]), int(bits[place]), keys[:, place].tolist())
     return out.astype(np.int64)
 
 
-def _feistel(value: Words, bits: Words, key: Words) -> Words:
+def _feistel(value: Words, bits: Words, keys: Words) -> Words:
     low_mask = (np.uint64(1) << bits) - np.uint64(1)
     left, right = value >> bits, value & low_mask
-    for round_number in range(FEISTEL_ROUNDS):
-        left, right = right, left ^ (mix(key, round_number, right) & low_mask)
+    for key in keys:
+        left, right = right, left ^ (_stir(key, right) & low_mask)
     return (left << bits) | right
+
+
+def _walk_on(value: int, limit: int, bits: int, keys: list[int]) -> int:
+    """What `permute` does to one value that fell outside of [0, limit), in plain integers."""
+    low_mask, word = (1 << bits) - 1, (1 << 64) - 1
+    while value >= limit:
+        left, right = value >> bits, value & low_mask
+        for key in keys:
+            state = (key ^ right) + _STIR[0] & word
+            state = (state ^ state >> 30) * _STIR[1] & word
+            state = (state ^ state >> 27) * _STIR[2] & word
+            left, right = right, left ^ ((state ^ state >> 31) & low_mask)
+        value = left << bits | right
+    return value
 
 
 def default_lanes(shards: int) -> int:
