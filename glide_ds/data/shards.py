@@ -18,8 +18,9 @@ from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from braceexpand import braceexpand
@@ -232,9 +233,15 @@ class ShardIndex:
 
     def members(self, sample: int) -> list[tuple[str, int, int]]:
         """(extension, offset, size) of each member of a sample."""
-        extensions, kind, block, size = self.head.extensions, self.kinds.item, self.blocks.item, self.sizes.item
-        rows = range(self.first.item(sample), self.first.item(sample + 1))
-        return [(extensions[kind(row)], block(row) * BLOCK, size(row)) for row in rows]
+        first, blocks, sizes, kinds = self._views
+        extensions = self.head.extensions
+        rows = range(first[sample], first[sample + 1])
+        return [(extensions[kinds[row]], blocks[row] * BLOCK, sizes[row]) for row in rows]
+
+    @cached_property
+    def _views(self) -> tuple[memoryview[int], ...]:
+        """The tables as what gives plain integers in a third of the time."""
+        return tuple(memoryview(table) for table in (self.first, self.blocks, self.sizes, self.kinds))
 
     def to_bytes(self) -> bytes:
         head = json.dumps(asdict(self.head), sort_keys=True).encode() + b"\n"
@@ -255,7 +262,7 @@ class ShardIndex:
         head = IndexHead(**stored)
         tables, offset = [], end + 1
         for dtype, count in (("u4", head.samples + 1), *(("u4", head.members),) * 2, ("u1", head.members)):
-            tables.append(np.frombuffer(data, dtype, count, offset))
+            tables.append(np.frombuffer(data, dtype, count, offset).copy())  # aligned, as memoryview asks
             offset += tables[-1].nbytes
         return cls(head, *tables)
 
@@ -451,6 +458,9 @@ class ShardSet:
 
     def __len__(self) -> int:
         return int(self.ends[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_indexes": OrderedDict()}
 
     def __add__(self, other: ShardSet) -> ShardSet:
         """Both sets' samples, this one's first."""
