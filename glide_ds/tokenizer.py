@@ -11,6 +11,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 import torch
 from torch import Tensor
@@ -33,13 +34,14 @@ def encode(captions: Sequence[str], context_length: int = 128) -> tuple[Tensor, 
     if isinstance(captions, str):
         raise TypeError(f"encode takes a sequence of captions; wrap the single caption {captions!r} in a list")
     encoding = _encoding()
-    tokens = torch.full((len(captions), context_length), END_TOKEN, dtype=torch.int64)
-    mask = torch.zeros((len(captions), context_length), dtype=torch.bool)
+    # In numpy: assigning to part of a row costs a third of torch's.
+    tokens = np.full((len(captions), context_length), END_TOKEN, np.int64)
+    mask = np.zeros((len(captions), context_length), np.bool_)
     for row, caption in enumerate(captions):
         ids = encoding.encode_ordinary(caption.lower())[:context_length]
-        tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+        tokens[row, : len(ids)] = ids
         mask[row, : len(ids)] = True
-    return tokens, mask
+    return torch.from_numpy(tokens), torch.from_numpy(mask)
 
 
 @lru_cache(maxsize=1)
