@@ -172,7 +172,7 @@ def rounded(pixels: Pixels, box: Box, rows: int, columns: int) -> Pixels:
 VARIANTS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "crop rounded to pixels": {"resize": rounded},
-    "1.25 times the wanted side decoded": {"REDUCED_SIDE": 1.25},
+    "no more than the wanted side decoded": {"REDUCED_SIDE": 1.0},
     "1.5 times the wanted side decoded": {"REDUCED_SIDE": 1.5},
     "decoded again where trimming leaves less than the wanted side": {"ENOUGH": 1.0},
 }

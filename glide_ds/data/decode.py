@@ -33,7 +33,7 @@ from glide_ds.data.resample import Box, Pixels, resize
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "jfif", "gif", "bmp", "tif", "tiff", "img", "image")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
-REDUCED_SIDE = 1.0  # times the wanted side is left of a JPEG's shorter side by reduced decoding, at least
+REDUCED_SIDE = 1.25  # times the wanted side is left of a JPEG's shorter side by reduced decoding, at least
 ENOUGH = 0.5  # times the wanted side must be left after trimming, else it is decoded again, less reduced
 WHITE = np.full(3, 255, np.uint8)
 
