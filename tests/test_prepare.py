@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -56,3 +59,37 @@ def test_a_sample_without_caption_gets_zeros(tmp_path: Path) -> None:
     prepare.run(arguments(str(tmp_path / "x.tar"), "--out", str(tmp_path), "--model", "builtin:tiny"))
     (path,) = tmp_path.glob("*.npy")
     assert np.load(path).any(axis=1).tolist() == [True, False]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Of a store, without what a killed process left of a file that it had not yet named."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+@pytest.mark.slow
+def test_killed_at_any_instant_it_ends_byte_identical(root: Path, tmp_path: Path) -> None:
+    write_shards(tmp_path / "s", 320, per_shard=20, size=16)
+    script = [sys.executable, str(root / "tests" / "killed_clip.py"), str(tmp_path / "s"), str(tmp_path)]
+    done = subprocess.run([*script, "1", "2", "8"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole = contents(tmp_path / "whole")
+    assert len(whole) == 2 * 16
+    for moment, held in json.loads(done.stdout).items():
+        arrays = sum(name.endswith(".npy") for name in held)
+        assert int(moment) <= arrays < 16
+        assert contents(tmp_path / moment) == whole
+
+
+@pytest.mark.slow
+def test_torchrun_gives_each_rank_its_share(root: Path, tmp_path: Path) -> None:
+    write_shards(tmp_path / "s", 10, per_shard=2, size=16)
+    command = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "glide_ds.cli", "prepare", "clip", str(tmp_path / "s"), "--model", "builtin:tiny"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "c")], cwd=root, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "rank 0: 3 shards to embed, 0 are done" in done.stdout
+    assert "rank 1: 2 shards to embed, 0 are done" in done.stdout
+    prepare.run(arguments(str(tmp_path / "s"), "--out", str(tmp_path / "one"), "--model", "builtin:tiny"))
+    assert contents(tmp_path / "c") == contents(tmp_path / "one")
