@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from train_kit import (
 from glide_ds.config import Config
 from glide_ds.training import checkpoint
 from glide_ds.training import run as run_module
+from glide_ds.training.background import Snapshot
 from glide_ds.training.checkpoint import committed
+from glide_ds.training.ema import Ema, read_files
 from glide_ds.training.logging import JsonLines, RunLog, finite
 from glide_ds.training.stability import Guard, LossWindow
 from glide_ds.training.watchdog import Watch
@@ -235,6 +238,46 @@ def test_repeated_spikes_roll_back_past_their_data_at_a_lower_rate_and_a_kill_ch
     assert trace(tmp_path / "b") == trace(tmp_path / "a")
     assert skipped(tmp_path / "b") == skipped(tmp_path / "a")
     assert all(torch.equal(resumed[name], tensor) for name, tensor in straight.items())
+
+
+@pytest.mark.slow
+def test_a_rollback_waits_for_the_save_under_way_and_takes_the_average_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    averages: dict[str, list[torch.Tensor]] = {}
+    update, write = Ema.update, Snapshot.write
+
+    def updated(self: Ema) -> None:
+        update(self)
+        averages[name] = [part.clone() for part in self.parts]
+
+    def slow(self: Snapshot, target: Path) -> dict[str, dict[str, Any]]:
+        time.sleep(1.0)  # training is done with the bad batches by then
+        return write(self, target)
+
+    monkeypatch.setattr(Ema, "update", updated)
+    for name in ("synchronous", "background"):
+        if name == "background":
+            monkeypatch.setattr(Snapshot, "write", slow)
+        checkpoint_config = {"background": name == "background"}
+        config = guarded(tmp_path / name, ema={"decay": 0.9, "warmup": 3}, checkpoint=checkpoint_config)
+        with poisoned(config, dict.fromkeys((6, 7, 8), math.nan)):
+            run_phase(config)
+    one, other = tmp_path / "synchronous", tmp_path / "background"
+    assert [(line["step"], line.get("to")) for line in skipped(other)] == [
+        (7, None),
+        (8, None),
+        (9, None),
+        (9, 6),
+    ]
+    assert metrics(other, steady=True) == metrics(one, steady=True)
+    ends = [committed(folder / "run" / "phase3") for folder in (one, other)]
+    assert [[made.step for made in end] for end in ends] == [[12, 9, 6, 3]] * 2
+    files = [read_files(end[0])[0] for end in ends]
+    assert [file["updates"] for file in files] == [12, 12]
+    for parts in zip(files[0]["parts"], files[1]["parts"], averages["background"], strict=True):
+        assert torch.equal(parts[0], parts[1])
+        assert torch.equal(parts[0], parts[2])
 
 
 @pytest.mark.slow
