@@ -39,6 +39,7 @@ from glide_ds.training.memory import (
     gib,
     memory_estimate,
     meta_model,
+    snapshot_bytes,
 )
 from glide_ds.training.preview import describe_batch
 from glide_ds.training.run import check_pipeline, glide_config
@@ -134,7 +135,7 @@ def read_hostfile(path: Path) -> list[tuple[str, int]]:
 
 def memory(site: Site) -> Finding:
     """The estimate of every phase against the smallest GPU, or this machine's free memory shared by its ranks."""
-    needs = {}
+    needs, copies = {}, []
     for config in site.configs:
         try:
             arithmetic = config.batch_arithmetic(site.world_size)
@@ -143,10 +144,15 @@ def memory(site: Site) -> Finding:
         site.progress(f"counting phase {config.train.phase}")
         model = meta_model(_glide(config), config)
         parts = memory_estimate(model, config, arithmetic, config.train.checkpointing)
-        needs[config.train.phase] = sum(parts.values())
+        copy = snapshot_bytes(model, config, site.world_size)
+        copies.append(copy)
+        needs[config.train.phase] = sum(parts.values()) + (copy if site.device.type == "cpu" else 0)
     phase, need = max(needs.items(), key=lambda item: item[1])
     text = f"phase {phase} takes about {gib(need)} per rank"
-    have = _memory_per_rank(site)
+    have, host = _memory_per_rank(site), _host_memory()
+    if max(copies) > host and site.device.type != "cpu":
+        fact = f"saving in the background takes {gib(max(copies))} of host memory, but {site.host} has {gib(host)} free"
+        return Finding(text, (Fault(fact, "set checkpoint.background=false, or use more ranks"),))
     if need <= have:
         return Finding(f"{text}, {gib(have)} are free")
     fault = Fault(
@@ -160,8 +166,12 @@ def memory(site: Site) -> Finding:
 def _memory_per_rank(site: Site) -> float:
     if site.device.type == "cuda":
         return float(torch.cuda.mem_get_info(site.device)[0])
+    return _host_memory() / site.gpus
+
+
+def _host_memory() -> float:
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024 / site.gpus
+    return int(lines["MemAvailable"].split()[0]) * 1024
 
 
 # ---- the data

@@ -246,8 +246,17 @@ def checkpoint_bytes(model: Any, config: Config) -> float:
 
 
 def checkpoints_kept(config: Config) -> int:
-    """The most checkpoints of the phase on disk at once: the newest, the milestones, the one being written."""
+    """The most checkpoints of the phase on disk at once: the newest, the one being written, milestones, the best."""
     every, keep, steps = config.checkpoint.every, config.checkpoint.keep, config.train.steps
     written = -(-steps // every)
     milestones = steps // math.lcm(every, config.checkpoint.keep_every) if config.checkpoint.keep_every else 0
-    return min(written, keep + 1 + milestones) if keep else written
+    best = bool(config.checkpoint.best and config.validation.every)
+    return min(written, keep + 1 + milestones + best) if keep else written
+
+
+def snapshot_bytes(model: Any, config: Config, world_size: int) -> float:
+    """Host memory in which rank 0 keeps what a background save writes; the other ranks keep no module."""
+    if not config.checkpoint.background:
+        return 0.0
+    module = weight_bytes(config) * sum(p.numel() for p in (*model.parameters(), *model.buffers()))
+    return module + (checkpoint_bytes(model, config) - module) / world_size

@@ -9,7 +9,7 @@ from typing import Any
 from glide_ds.config import BatchArithmetic, Config
 from glide_ds.model.glide import Glide
 from glide_ds.training.lineage import Start, banner, folder_of
-from glide_ds.training.memory import gib, memory_estimate, meta_model
+from glide_ds.training.memory import gib, memory_estimate, meta_model, snapshot_bytes
 from glide_ds.training.phases import count_by_role, trained_roles
 from glide_ds.types import GlideConfig
 
@@ -82,7 +82,9 @@ def describe_memory(model: Glide, config: Config, arithmetic: BatchArithmetic) -
     """An estimate per rank, by part."""
     parts = memory_estimate(model, config, arithmetic, config.train.checkpointing)
     shown = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
-    return f"about {gib(sum(parts.values()))} per rank: {shown}"
+    host = snapshot_bytes(model, config, arithmetic.world_size)
+    saving = f"; rank 0's copy for saving in the background {gib(host)} of host memory" if host else ""
+    return f"about {gib(sum(parts.values()))} per rank: {shown}{saving}"
 
 
 def _sets(config: Config) -> str:

@@ -124,3 +124,30 @@ def test_a_checkpoint_on_disk_has_the_size_that_was_planned(trained: Path):
     planned = memory.checkpoint_bytes(memory.meta_model(glide_config(config), config), config)
     (folder,) = sorted((trained / "run" / "phase3").glob("step-*"))[-1:]
     assert planned == pytest.approx(sum(p.stat().st_size for p in folder.iterdir()), rel=0.1)
+
+
+def test_a_save_in_the_background_takes_rank_0_its_own_part_of_a_checkpoint(trained: Path, tmp_path: Path):
+    (config,) = load_config(trained / "run" / "run.json")
+    model = memory.meta_model(glide_config(config), config)
+    whole = memory.checkpoint_bytes(model, config)
+    assert memory.snapshot_bytes(model, config, 1) == whole
+    module = 4 * sum(p.numel() for p in (*model.parameters(), *model.buffers()))
+    assert memory.snapshot_bytes(model, config, 4) == module + (whole - module) / 4
+    assert memory.snapshot_bytes(model, make_config(tmp_path, checkpoint={"background": False}), 4) == 0
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "validation", "kept"),
+    [
+        ({"keep": 2}, {}, 3),  # with the one being written
+        ({"keep": 2}, {"every": 10}, 4),  # and the best
+        ({"keep": 2, "best": False}, {"every": 10}, 3),
+        ({"keep": 2, "keep_every": 25}, {}, 5),  # 50 and 100
+        ({"keep": 0}, {"every": 10}, 10),
+    ],
+)
+def test_the_most_checkpoints_at_once(tmp_path: Path, checkpoint, validation, kept: int):
+    config = make_config(
+        tmp_path, train={"steps": 100}, checkpoint={"every": 10, **checkpoint}, validation=validation
+    )
+    assert memory.checkpoints_kept(config) == kept
