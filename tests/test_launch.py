@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,61 @@ def kill(process: subprocess.Popen[Any]) -> None:
     for pid in descendants(process.pid):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["Ctrl-C", "kill"])
+def test_the_deepspeed_launcher_stopped_from_outside_stops_its_ranks_well(root: Path, tmp_path: Path, how: str):
+    run, log = tmp_path / "run", tmp_path / "log"
+    sets = [*SMALL, f"run.dir={run}", "train.steps=100000", "log.samples_every=0", "data.trace=true"]
+    command = launch(root, 2, "--ds_config", TINY[0], "--set", *sets, port=29615)
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, cwd=root, env=environment(), stdout=file, stderr=file, start_new_session=True
+        )
+    try:
+        wait_until(lambda: len(traced(run)) >= 3, 300, process, log)
+        if how == "Ctrl-C":  # to the terminal's process group: command, launcher, ranks and workers
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.terminate()
+        wait_until(lambda: not working_in(run), 120, process, log)
+    finally:
+        for pid in working_in(run):  # a launcher that is gone has left them to nobody
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait(30)
+    marker = json.loads((run / "STOPPED.json").read_text())
+    # Of two signals at once either may be heard first.
+    assert marker["reason"] in (("SIGINT", "SIGTERM") if how == "Ctrl-C" else ("SIGTERM",))
+    assert marker["step"] == len(traced(run)) < 100000
+    assert (run / "phase1" / "LAST").readlink().name == f"step-{marker['step']:08d}"
+
+
+def traced(run: Path) -> list[str]:
+    """Rank 0's updates."""
+    path = run / "trace" / "rank0.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def working_in(run: Path) -> list[int]:
+    """The processes that were told that run directory: command, launcher, ranks and workers, in any session."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # ended meanwhile; of a zombie nothing is left to read
+            if f"run.dir={run}".encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found
+
+
+def wait_until(
+    condition: Callable[[], bool], seconds: float, process: subprocess.Popen[Any], log: Path
+) -> None:
+    give_up = time.monotonic() + seconds
+    while not condition():
+        process.poll()  # so that it does not stay a zombie
+        assert time.monotonic() < give_up, log.read_text()[-5000:]
+        time.sleep(0.05)
 
 
 @pytest.mark.slow
