@@ -87,13 +87,13 @@ def resumed_at(run: ForkedRun) -> int | None:
     return int(found[1]) if found else 0 if "starts from" in text else None
 
 
-def torment(run: ForkedRun, kills: int, seed: int, say: Any) -> dict[str, Any]:
-    """Kill the run `kills` times; damage the newest checkpoint before every fifth start. Returns the counts."""
+def torment(run: ForkedRun, kills: int, damage_every: int, seed: int, say: Any) -> dict[str, Any]:
+    """Kill the run `kills` times; before every `damage_every`-th start damage its newest checkpoint."""
     dice, tally, during_save = random.Random(seed), Counter[str](), 0
     damaged: set[Path] = set()  # and not written anew since
     for number in range(kills):
         good = sound(run)
-        if number % 5 == 4 and len(good) > 1:
+        if number % damage_every == damage_every - 1 and len(good) > 1:
             tally[damage(good[0], dice)] += 1
             damaged.add(good.pop(0).path)
         expected = good[0].step if good else 0
@@ -161,6 +161,7 @@ def fill_disk(folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--damage_every", type=int, default=5, help="kills")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, required=True, help="an empty folder to work in")
     parser.add_argument("--out", type=Path, help="write the counts here as JSON")
@@ -172,7 +173,9 @@ def main() -> None:
         print(f"{time.monotonic() - started:6.0f} s  {text}", flush=True)
 
     run = ForkedRun(args.folder / "tormented", **OPTIONS)
-    counts = torment(run, args.kills, args.seed, say)
+    run.start(RANKS, 2 * OPTIONS["checkpoint"]["every"])  # something to lose
+    assert run.wait() == [0, 0], run.said()[-3000:]
+    counts = torment(run, args.kills, args.damage_every, args.seed, say)
     say(str(counts))
     counts |= {"end": finish(run, ForkedRun(args.folder / "undisturbed", **OPTIONS), more=4)}
     say(str(counts["end"]))
