@@ -1,4 +1,4 @@
-"""What tests/training/test_elastic.py looks at: `elastic_runs.py FOLDER PHASE`, runs continued on other ranks.
+"""Runs continued on other ranks, for tests/training/test_elastic.py: `elastic_runs.py FOLDER PHASE OPTIMIZER`.
 
 FOLDER/weights.pt is what they start from.
 """
@@ -13,9 +13,8 @@ from forked_run import ForkedRun
 from train_kit import PARITY
 
 STEPS = 2  # of each part
-CHAINS = {"straight": (2,), "shrunk": (2, 1, 2), "grown": (2, 3, 4)}
+CHAINS = {"straight": (2,), "shrunk": (2, 1, 2), "grown": (2, 3, 4)}  # ranks of each part
 OPTIONS: dict[str, Any] = {
-    "optimizer": PARITY["optimizer"],
     "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 3}},
     "train_batch_size": 12,
     "train_micro_batch_size_per_gpu": 2,  # 3, 6, 2 and 1.5, so 1 x 3, micro-batches on 2, 1, 3 and 4 ranks
@@ -24,10 +23,12 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def main(folder: Path, phase: str) -> None:
+def main(folder: Path, phase: str, optimizer: str) -> None:
     longest = STEPS * max(len(chain) for chain in CHAINS.values())
-    for name, chain in CHAINS.items():
-        run = ForkedRun(folder / name, phase, model={"weights": f"{folder}/weights.pt"}, **OPTIONS)
+    options = OPTIONS | {"optimizer": PARITY["optimizer"] | {"type": optimizer}}
+    for name in ("straight", "shrunk") if optimizer == "AdamW8bit" else CHAINS:
+        chain = CHAINS[name]
+        run = ForkedRun(folder / name, phase, model={"weights": f"{folder}/weights.pt"}, **options)
         for part, ranks in enumerate(chain, start=1):
             run.start(ranks, longest if part == len(chain) else STEPS * part)
             codes = run.wait()
@@ -35,4 +36,4 @@ def main(folder: Path, phase: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), *sys.argv[2:])

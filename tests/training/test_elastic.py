@@ -49,21 +49,22 @@ class Runs(NamedTuple):
 
     folder: Path
     phase: str
+    optimizer: str
 
     def end(self, name: str) -> Committed:
         return committed(self.folder / name / "run" / PHASES[self.phase].folder)[0]
 
 
-@pytest.fixture(scope="module", params=["adapter_only", "full"])
+@pytest.fixture(scope="module", params=["adapter_only AdamW", "full AdamW", "full AdamW8bit"])
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("elastic")
     model = create_model(glide_config(make_config(folder)))
     shake(model)  # at its first values no gradient comes through to the adapter
     torch.save(model.state_dict(), folder / "weights.pt")
-    command = [sys.executable, str(SCRIPT), str(folder), request.param]
+    command = [sys.executable, str(SCRIPT), str(folder), *request.param.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-5000:]
-    return Runs(folder, request.param)
+    return Runs(folder, *request.param.split())
 
 
 def slots(folder: Path) -> dict[int, list[tuple[int, int]]]:
@@ -80,10 +81,14 @@ def slots(folder: Path) -> dict[int, list[tuple[int, int]]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CHAINS if name != "straight"])
 def test_a_run_continued_on_other_ranks_is_the_uninterrupted_one(runs: Runs, name: str, tmp_path: Path):
+    if runs.optimizer == "AdamW8bit" and name == "grown":
+        pytest.skip("one way will do")
+    # 8-bit moments are quantised anew where a cut moved their blocks.
+    of_loss, of_average = (1e-5, 1e-6) if runs.optimizer == "AdamW" else (2e-4, 1e-4)
     straight, other = (metrics(runs.folder / run)[-STEPS * 3 :] for run in ("straight", name))
     assert [line["step"] for line in other] == list(range(1, STEPS * 3 + 1))
     for whole, parted in zip(straight, other, strict=True):
-        assert parted["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+        assert parted["loss"] == pytest.approx(whole["loss"], rel=of_loss)
         assert parted["lr_by_role"] == whole["lr_by_role"]
         assert parted["gate_offset"] == whole["gate_offset"]
     assert slots(runs.folder / name) == slots(runs.folder / "straight")
@@ -100,6 +105,6 @@ def test_a_run_continued_on_other_ranks_is_the_uninterrupted_one(runs: Runs, nam
         for number, end in enumerate((one, two))
     ]
     for key, average in averages[0].items():
-        torch.testing.assert_close(averages[1][key], average, rtol=0, atol=1e-6)
+        torch.testing.assert_close(averages[1][key], average, rtol=0, atol=of_average)
     first = committed(runs.folder / "straight" / "run" / PHASES[runs.phase].folder)[-1].model_state()
     assert any(not torch.equal(first[key], before[key]) for key in before)
