@@ -216,6 +216,7 @@ def test_a_damaged_checkpoint_and_a_changed_configuration_are_found(trained: Pat
     assert len(faults) == 2
 
 
+@pytest.mark.slow
 def test_a_step_that_breaks_the_weights_is_found(group: torch.device, tmp_path: Path):
     config = make_config(
         tmp_path, "full", optimizer={"type": "AdamW", "params": {"lr": 1e38, "weight_decay": 9e9}}
@@ -226,6 +227,7 @@ def test_a_step_that_breaks_the_weights_is_found(group: torch.device, tmp_path: 
     assert list(tmp_path.iterdir()) == [tmp_path / "full.json"]
 
 
+@pytest.mark.slow
 def test_a_good_step_is_saved_and_loaded_and_leaves_nothing(group: torch.device, tmp_path: Path):
     config = make_config(tmp_path, "full", train_batch_size=8, train_micro_batch_size_per_gpu=2)
     finding = look(BY_NAME["step"], make_site(config, device=group))
