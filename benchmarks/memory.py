@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import environment
 
 ROOT = Path(__file__).parents[1]
 HALF = {"model_channels": 96, "num_head_channels": 32, "xf_width": 256, "xf_layers": 8, "xf_heads": 8}
@@ -162,9 +163,9 @@ def main() -> None:
     results = {}
     for name in CASES:
         start = time.monotonic()
-        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+        variables = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
         command = [sys.executable, __file__, "--case", name]
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=True)
         result = json.loads(done.stdout.splitlines()[-1])
         results[name] = result | {"ratio": result["planned"] / result["measured"]}
         print(

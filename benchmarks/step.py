@@ -36,6 +36,7 @@ from yardstick import PlainLoop
 from glide_ds.config import Config, load_config
 from glide_ds.diffusion import create_diffusion
 from glide_ds.model import create_model
+from glide_ds.model.attention import can_reduce
 from glide_ds.model.clip import FrozenClip
 from glide_ds.plan import count_work
 from glide_ds.training.compiling import set_compilation
@@ -135,6 +136,7 @@ class Trainee:
         model = create_model(glide_config(config)).to(device)
         open_gates(model)
         set_recomputation(model, config, arithmetic)
+        model.reduce_attention(variant.precision == "tf32" and variant.engine and can_reduce(device))
         groups = parameter_groups(model, config)
         self.engine: Any
         if variant.engine:

@@ -7,7 +7,6 @@ h = attn(text, image) + g * attn_clip(q, clip tokens), g = sigmoid(logit + offse
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glide_ds.model.unet import AttentionBlock, Context
@@ -47,4 +46,4 @@ class DualAttention(AttentionBlock):
             return h
         clip_k, clip_v = self._split_heads(self.clip_kv(context.clip.tokens), 2)
         gate = gate_value(self.clip_gate, context.clip.gate_offset).to(h.dtype)
-        return h + gate * F.scaled_dot_product_attention(q, clip_k, clip_v)
+        return h + gate * self.attend(q, clip_k, clip_v)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glide_ds.model.attention import Attending
 from glide_ds.model.clip_adapter import ClipAdapter
 from glide_ds.model.dual_attention import DualAttention
 from glide_ds.model.layers import Block, LayerNorm, normal_parameter
@@ -105,6 +106,12 @@ class Glide(UNet):
     def blocks(self) -> dict[str, Block]:
         """Residual, attention and transformer blocks by name."""
         return {name: module for name, module in self.named_modules() if isinstance(module, Block)}
+
+    def reduce_attention(self, reduced: bool) -> None:
+        """Choose attention's precision on fp32 tensors: TF32's, on a GPU, or full (see `attention`)."""
+        for module in self.modules():
+            if isinstance(module, Attending):
+                module.reduced = reduced
 
     def recompute(self, dial: str) -> None:
         """Choose the blocks that are computed again in the backward pass, by a name of RECOMPUTED."""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glide_ds.model.attention import Attending
 from glide_ds.model.layers import Block, LayerNorm
 
 
@@ -20,7 +21,7 @@ class TextEncoding(NamedTuple):
     tokens: Tensor  # [B, T, W], the keys and values of every attention block
 
 
-class Attention(nn.Module):
+class Attention(Attending):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -31,7 +32,7 @@ class Attention(nn.Module):
         # Each head owns one contiguous [q, k, v] slab of the channels.
         slabs = self.c_qkv(x_btw).unflatten(-1, (self.heads, 3, -1))
         q, k, v = (part.transpose(1, 2) for part in slabs.unbind(3))
-        attended_bhtd = F.scaled_dot_product_attention(q, k, v)
+        attended_bhtd = self.attend(q, k, v)
         return self.c_proj(attended_bhtd.transpose(1, 2).flatten(2))
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glide_ds.model.attention import Attending
 from glide_ds.model.layers import Block, GroupNorm, PointwiseConv1d, zero_init
 from glide_ds.types import GlideConfig
 
@@ -85,7 +86,7 @@ class ResBlock(Block):
         return x
 
 
-class AttentionBlock(Block):
+class AttentionBlock(Block, Attending):
     """Self-attention of pixels over text and pixels together, in one softmax with the text first."""
 
     def __init__(self, channels: int, head_channels: int, text_width: int) -> None:
@@ -106,7 +107,7 @@ class AttentionBlock(Block):
         """Heads [B, heads, N, C / heads] -> the same shape; what DualAttention extends."""
         text_k, text_v = self._split_heads(self.encoder_kv(context.text), 2)
         k, v = torch.cat([text_k, k], dim=2), torch.cat([text_v, v], dim=2)
-        return F.scaled_dot_product_attention(q, k, v)
+        return self.attend(q, k, v)
 
     def _split_heads(self, slabs_bnc: Tensor, parts: int) -> tuple[Tensor, ...]:
         """[B, N, heads * parts * D] -> `parts` tensors [B, heads, N, D]: each head owns one slab."""

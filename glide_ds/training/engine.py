@@ -1,18 +1,19 @@
 """One DeepSpeed engine per phase: built, clipped by role, scheduled, and taken down without a trace.
 
-Touches internals of DeepSpeed 0.19 (pinned in pyproject.toml): the ZeRO optimizer's
-`averaged_gradients`, `params_in_partition`, `get_grad_norm_direct` and the attributes that it hangs
-on parameters. tests/training/test_engine.py fails where they change.
+Touches internals of DeepSpeed 0.19 (pinned in pyproject.toml): the ZeRO optimizer's `averaged_gradients` and
+`dp_process_group`, and the attributes that it hangs on parameters. tests/training/test_engine.py fails where they
+change.
 """
 
 from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -120,29 +121,35 @@ class RoleClipping:
 
     def __call__(self, norm_type: int = 2) -> torch.Tensor:
         zero = self.zero
-        norms = [
-            torch.as_tensor(
-                zero.get_grad_norm_direct(zero.averaged_gradients[i], zero.params_in_partition[i])
-            ).float()
-            for i in range(len(self.roles))
-        ]
-        # get_grad_norm_direct marks a norm that is not finite with -1. DeepSpeed skips the step on all
-        # ranks where the norm it gets back is not finite.
-        total = torch.stack([torch.where(norm < 0, torch.full_like(norm, torch.inf), norm) for norm in norms])
-        self.norms = {
-            role: total[[i for i, r in enumerate(self.roles) if r == role]].norm()
-            for role in dict.fromkeys(self.roles)
-        }
+        gradients = [zero.averaged_gradients[i] for i in range(len(self.roles))]
+        squares = torch.stack([square_norm(group, zero.device) for group in gradients])
+        dist.all_reduce(squares, group=zero.dp_process_group)
+        # DeepSpeed skips the step on all ranks where the norm it gets back is infinite or no number.
+        by_group = squares.unbind()  # an index made of numbers would have to be sent to the GPU, and waited for
+        self.norms = {role: self._norm(by_group, (role,)) for role in dict.fromkeys(self.roles)}
         for side in (ADAPTER_ROLES, ("unet", "text")):
-            members = [i for i, role in enumerate(self.roles) if role in side]
             threshold = self.thresholds[side[0]]
-            if members and threshold > 0:
-                scale = (threshold / (total[members].norm() + 1e-6)).clamp(max=1.0)
-                for i in members:
-                    for gradient in zero.averaged_gradients[i]:
-                        gradient.mul_(scale)
-        norm = total.norm()
+            members = [i for i, role in enumerate(self.roles) if role in side]
+            if clipped := [gradient for i in members for gradient in gradients[i] if threshold > 0]:
+                scale = (threshold / (self._norm(by_group, side) + 1e-6)).clamp(max=1.0)
+                torch._foreach_mul_(clipped, scale)
+        norm = squares.sum().sqrt()
         return self.judge(norm) if self.judge else norm
+
+    def _norm(self, squares: Sequence[torch.Tensor], roles: Sequence[str]) -> torch.Tensor:
+        return torch.stack([squares[i] for i, role in enumerate(self.roles) if role in roles]).sum().sqrt()
+
+
+def square_norm(gradients: Sequence[torch.Tensor], device: Any) -> torch.Tensor:
+    """The squared norm [] of all of them together, float32; infinite where one is not finite.
+
+    On GPUs sums are trees and fp32 does; a CPU adds in long runs and needs fp64.
+    """
+    if not gradients:
+        return torch.zeros((), device=device)
+    wide = torch.float32 if gradients[0].is_cuda else torch.float64
+    square = torch.stack(torch._foreach_norm(list(gradients), 2, dtype=wide)).square().sum().float()
+    return torch.where(square.isfinite(), square, torch.inf)
 
 
 def cut_rates(engine: Any, factor: float) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from glide_ds import __version__
 from glide_ds.config import Config
 from glide_ds.model.tensor_files import StateFile
 from glide_ds.model.weights import load_state, load_weights
@@ -178,7 +179,8 @@ def record(config: Config, start: Start) -> None:
     whole = _read(path)
     whole["versions"] = {
         "python": platform.python_version(),
-        **{name: version(name) for name in ("glide_ds", "torch", "deepspeed", "open_clip_torch", "webdataset")},
+        "glide_ds": __version__,  # of this source, installed or not
+        **{name: version(name) for name in ("torch", "deepspeed", "open_clip_torch", "webdataset")},
     }
     phase = config.train.phase
     whole.setdefault("phases", {})[phase] = config.to_json()

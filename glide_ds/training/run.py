@@ -16,6 +16,7 @@ from glide_ds.config import BatchArithmetic, Config, load_config
 from glide_ds.data.loader import Source, build_source
 from glide_ds.diffusion import Diffusion, create_diffusion
 from glide_ds.model import create_model
+from glide_ds.model.attention import can_reduce
 from glide_ds.model.clip import FrozenClip, embedding_dim
 from glide_ds.model.glide import Glide
 from glide_ds.training import preview
@@ -178,6 +179,7 @@ def phase_run(
     told = agreed(lambda: load_start(model, config, start))
     set_recomputation(model, config, arithmetic)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = train_config.tf32
+    model.reduce_attention(train_config.tf32 and can_reduce(device))
     torch.backends.cudnn.benchmark = (
         True  # shapes never change: the fastest algorithm of each is worth a search
     )

@@ -6,11 +6,14 @@ import copy
 
 import pytest
 import torch
+import torch._dynamo
 from golden_kit import GOLDEN, captions, check, golden_inputs, golden_model, raw
 from tiny_glide import CLIP_DIM, tiny_embeddings, tiny_inputs, tiny_model
 
 from glide_ds.diffusion import create_diffusion
+from glide_ds.model.attention import Attending
 from glide_ds.model.glide import RECOMPUTED
+from glide_ds.training import compiling
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 SMALL = ["small_base", "small_sr", "small_inpaint", "small_srinpaint"]
@@ -21,6 +24,12 @@ SIDE = GOLDEN["models"]["small_base"]["image_size"]
 def _fp32_is_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture
+def tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
 
 
 def on_gpu(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -80,8 +89,11 @@ def largest_departure(got: list[torch.Tensor], expected: list[torch.Tensor]) -> 
 
 @pytest.mark.parametrize("dial", RECOMPUTED)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_compiled_blocks_compute_what_eager_ones_do(layout: torch.memory_format, dial: str) -> None:
-    model = tiny_model(clip_dim=CLIP_DIM).cuda().train()
+def test_compiled_blocks_compute_what_eager_ones_do(
+    layout: torch.memory_format, dial: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", compiling.FORMS)
+    model = copy.deepcopy(tiny_model(clip_dim=CLIP_DIM)).cuda().train()
     inputs = on_gpu(tiny_inputs(model) | {"clip_embedding": tiny_embeddings()})
     inputs["x"] = inputs["x"].contiguous(memory_format=layout)
     model.recompute(dial)
@@ -93,7 +105,7 @@ def test_compiled_blocks_compute_what_eager_ones_do(layout: torch.memory_format,
 
 
 def test_bfloat16_follows_float32_in_outputs_and_gradients() -> None:
-    model = tiny_model(clip_dim=CLIP_DIM).cuda().train()
+    model = copy.deepcopy(tiny_model(clip_dim=CLIP_DIM)).cuda().train()
     inputs = on_gpu(tiny_inputs(model) | {"clip_embedding": tiny_embeddings()})
     expected = outputs_and_gradients(model, inputs)
     got = outputs_and_gradients(copy.deepcopy(model).bfloat16(), inputs)
@@ -102,3 +114,46 @@ def test_bfloat16_follows_float32_in_outputs_and_gradients() -> None:
         torch.cat([g.double().flatten() for g in part[1:] if g is not None]) for part in (got, expected)
     )
     assert (whole - want).norm() / want.norm() < 0.05
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-12, 1e9, 0.0])
+def test_reduced_attention_is_as_exact_as_tf32_products(tf32: None, size: float) -> None:
+    """Outputs and gradients against fp64, whatever the size of the gradient that arrives."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def drawn(tokens: int) -> torch.Tensor:
+        return torch.randn(4, 6, tokens, 64, generator=generator, device="cuda")
+
+    q, k, v, arriving = drawn(256), drawn(384), drawn(384), drawn(256) * size
+
+    def attended(attend, dtype=torch.float32) -> list[torch.Tensor]:
+        inputs = [part.to(dtype).requires_grad_() for part in (q, k, v)]
+        output = attend(*inputs)
+        return [output.detach(), *torch.autograd.grad(output, inputs, arriving.to(dtype))]
+
+    def by_products(q, k, v):
+        return (q @ k.mT * 64**-0.5).softmax(-1) @ v
+
+    module = Attending()
+    module.reduced = True
+    exact = attended(by_products, torch.float64)
+    reduced, products = attended(module.attend), attended(by_products)
+    for ours, theirs, want in zip(reduced, products, exact, strict=True):
+        assert ours.dtype == torch.float32
+        assert ours.isfinite().all()
+        if want.any():
+            error, tolerated = (((part - want).norm() / want.norm()).item() for part in (ours, theirs))
+            assert error < 1.5 * tolerated
+        else:
+            assert not ours.any()
+
+
+def test_reduced_attention_in_the_model_changes_it_as_tf32_does(tf32: None) -> None:
+    model = copy.deepcopy(tiny_model(clip_dim=CLIP_DIM)).cuda().train()
+    inputs = on_gpu(tiny_inputs(model) | {"clip_embedding": tiny_embeddings()})
+    plain = outputs_and_gradients(model, inputs)
+    model.reduce_attention(True)
+    reduced = outputs_and_gradients(model, inputs)
+    assert 0 < largest_departure(reduced[:1], plain[:1]) < 1e-3
+    whole, want = (torch.cat([g.flatten() for g in part[1:] if g is not None]) for part in (reduced, plain))
+    assert (whole - want).norm() / want.norm() < 2e-3

@@ -1,0 +1,75 @@
+"""Attention in the precision that the matrix units work in.
+
+B samples, H heads, N queries, M keys, D head width.
+
+On a GPU the fused kernel for fp32 is several times as slow as the one for fp16: on an H100 a quarter of the whole
+step of the base model. TF32, which all other products run in, keeps 10 bits of the mantissa, and so does fp16: with
+sums and softmax in fp32, as the kernel has them, an fp16 product of activations is a TF32 product. What fp16 lacks is
+range. Activations have it (GLIDE was trained in fp16); gradients get it by a power-of-two scale for each call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LARGEST = 2.0**6  # what the largest gradient of a call is brought to: fp16 reaches from 2^-24 to 2^16
+
+
+class Attending(nn.Module):
+    """A module that attends. `reduced` takes the fp16 kernel for fp32 tensors: where TF32 is wanted, on a GPU."""
+
+    reduced = False
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """softmax(q k^T / sqrt(D)) v: [B, H, N, D] by [B, H, M, D] twice to [B, H, N, D], in their dtype."""
+        if self.reduced and q.dtype == torch.float32:
+            output: Tensor = _Reduced.apply(q, k, v)
+            return output
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def can_reduce(device: torch.device) -> bool:
+    """Whether the device has TF32 and the kernel."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+class _Reduced(torch.autograd.Function):
+    """Flash attention (Dao 2023, arXiv 2307.08691) on fp16 copies of fp32 tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        half = q.half(), k.half(), v.half()
+        output, logsumexp, cum_q, cum_k, max_q, max_k, seed, offset, _ = (
+            torch.ops.aten._scaled_dot_product_flash_attention(*half)
+        )
+        ctx.save_for_backward(*half, output, logsumexp, cum_q, cum_k, seed, offset)
+        ctx.most = max_q, max_k
+        return output.float()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        (gradient,) = gradients
+        q, k, v, output, logsumexp, cum_q, cum_k, seed, offset = ctx.saved_tensors
+        # Powers of two change no mantissa. A gradient of zeros is left as it is.
+        _, exponent = torch.frexp(gradient.abs().amax().clamp(min=torch.finfo(torch.float32).tiny))
+        scale = torch.ldexp(torch.full_like(gradient[0, 0, 0, 0], LARGEST), -exponent)
+        found = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            (gradient * scale).half(),
+            q,
+            k,
+            v,
+            output,
+            logsumexp,
+            cum_q,
+            cum_k,
+            *ctx.most,
+            0.0,
+            False,
+            seed,
+            offset,
+        )
+        return tuple(part.float() / scale for part in found)
