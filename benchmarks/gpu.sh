@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, on a machine that has one and perhaps no network.
 #
-#   bash benchmarks/gpu.sh tests+convergence options batch      sections in turn; those joined by + at once
+#   bash benchmarks/gpu.sh tests compiled_tf32+compiled_bf16+eager phases      sections in turn; joined by +: at once
 #
 # Results and logs go to $OUT (default: benchmarks/results). A folder .whl of wheels is installed first, if there.
 set -uo pipefail
@@ -10,22 +10,27 @@ out=${OUT:-benchmarks/results} site=/tmp/site
 card=${CARD:-$(python3 -c 'import torch; print(torch.cuda.get_device_name().split()[1].lower())')}
 size=${SIZE:-base} micro=${MICRO:-32} rounds=${ROUNDS:-7} # smaller ones to try the sections themselves
 export PYTHONPATH=$PWD HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} # for sections side by side
 if [ -d .whl ]; then
   [ -d $site ] || python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target $site .whl/*.whl
   export PYTHONPATH=$site:$PYTHONPATH
 fi
 
-tests() { python3 -m pytest -q -n 0 tests/model/test_cuda.py tests/training/test_optimizer.py -k "cuda or golden or compiled or bfloat16_follows"; }
-step() { python3 benchmarks/step.py "$1" --size "$size" --rounds "$rounds" --out "$out/step-$1-$card.json" "${@:2}"; }
-options() { step options --micro "$micro"; }
-# The compiler's work for the sections that follow, while others run.
-warm() { python3 benchmarks/step.py options --only "+ compile" "+ bf16" --size "$size" --micro "$micro" --rounds 1; }
-phases() { step phases --micro "$micro"; }
-overhead() { step overhead --micro "$micro"; }
-dials() { step dials --micro "$micro"; }
-batch() { step batch --micro "$micro" $((2 * micro)); }
-parity() { step parity --size mid --micro 8; }
-profile() { python3 benchmarks/profile_step.py --size "$size" --micro "$micro"; }
+tests() { python3 -m pytest -q -n 0 tests/model/test_cuda.py tests/training/test_optimizer.py -k "${TESTS:-cuda}"; }
+
+# Processes build and compile side by side; the lock lets one at a time measure.
+step() {
+  python3 benchmarks/step.py "$2" --size "$size" --rounds "$rounds" --micro "$micro" --lock /tmp/timing \
+    --out "$out/step-$1-$card.json" "${@:3}"
+}
+eager() { step eager options --eager --only "plain eager" "+ channels_last" "+ DeepSpeed, fused AdamW" "+ AdamW8bit"; }
+compiled_tf32() { step compiled-tf32 options --only "+ compile" --profile; }
+compiled_bf16() { step compiled-bf16 options --only "+ bf16" --profile; }
+phases() { step phases phases --eager; }
+overhead() { step overhead overhead --eager; }
+dials() { step dials dials --eager; }
+batch() { step batch batch --eager --micro "$micro" $((2 * micro)); }
+parity() { size=mid micro=8 step parity parity; }
 optimizer() { python3 benchmarks/optimizer.py --device cuda --size 100000000 --out "$out/optimizer-$card.json"; }
 memory() { python3 benchmarks/memory.py --out "$out/memory-$card.json"; }
 
@@ -52,8 +57,7 @@ quickstart() {
   local run=/tmp/quickstart glide=(python3 -c 'from glide_ds.cli import main; main()') tiny=ds_configs/tiny
   python3 launch/train.py --ds_config $tiny/phase1.json $tiny/phase2.json $tiny/phase3.json --set run.dir=$run &&
     "${glide[@]}" export $run --out $run/export/model.pt &&
-    "${glide[@]}" evaluate $run/export/model.pt --captions 64 --samples 128 --steps 50 --pictures "$out/quickstart-$card.png" \
-      --out "$out/quickstart-$card.json"
+    "${glide[@]}" evaluate $run/export/model.pt --captions 64 --samples 128 --steps 50 --out "$out/quickstart-$card.json"
 }
 
 if [ "${1:-}" = --section ]; then
@@ -64,7 +68,7 @@ for group in "$@"; do
   IFS=+ read -ra sections <<<"$group"
   for section in "${sections[@]}"; do
     { started=$SECONDS
-      timeout "${LIMIT:-300}" bash benchmarks/gpu.sh --section "$section" >"$out/$section.log" 2>&1
+      timeout "${LIMIT:-600}" bash benchmarks/gpu.sh --section "$section" >"$out/$section.log" 2>&1
       echo "== $section: exit code $?, $((SECONDS - started)) s"; } &
   done
   wait

@@ -18,16 +18,19 @@ recomputed does not count), by the rate of a matrix product of the same precisio
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import profiling
 import torch
 import torch.distributed as dist
 from machine import environment
@@ -283,7 +286,16 @@ def run_variants(chosen: list[Variant], args: argparse.Namespace, device: torch.
             print(f"building {variant.name}", flush=True)
             trainees.append(Trainee(variant, args.size, device))
             stack.callback(trainees[-1].close)
-        return measure(trainees, args.rounds, device)
+        # Other processes may build and compile meanwhile; what is measured, is measured alone.
+        with args.lock.open("w") if args.lock else nullcontext() as lock:
+            if lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            rows = measure(trainees, args.rounds, device)
+            if args.profile:
+                for trainee, row in zip(trainees, rows, strict=True):
+                    step = partial(trainee.step, 0)
+                    row["profile"] = {"kernels": profiling.kernels(step), "waits": profiling.waits(step)}
+        return rows
 
 
 def main() -> None:
@@ -293,6 +305,9 @@ def main() -> None:
     parser.add_argument("--micro", type=int, nargs="+", default=[4], help="images (suite batch: several)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", nargs="+", help="variants by name; the first is what ratios refer to")
+    parser.add_argument("--eager", action="store_true", help="compile nothing, on a GPU too")
+    parser.add_argument("--profile", action="store_true", help="list the longest kernels of each variant (GPU)")
+    parser.add_argument("--lock", type=Path, help="a file that is locked while steps are timed")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     args = parser.parse_args()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -300,6 +315,8 @@ def main() -> None:
     device = start_process_group(600)
     chosen = variants(args.suite, args.micro, device.type == "cuda")
     chosen = [v for v in chosen if not args.only or v.name in args.only]
+    if args.eager:
+        chosen = [replace(v, compile=False) for v in chosen]
     if args.suite == "parity":
         rows = parity(chosen, args.size, device)
     else:
@@ -322,6 +339,8 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"{row['tflops']:10.3f}{row['mfu']:10.1%}{row['step_gib']:10.2f}",
             flush=True,
         )
+        if "profile" in row:
+            profiling.show(row["profile"])
 
 
 if __name__ == "__main__":
