@@ -21,6 +21,7 @@ class Indexed(NamedTuple):
     url: str
     samples: int
     made: bool  # False where a fitting index was there
+    duplicates: int = 0  # samples with a key that an earlier one of the shard has
     damage: tuple[str, ...] = ()
     error: str = ""
 
@@ -38,6 +39,9 @@ def run(args: argparse.Namespace) -> int:
     made = sum(result.made for result in results)
     samples = sum(result.samples for result in results)
     print(f"{len(results)} shards, {samples} samples; {made} indexes made, {len(results) - made} were there")
+    if doubled := [result for result in results if result.duplicates]:
+        count = sum(result.duplicates for result in doubled)
+        print(f"{count} samples have a key that was there before in their shard, the first in {doubled[0].url}")
     faulty = [result for result in results if result.damage or result.error]
     for result in faulty:
         print(f"{result.url}: {result.error or '; '.join(result.damage)}", file=sys.stderr)
@@ -75,11 +79,11 @@ def index_one(url: str, index_dir: str | None = None, force: bool = False) -> In
         stat = storage.stat(url)
         old = None if force else load_index(url, storage, index_dir)
         if old is not None and (old.head.tar_size, old.head.version) == stat:
-            return Indexed(url, old.head.samples, made=False, damage=old.head.damage)
+            return Indexed(url, old.head.samples, False, old.head.duplicates, old.head.damage)
         fresh = scan_shard(url, storage)
         if old is not None and old.head.fingerprint != fresh.head.fingerprint:
             return Indexed(url, 0, made=False, error="changed since its index was made; --force accepts it")
         store_index(url, fresh, storage, index_dir, beside=True)
     except (DataError, OSError, EOFError) as error:
         return Indexed(url, 0, made=False, error=str(error))
-    return Indexed(url, fresh.head.samples, made=True, damage=fresh.head.damage)
+    return Indexed(url, fresh.head.samples, True, fresh.head.duplicates, fresh.head.damage)

@@ -57,6 +57,7 @@ class SampleSet(Protocol):
     sizes: np.ndarray[Any, np.dtype[np.int64]]  # samples per shard
     part_sizes: list[np.ndarray[Any, np.dtype[np.int64]]]  # the same, by part of a mix
     fingerprint: str
+    duplicates: int  # samples with a key that an earlier one of their shard has; read like all others
 
     def __len__(self) -> int: ...
 
@@ -80,7 +81,7 @@ class ShardSamples:
         self._ends = np.cumsum([len(shards) for shards, _ in parts]).tolist()
         self._filters = [filter for _, filter in parts]
         self.sizes, self.fingerprint = self.shards.sizes, self.shards.fingerprint
-        self.name = self.shards.name
+        self.duplicates, self.name = self.shards.duplicates, self.shards.name
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -106,7 +107,7 @@ class ShapeSamples:
     def __init__(self, samples: int, size: int, *, held_out: bool = False) -> None:
         self.sizes = np.array([samples], np.int64)
         self.fingerprint = f"shapes-{'heldout-' if held_out else ''}{samples}"
-        self.part_sizes = [self.sizes]
+        self.part_sizes, self.duplicates = [self.sizes], 0
         self._size, self._first = size, shapes.HELD_OUT if held_out else 0
 
     def __len__(self) -> int:
@@ -359,6 +360,7 @@ class Source:
         return {
             "shards": len(self.samples.sizes),
             "samples": len(self.samples),
+            "duplicate_keys": self.samples.duplicates,
             "batches_per_epoch": self.batches_per_epoch,
             "lanes": self.order.lanes,
             "fingerprint": self.fingerprint,

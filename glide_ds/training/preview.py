@@ -28,6 +28,7 @@ def block(
     roles = trained_roles(config)
     train, steps_left = config.train, config.train.steps - start.step
     epochs = train.steps / data["batches_per_epoch"]
+    doubled = f" ({data['duplicate_keys']:,} under a key used before)" if data["duplicate_keys"] else ""
     rows = [
         ("run", f"{config.run.dir}, phase folder {folder_of(config, train.phase).name}: {start.describe()}"),
         (
@@ -44,7 +45,8 @@ def block(
         ),
         (
             "data",
-            f"{_sets(config)}: {data['samples']:,} samples, {data['batches_per_epoch']:,} batches per epoch",
+            f"{_sets(config)}: {data['samples']:,} samples{doubled}, {data['batches_per_epoch']:,} batches per "
+            "epoch",
         ),
         ("batch", describe_batch(config, arithmetic)),
         ("steps", f"{steps_left:,} to go of {train.steps:,} ({epochs:.2f} epochs), {describe_rates(config)}"),

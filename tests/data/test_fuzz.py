@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import random
+import struct
+import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from data_kit import encoded, json_bytes, photo, sample, source, take, write_tar
 
+from glide_ds.data.captions import Cause, Unusable
+from glide_ds.data.shards import open_shards
+from glide_ds.types import DataError
+
 GOOD = 200
+TEXT = b"a caption"
 
 
 def flip_bits(data: bytes, chance: random.Random) -> bytes:
@@ -19,48 +27,122 @@ def flip_bits(data: bytes, chance: random.Random) -> bytes:
     return bytes(broken)
 
 
-def damaged(number: int, chance: random.Random) -> tuple[str, dict[str, bytes]]:
-    """One sample with one kind of damage. Some survive it, which is fine: they must then be delivered."""
-    kind = chance.choice(["JPEG", "PNG", "WEBP", "GIF"])
-    image = encoded(photo(number % 50, chance.randint(2, 90), chance.randint(2, 90)), kind)
-    text = f"damaged {number}".encode()
-    giant = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + bytes(chance.randrange(256) for _ in range(8)) + image[24:]
-    members = [
-        {"jpg": flip_bits(image, chance), "txt": text},
-        {"jpg": image[: chance.randrange(len(image))], "txt": text},
-        {"jpg": bytes(chance.randrange(256) for _ in range(16)) + image[16:], "txt": text},
-        {chance.choice(["png", "webp", "jpeg", "gif"]): image, "txt": text},
-        {"png": giant, "txt": text},
-        {"jpg": image, "json": flip_bits(json_bytes(caption="a caption", width=4), chance)},
-        {"jpg": image, "txt": bytes(chance.randrange(256) for _ in range(20))},
-        {"jpg": image},
-        {"jpg": b"", "txt": text},
-        {"jpg": encoded(np.zeros((1, 1, 3), np.uint8)), "txt": text},
-        {"txt": text},
-        {"mp4": image, "txt": text},
-    ]
-    key = f"d{number:05d}" if chance.random() < 0.9 else f"d{number - 1:05d}"  # some keys repeat
-    return key, chance.choice(members)
+def noise(count: int, chance: random.Random) -> bytes:
+    return bytes(chance.randrange(256) for _ in range(count))
+
+
+def giant_png(chance: random.Random) -> bytes:
+    """A sound header of up to 2^31 pixels a side, and next to nothing to fill it."""
+    sides = [chance.randrange(20_000, 2**31) for _ in range(2)]
+    header = b"IHDR" + struct.pack(">IIBBBBB", *sides, 8, 2, 0, 0, 0)
+    start = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n" + start + struct.pack(">I", 1000) + b"IDAT" + noise(1004, chance)
+
+
+def giant_jpeg(chance: random.Random) -> bytes:
+    """A picture whose frame header says that it is up to 65,535 pixels a side."""
+    data = bytearray(encoded(photo(0), "JPEG"))
+    place = data.index(b"\xff\xc0") + 5
+    data[place : place + 4] = struct.pack(">HH", *(chance.randrange(20_000, 65_536) for _ in range(2)))
+    return bytes(data)
+
+
+def damaged(kind: str, chance: random.Random) -> dict[str, bytes]:
+    """A sample with one kind of damage. Some survive it, which is fine: they must then be delivered."""
+    code = chance.choice(["JPEG", "PNG", "WEBP", "GIF"])
+    image = encoded(photo(chance.randrange(50), chance.randint(2, 90), chance.randint(2, 90)), code)
+    record = json_bytes(caption="a caption", width=4)
+    wrong = chance.choice(["png", "webp", "jpeg", "gif", "bmp"])
+    return {
+        "bit flips": lambda: {"jpg": flip_bits(image, chance), "txt": TEXT},
+        "truncated": lambda: {"jpg": image[: chance.randrange(len(image))], "txt": TEXT},
+        "wrong header": lambda: {"jpg": noise(16, chance) + image[16:], "txt": TEXT},
+        "renamed format": lambda: {wrong: image, "txt": TEXT},
+        "giant png": lambda: {"png": giant_png(chance), "txt": TEXT},
+        "giant jpeg": lambda: {"jpg": giant_jpeg(chance), "txt": TEXT},
+        "bad json": lambda: {"jpg": image, "json": flip_bits(record, chance)},
+        "truncated json": lambda: {"jpg": image, "json": record[: chance.randrange(len(record))]},
+        "bad UTF-8": lambda: {"jpg": image, "txt": noise(20, chance)},
+        "latin-1": lambda: {"jpg": image, "txt": "caf\xe9 cr\xe8me".encode("latin-1")},
+        "no caption": lambda: {"jpg": image},
+        "empty caption": lambda: {"jpg": image, "txt": b" \n"},
+        "empty image": lambda: {"jpg": b"", "txt": TEXT},
+        "one pixel": lambda: {"jpg": encoded(np.zeros((1, 1, 3), np.uint8)), "txt": TEXT},
+        "no image": lambda: {"txt": TEXT},
+        "no picture format": lambda: {"mp4": image, "txt": TEXT},
+        "duplicate key": lambda: {"jpg": image, "txt": TEXT},
+    }[kind]()
+
+
+KINDS = (
+    *("bit flips", "truncated", "wrong header", "renamed format", "giant png", "giant jpeg", "bad json"),
+    *("truncated json", "bad UTF-8", "latin-1", "no caption", "empty caption", "empty image", "one pixel"),
+    *("no image", "no picture format", "duplicate key"),
+)
+# What becomes of those kinds that have one fate.
+CERTAIN = {
+    "wrong header": Cause.UNKNOWN_FORMAT,
+    "giant png": Cause.TOO_LARGE,
+    "giant jpeg": Cause.TOO_LARGE,
+    "no caption": Cause.NO_CAPTION,
+    "empty caption": Cause.EMPTY_CAPTION,
+    "empty image": Cause.CORRUPT_IMAGE,
+    "one pixel": Cause.TOO_SMALL,
+    "no image": Cause.NO_IMAGE,
+    "no picture format": Cause.NO_IMAGE,
+    "renamed format": None,
+    "latin-1": None,
+    "duplicate key": None,
+    "good": None,
+}
 
 
 def run_fuzz(folder: Path, count: int, seed: int, workers: int) -> None:
     chance = random.Random(seed)
-    samples = [damaged(n, chance) for n in range(count)]
-    samples += [(f"g{n:05d}", sample(n % 50)) for n in range(GOOD)]
+    samples = []
+    for number in range(count):
+        kind = KINDS[number % len(KINDS)]
+        key = "again" if kind == "duplicate key" else f"d{number:05d}"
+        samples.append((kind, (key, damaged(kind, chance))))
+    samples += [("good", (f"g{n:05d}", sample(n % 50))) for n in range(GOOD)]
     chance.shuffle(samples)
     half = len(samples) // 2
-    write_tar(folder / "f-000.tar", samples[:half])
-    write_tar(folder / "f-001.tar", samples[half:])
-    made = source(f"{folder}/f-{{000..001}}.tar", batch=20, workers=workers, max_bad_fraction=1.0)
+    write_tar(folder / "f-000.tar", [s for _, s in samples[:half]])
+    write_tar(folder / "f-001.tar", [s for _, s in samples[half:]])
+    made = source(f"{folder}/f-{{000..001}}.tar", batch=20, workers=workers, tail="pad", max_bad_fraction=1.0)
+    assert made.facts()["samples"] == len(samples)
+    assert made.facts()["duplicate_keys"] == sum(kind == "duplicate key" for kind, _ in samples) - 2
+
+    fates: list[Cause | None] = []
+    for number, (kind, _) in enumerate(samples):
+        try:
+            made.samples.load(number, 0.0)
+            fates.append(None)
+        except Unusable as finding:
+            fates.append(Cause(finding.cause))
+        assert kind not in CERTAIN or fates[-1] == CERTAIN[kind], kind
+
     steps = made.batches_per_epoch
     batches = take(made, steps)
+    seen = []
+    for step, batch in enumerate(batches):
+        assert batch.slots.tolist() == list(range(20))
+        assert batch.images.shape == (20, 16, 16, 3)
+        drawn = made.order.draw(step, batch.slots.numpy())
+        ids = batch.sample_ids.tolist()
+        for wanted, found, padding in zip(drawn.ids.tolist(), ids, drawn.padding.tolist(), strict=True):
+            found = -1 - found if padding else found
+            assert (found == wanted) == (fates[wanted] is None)  # exactly what is bad was replaced,
+            assert fates[found] is None  # by what is good
+            seen.append(wanted)
+    assert set(seen) == set(range(len(samples)))
     report = made.report()
-    assert all(len(b) == 20 and b.slots.tolist() == list(range(20)) for b in batches)
-    assert all(b.images.shape == (20, 16, 16, 3) for b in batches)
     assert report["delivered"] == 20 * steps
     assert report["read"] == report["delivered"] + sum(report["skipped"].values())
-    assert set(report["skipped"]) >= {"corrupt image", "no image", "no caption", "image too small"}
-    assert set(report["examples"]) == set(report["skipped"])
+    met = Counter(fates[wanted] for wanted in seen)
+    met.pop(None)
+    assert set(report["skipped"]) == set(report["examples"]) == set(met) >= set(CERTAIN.values()) - {None}
+    assert all(report["skipped"][cause] >= count for cause, count in met.items())
 
 
 def test_damaged_samples(tmp_path: Path) -> None:
@@ -73,13 +155,10 @@ def test_two_thousand_damaged_samples(tmp_path: Path) -> None:
 
 
 def test_damaged_tars_are_opened_or_named(tmp_path: Path) -> None:
-    """Bit flips and truncations of whole tars, headers included."""
-    from glide_ds.data.shards import open_shards
-    from glide_ds.types import DataError
-
+    """Bit flips and truncations of whole tars, headers included; what is whole of them can be read."""
     chance = random.Random(3)
     whole = write_tar(tmp_path / "t.tar", [(f"{n}", sample(n)) for n in range(8)]).read_bytes()
-    named = 0
+    named = salvageable = left_nothing = 0
     for number in range(60):
         path = tmp_path / f"x{number}.tar"
         data = bytearray(whole[: chance.randrange(600, len(whole))] if number % 2 else whole)
@@ -90,5 +169,13 @@ def test_damaged_tars_are_opened_or_named(tmp_path: Path) -> None:
             open_shards(str(path))
         except DataError as error:
             named += path.name in str(error)
-            continue
+        try:
+            salvaged = open_shards(str(path), salvage=True)
+        except DataError as error:
+            left_nothing += "hold no sample" in str(error)
+        else:
+            assert all(salvaged.read(n) for n in range(len(salvaged)))
+            salvageable += 1
     assert named >= 30
+    assert salvageable + left_nothing == 60
+    assert salvageable >= 40
