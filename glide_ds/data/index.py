@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import NamedTuple
 
 from glide_ds.data.shards import expand, load_index, scan_shard, store_index
 from glide_ds.data.storage import Storage
+from glide_ds.data.workers import end_with
 from glide_ds.types import DataError
 
 SECONDS_BETWEEN_LINES = 2.0
@@ -68,7 +70,7 @@ def index_shards(
     if workers <= 1:
         yield from map(task, urls)
         return
-    with ProcessPoolExecutor(min(workers, len(urls))) as pool:
+    with ProcessPoolExecutor(min(workers, len(urls)), initializer=end_with, initargs=(os.getpid(),)) as pool:
         yield from pool.map(task, urls)
 
 

@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import io
 import json
+import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -28,6 +29,7 @@ from glide_ds.data.captions import Unusable, read_caption
 from glide_ds.data.decode import IMAGE_EXTENSIONS, DecodeOptions, decode
 from glide_ds.data.index import index_one
 from glide_ds.data.shards import write_atomically
+from glide_ds.data.workers import end_with
 from glide_ds.types import DataError
 
 IMAGE_FIELDS = ("image", "image_path", "path", "file_name", "filename", "file", "jpg")
@@ -79,7 +81,7 @@ def pack(source: Path, out: Path, per_shard: int = 1000, workers: int = 1) -> di
     parts = [(out / f"{n:06d}.tar", pairs[edges[n] : edges[n + 1]]) for n in range(count)]
     task = partial(_write_shard, source.parent if source.is_file() else source)
     if workers > 1:
-        with ProcessPoolExecutor(min(workers, count)) as pool:
+        with ProcessPoolExecutor(min(workers, count), initializer=end_with, initargs=(os.getpid(),)) as pool:
             packed = list(pool.map(task, parts))
     else:
         packed = list(map(task, parts))

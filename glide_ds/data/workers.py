@@ -1,4 +1,4 @@
-"""The loader's worker processes and signals.
+"""Worker processes and signals.
 
 A signal to a whole job reaches the workers too: Ctrl-C goes to the terminal's process group, Slurm and the
 deepspeed launcher signal every process below them. A run that stops well takes one more step and needs its
@@ -26,12 +26,19 @@ def heed_the_trainer(worker: int) -> None:
     if sys.platform != "linux":
         return  # what follows has no counterpart elsewhere; torch's own checks end the workers within seconds
     trainer = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != trainer:
-        os._exit(0)  # it died before this was set
+    end_with(trainer)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_at_the_trainers_word, args=(trainer,), daemon=True).start()
     faulthandler.register(signal.SIGUSR2, file=os.memfd_create(_STACKS), all_threads=True)
+
+
+def end_with(parent: int) -> None:
+    """On Linux, be killed when the parent is gone: a pool's workers would wait for their next task for ever."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(0)  # it died before this was set
 
 
 def stacks_of(worker: int) -> str:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import random
+import signal
+import subprocess
+import sys
 import tarfile
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from PIL import Image
 
 from glide_ds.config import DataConfig
@@ -81,6 +87,23 @@ def source(
         seed=seed,
         low_res=low_res,
     )
+
+
+def kill_while_writing(code: str, words: list[str], folder: Path, files: str, moments: Iterable[int]) -> None:
+    """Run Python code again and again, killed just after `folder` holds so many files of that pattern."""
+    dice = random.Random(0)
+    for moment in moments:
+        process = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.DEVNULL)
+        while len(list(folder.glob(files))) < moment:
+            assert process.poll() is None, "it ended before it was to be killed"
+            time.sleep(0.0005)
+        time.sleep(dice.uniform(0, 0.01))
+        workers = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, "it had ended"
+        _, left = psutil.wait_procs(workers, timeout=5)
+        assert workers
+        assert not left, "its workers outlive it"
 
 
 def take(source: Source, batches: int, start: int = 0) -> list[Any]:
