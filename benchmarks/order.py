@@ -2,6 +2,9 @@
 
     python benchmarks/order.py [--lanes_checked 4] --out benchmarks/results/order-cpu.json
 
+Seeking is also timed with index files on disk: a million samples in 100 sparse tars, their indexes opened anew and
+a global batch's samples looked up in them, at random steps.
+
 Coverage is checked on whole lanes: every position of a lane must give each sample of its span of the deck once,
 and nothing else. Lanes partition both the positions and the deck, so lanes that hold make an epoch that holds.
 """
@@ -10,17 +13,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import tempfile
 import time
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from machine import environment
 
 from glide_ds.data.order import Order, micro_slots
+from glide_ds.data.shards import BLOCK, Member, Scan, ShardIndex, build_index, open_shards, store_index
+from glide_ds.data.storage import Storage
 
 RANKS = (1, 64, 1024)
 BATCH = 4096
+SEEKS = 12
 
 
 def main() -> None:
@@ -31,6 +40,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     figures = simulate(args.shards, args.per_shard, args.lanes_checked)
+    with tempfile.TemporaryDirectory() as folder:
+        figures |= seek(Path(folder), shards=100, per_shard=10_000)
     for name, value in figures.items():
         print(f"{name:48s} {value:12.4g}")
     if args.out:
@@ -53,17 +64,56 @@ def simulate(shards: int, per_shard: int, lanes_checked: int) -> dict[str, float
         rank = int(rng.integers(ranks))
         slots = micro_slots(0, BATCH // ranks, rank, ranks)
         seeks = []
-        for number in rng.integers(0, 3 * order.batches_per_epoch, 12).tolist():
+        for number in rng.integers(0, 3 * order.batches_per_epoch, SEEKS).tolist():
             start = time.perf_counter()
             order.draw(number, slots)
             seeks.append(time.perf_counter() - start)
-        figures[f"{ranks} ranks: slowest of 12 random seeks, s"] = max(seeks)
+        figures[f"{ranks} ranks: slowest of {SEEKS} random seeks, s"] = max(seeks)
         ids = np.concatenate([order.draw(number, slots).ids for number in range(64)])
         figures[f"{ranks} ranks: shards one rank reads in 64 batches"] = len(np.unique(ids // per_shard))
     for lane in rng.choice(order.lanes, lanes_checked, replace=False).tolist():
         check_lane(order, lane)
     figures["lanes checked exactly"] = lanes_checked
     return figures
+
+
+def seek(folder: Path, shards: int, per_shard: int) -> dict[str, float]:
+    """From index files to where the members of a global batch at a random step lie, everything opened anew."""
+    write_indexes(folder, shards, per_shard)
+    rng, opened, found = np.random.default_rng(0), [], []
+    for number in rng.integers(0, 3 * shards * per_shard // BATCH, SEEKS).tolist():
+        start = time.perf_counter()
+        held = open_shards(str(folder))
+        opened.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        order = Order(held.sizes, BATCH, seed=0, fingerprint=1)
+        for sample in order.draw(number, np.arange(BATCH)).ids.tolist():
+            shard, row = held.locate(sample)
+            held._index(shard).members(row)
+        found.append(time.perf_counter() - start)
+    what = f"{shards * per_shard:,} samples, {shards} indexes"
+    return {
+        f"{what}: slowest opening, s": max(opened),
+        f"{what}: slowest of {SEEKS} random seeks, s": max(found),
+    }
+
+
+def write_indexes(folder: Path, shards: int, per_shard: int) -> None:
+    """Of tars that have their size and no content."""
+    kinds, blocks, members = (("jpg", 40_000), ("json", 400), ("txt", 60)), 0, []
+    for number in range(per_shard):
+        for kind, size in kinds:
+            members.append(Member(f"{number:08d}.{kind}", (blocks + 1) * BLOCK, size))
+            blocks += 1 + -(-size // BLOCK)
+    index = build_index(Scan((blocks + 2) * BLOCK, members))
+    storage = Storage()
+    for number in range(shards):
+        tar = folder / f"{number:05d}.tar"
+        tar.touch()
+        os.truncate(tar, index.head.tar_size)
+        head = replace(index.head, version=storage.stat(str(tar)).version)
+        tables = (index.first, index.blocks, index.sizes, index.kinds)
+        store_index(str(tar), ShardIndex(head, *tables), storage)
 
 
 def check_lane(order: Order, lane: int) -> None:
