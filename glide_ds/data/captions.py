@@ -1,8 +1,8 @@
 """From a sample's text members to its caption.
 
 Understood: KEY.txt; KEY.json with a caption field (img2dataset, LAION, plain); several captions per image
-(COCO's list, or {text, weight} records), of which one is drawn per epoch. Captions are cleaned as little as
-possible: white space at the ends goes and runs of it become one space, which is all tokens would notice.
+(COCO's list of annotations, or {text, weight} records), of which one is drawn per epoch. Captions are cleaned as
+little as possible: white space at the ends goes and runs of it become one space, which is all tokens would notice.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ def parse_json(data: bytes) -> tuple[dict[str, Any], bool]:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise Unusable(Cause.BAD_JSON, str(error)[:80]) from None
+    if isinstance(record, list):  # COCO's annotations of an image
+        record = {"captions": record}
     if not isinstance(record, dict):
         raise Unusable(Cause.BAD_JSON, f"a {type(record).__name__}, not an object")
     return record, utf8

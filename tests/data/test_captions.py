@@ -25,6 +25,10 @@ from glide_ds.data.captions import Cause, Unusable, read_caption
         ({"txt": b" \n", "json": json_bytes(caption="json fills in")}, "json fills in"),
         ({"txt": b"text is enough", "json": b"{broken"}, "text is enough"),
         ({"json": json_bytes(captions=["", "only this"])}, "only this"),
+        (
+            {"json": b'[{"image_id": 9, "id": 661, "caption": "an annotation of COCO"}]'},
+            "an annotation of COCO",
+        ),
         ({"json": rb'{"caption": "lone \ud800 surrogate"}'}, "lone surrogate"),
     ],
 )
@@ -41,7 +45,8 @@ def test_captions_are_found(members: dict[str, bytes], caption: str) -> None:
         ({"txt": b" \n\t"}, Cause.EMPTY_CAPTION),
         ({"json": json_bytes(caption="")}, Cause.EMPTY_CAPTION),
         ({"json": b"{"}, Cause.BAD_JSON),
-        ({"json": b"[1]"}, Cause.BAD_JSON),
+        ({"json": b"[1]"}, Cause.NO_CAPTION),
+        ({"json": b"1"}, Cause.BAD_JSON),
         ({"json": b"[" * 100_000}, Cause.BAD_JSON),
         ({"txt": b"\xff\x00\x01\x9d"}, Cause.BAD_TEXT),
     ],

@@ -15,8 +15,11 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from data_kit import encoded, sample, source, take, write_shards, write_tar
+from data_kit import encoded, json_bytes, sample, source, take, write_shards, write_tar
+from PIL import Image
 
+from glide_ds.data import loader
+from glide_ds.data.decode import decode
 from glide_ds.data.loader import ENOUGH_TO_JUDGE
 from glide_ds.types import Batch, ConfigError, DataError
 
@@ -177,6 +180,35 @@ def test_padding_is_marked(shards: str) -> None:
     assert (ids < 0).sum() == 3 * 40 - 102
     assert sorted(ids[ids >= 0].tolist()) == list(range(102))
     assert torch.equal(-1 - ids[ids < 0], ids[:18])
+
+
+def test_layouts_of_known_sets_side_by_side(tmp_path: Path) -> None:
+    """img2dataset's three members, LAION's record alone, and COCO's annotations, of which one is drawn an epoch."""
+    picture = sample(1)["jpg"]
+    status = {"url": "u", "key": "000000000", "status": "success", "error_message": None, "exif": "{}"}
+    img2dataset = json_bytes(caption="from img2dataset", width=48, height=40, similarity=0.3, **status)
+    laion = json_bytes(URL="u", TEXT="from laion", WIDTH=300, HEIGHT=200, similarity=0.33, punsafe=0.01)
+    coco = b'[{"id": 1, "caption": "one of coco"}, {"id": 2, "caption": "two of coco"}]'
+    layouts = [
+        {"jpg": picture, "json": img2dataset, "txt": b"from img2dataset"},
+        {"jpg": picture, "json": laion},
+        {"jpg": picture, "json": coco},
+    ]
+    path = str(write_tar(tmp_path / "x.tar", [(f"part/{n:09d}", layout) for n, layout in enumerate(layouts)]))
+    epochs = [set(batch.captions) for batch in take(source(path, batch=3, drop_caption=0, drop_both=0), 12)]
+    assert all(epoch > {"from img2dataset", "from laion"} for epoch in epochs)
+    assert set().union(*epochs) - {"from img2dataset", "from laion"} == {"one of coco", "two of coco"}
+
+
+def test_the_upsamplers_pair_comes_from_one_decode(shards: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = []
+    monkeypatch.setattr(loader, "decode", lambda *words: decoded.append(words) or decode(*words))
+    (batch,) = take(source(shards, batch=6, size=256, low_res=True, flip=0.5), 1)
+    assert len(decoded) == 6
+    assert (batch.images.shape, batch.low_res.shape) == ((6, 256, 256, 3), (6, 64, 64, 3))
+    for large, small in zip(batch.images.numpy(), batch.low_res.numpy(), strict=True):
+        wanted = np.asarray(Image.fromarray(large).resize((64, 64), Image.Resampling.LANCZOS))
+        assert np.abs(small.astype(int) - wanted).max() <= 1
 
 
 def test_layout_errors(shards: str) -> None:
