@@ -37,6 +37,13 @@ def can_reduce(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def gradient_scale(gradient: Tensor) -> Tensor:
+    """The power of two [] that brings the largest element to between LARGEST / 2 and LARGEST."""
+    # Powers of two change no mantissa. Below 2^-100 all is as good as zero, and the scale would overflow.
+    _, exponent = torch.frexp(gradient.abs().amax())
+    return torch.ldexp(torch.full_like(gradient.flatten()[0], LARGEST), -exponent.clamp(min=-100))
+
+
 class _Reduced(torch.autograd.Function):
     """Flash attention (Dao 2023, arXiv 2307.08691) on fp16 copies of fp32 tensors."""
 
@@ -54,9 +61,7 @@ class _Reduced(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         (gradient,) = gradients
         q, k, v, output, logsumexp, cum_q, cum_k, seed, offset = ctx.saved_tensors
-        # Powers of two change no mantissa. A gradient of zeros is left as it is.
-        _, exponent = torch.frexp(gradient.abs().amax().clamp(min=torch.finfo(torch.float32).tiny))
-        scale = torch.ldexp(torch.full_like(gradient[0, 0, 0, 0], LARGEST), -exponent)
+        scale = gradient_scale(gradient)
         found = torch.ops.aten._scaled_dot_product_flash_attention_backward(
             (gradient * scale).half(),
             q,
