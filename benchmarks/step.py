@@ -41,16 +41,16 @@ from glide_ds.diffusion import create_diffusion
 from glide_ds.model import create_model
 from glide_ds.model.attention import can_reduce
 from glide_ds.model.clip import FrozenClip
-from glide_ds.plan import count_work
 from glide_ds.training.compiling import set_compilation
 from glide_ds.training.distributed import read_environment, start_process_group
 from glide_ds.training.engine import build_engine, release
-from glide_ds.training.memory import meta_model, set_recomputation
+from glide_ds.training.memory import set_recomputation
 from glide_ds.training.objective import Objective
 from glide_ds.training.optimizer import AdamW8bit
 from glide_ds.training.peak import matrix_peak
 from glide_ds.training.phases import parameter_groups
 from glide_ds.training.run import glide_config, open_source
+from glide_ds.training.work import step_work
 
 ROOT = Path(__file__).parents[1]
 SIZES: dict[str, dict[str, Any]] = {
@@ -242,9 +242,9 @@ def measure(trainees: list[Trainee], rounds: int, device: torch.device) -> list[
         if v.precision not in peaks:
             torch.backends.cuda.matmul.allow_tf32 = v.precision != "fp32"
             peaks[v.precision] = matrix_peak(device, torch.bfloat16 if v.precision == "bf16" else torch.float32)
-        work = count_work(meta_model(glide_config(trainee.config), trainee.config))
+        work = step_work(glide_config(trainee.config), trainee.config)
         seconds = statistics.median(taken)
-        rate = v.micro * work.step / seconds
+        rate = v.micro * work / seconds
         first = [f / trainees[0].variant.micro for f in times[0]]
         rows.append(
             {

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from glide_ds.config import BatchArithmetic, Config, load_config
 from glide_ds.model.glide import RECOMPUTED, Glide
@@ -30,12 +27,13 @@ from glide_ds.training.memory import (
     gib,
     memory_estimate,
     meta_model,
-    one_image,
     recomputed,
     weight_bytes,
 )
+from glide_ds.training.peak import matrix_peak
 from glide_ds.training.preview import describe_batch
 from glide_ds.training.run import check_pipeline, glide_config, open_source
+from glide_ds.training.work import count_work
 from glide_ds.types import ConfigError, GlideError
 
 
@@ -73,15 +71,6 @@ CLIP_PARAMETERS = {
     "ViT-L/14": (123.7e6, 427.6e6),
     "builtin:tiny": (0.3e6, 0.6e6),
 }
-
-
-@dataclass(frozen=True)
-class Work:
-    """Floating-point operations of one image."""
-
-    step: int  # forward and backward, nothing computed again
-    forward: int
-    blocks: Mapping[nn.Module, int]  # the forward pass of each block, which may be computed again
 
 
 @dataclass(frozen=True)
@@ -179,27 +168,6 @@ def make_plan(
     )
 
 
-def count_work(model: Glide) -> Work:
-    """Operations of one image in matrix products, convolutions and attention, two per multiply-add.
-
-    What the phase freezes has no gradient and costs none.
-    """
-    with torch.device("meta"):
-        inputs = one_image(model.config)
-    forward = FlopCounterMode(display=False)
-    with torch.no_grad(), forward:
-        model(**inputs)
-    with FlopCounterMode(display=False) as counter:
-        model(**inputs).sum().backward()
-    model.zero_grad()
-    counts = forward.get_flop_counts()
-    kind = type(model).__name__
-    blocks: dict[nn.Module, int] = {
-        block: int(sum(counts.get(f"{kind}.{name}", {}).values())) for name, block in model.blocks().items()
-    }
-    return Work(int(counter.get_total_flops()), int(forward.get_total_flops()), blocks)
-
-
 def rank_memory(
     model: Glide, config: Config, arithmetic: BatchArithmetic, dial: str, found: Activations, gpu: str
 ) -> dict[str, float]:
@@ -254,16 +222,16 @@ def communication(model: Any, config: Config, arithmetic: BatchArithmetic) -> di
 def rate_of(config: Config, gpu: str, results: Sequence[Path] | None) -> tuple[float, str]:
     """Operations per second of one GPU in training, and where the figure comes from."""
     bf16 = weight_bytes(config) == 2
-    device = GPUS[gpu]
-    peak = (device.bf16_tflops if bf16 or not config.train.tf32 else device.tf32_tflops) * 1e12
-    name = f"{'bf16' if bf16 else 'TF32'} peak of {device.tf32_tflops if not bf16 else device.bf16_tflops:g} TFLOP/s"
-    if gpu == "cpu":
-        peak = measured_peak()
-        name = f"matrix rate measured here, {peak / 1e9:.0f} GFLOP/s"
     measured = list(_measured(gpu, bf16, _result_files() if results is None else results))
     if measured:
-        mfu, path = max(measured)
-        return peak * mfu, f"{mfu:.0%} of the {name}, as {path} measured"
+        rate, path = max(measured)
+        return rate, f"{rate / 1e12:,.3g} TFLOP/s, as {path} measured"
+    device = GPUS[gpu]
+    peak = (device.bf16_tflops if bf16 or not config.train.tf32 else device.tf32_tflops) * 1e12
+    name = f"{'bf16' if bf16 else 'TF32'} peak of {peak / 1e12:g} TFLOP/s"
+    if gpu == "cpu":
+        peak = matrix_peak(torch.device("cpu"))
+        name = f"matrix rate measured here, {peak / 1e9:.0f} GFLOP/s"
     return peak * UTILISATION, f"{UTILISATION:.0%} of the {name}, assumed: run benchmarks/step.py there"
 
 
@@ -272,31 +240,24 @@ def _result_files() -> list[Path]:
 
 
 def _measured(gpu: str, bf16: bool, paths: Sequence[Path]) -> Iterator[tuple[float, Path]]:
-    """(model FLOP utilisation, file) of training under DeepSpeed on such a device, over all micro-batches."""
-    variant = "ours, DeepSpeed bf16" if bf16 else "ours, DeepSpeed"
+    """(operations per second, file) of full training under DeepSpeed on such a device, by benchmarks/step.py."""
     for path in paths:
         try:
             report = json.loads(path.read_text())
+            if report["suite"] == "parity":
+                continue
             device = report["environment"]["device"].lower()
-            rows = [row[variant]["mfu"] for row in report["results"].values() if variant in row]
+            rates = [
+                row["tflops"] * 1e12
+                for row in report["rows"]
+                if row["engine"] and row["phase"] == "full" and (row["precision"] == "bf16") == bf16
+            ]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"--results {path} is no result of benchmarks/step.py ({error!r}); give another"
             ) from error
         if all(word in device for word in gpu.split("-")):
-            yield from ((mfu, path) for mfu in rows)
-
-
-def measured_peak() -> float:
-    """Operations per second of a matrix product on this CPU with the threads that torch has."""
-    side = 1024
-    a, b = torch.randn(side, side), torch.randn(side, side)
-    best = float("inf")
-    for _ in range(4):
-        started = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - started)
-    return 2 * side**3 / best
+            yield from ((rate, path) for rate in rates)
 
 
 # ---- what a person sees

@@ -16,6 +16,7 @@ from glide_ds.model.glide import RECOMPUTED
 from glide_ds.model.unet import AttentionBlock
 from glide_ds.training.memory import meta_model
 from glide_ds.training.run import glide_config
+from glide_ds.training.work import count_work, step_work
 from glide_ds.types import ConfigError
 
 # Models on the meta device import half of torch, and count the published model's operations: seconds of CPU.
@@ -25,7 +26,7 @@ slow = pytest.mark.slow
 @slow
 def test_operations_are_the_published_models(root: Path):
     (config,) = load_config(root / "ds_configs" / "base.json")
-    work = plan.count_work(meta_model(glide_config(config), config))
+    work = count_work(meta_model(glide_config(config), config))
     assert work.step == pytest.approx(715e9, rel=0.01)
     assert work.forward == pytest.approx(2 * 119.15e9, rel=0.01)
     attention = sum(count for block, count in work.blocks.items() if isinstance(block, AttentionBlock))
@@ -37,7 +38,7 @@ def test_operations_are_the_published_models(root: Path):
 def test_a_frozen_trunk_costs_less(tmp_path: Path):
     def step(phase: str) -> int:
         config = make_config(tmp_path, phase)
-        return plan.count_work(meta_model(glide_config(config), config)).step
+        return step_work(glide_config(config), config)
 
     assert step("adapter_only") < 0.8 * step("full")
 
@@ -78,11 +79,18 @@ def test_communication_is_two_psi_and_more_with_accumulation(tmp_path: Path):
 def test_a_result_of_the_same_device_replaces_the_assumption(tmp_path: Path):
     config = make_config(tmp_path, "full")
     path = tmp_path / "step-h100.json"
-    rows = {"4": {"ours, DeepSpeed": {"mfu": 0.4}}, "8": {"ours, DeepSpeed": {"mfu": 0.5}}}
-    path.write_text(json.dumps({"environment": {"device": "NVIDIA H100 80GB HBM3"}, "results": rows}))
+    row = {"engine": True, "phase": "full", "precision": "tf32", "tflops": 150.0}
+    others = [
+        {"engine": False, "tflops": 400.0},
+        {"phase": "adapter_only", "tflops": 300.0},
+        {"precision": "bf16"},
+    ]
+    rows = [row, *({**row, **other} for other in others), {**row, "tflops": 140.0}]
+    device = {"device": "NVIDIA H100 80GB HBM3"}
+    path.write_text(json.dumps({"environment": device, "suite": "options", "rows": rows}))
     rate, source = plan.rate_of(config, "h100", [path])
-    assert rate == pytest.approx(0.5 * 494e12)
-    assert "50% of the TF32 peak" in source
+    assert rate == pytest.approx(150e12)
+    assert "150 TFLOP/s" in source
     assert str(path) in source
     other, words = plan.rate_of(config, "a100-80", [path])
     assert other == pytest.approx(plan.UTILISATION * 156e12)

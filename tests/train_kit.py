@@ -56,6 +56,8 @@ UNSTEADY = (
     "images_per_s_per_rank",
     "data_wait_s",
     "data_wait_share",
+    "mfu",
+    "communication_share",
     "memory_gib",
     "saves_failed",
 )

@@ -24,6 +24,7 @@ from glide_ds.config import Config
 from glide_ds.types import Batch
 
 MUCH_WAITING = 0.2  # of a step's time
+MUCH_COMMUNICATION = 0.3
 
 
 class JsonLines:
@@ -89,13 +90,16 @@ class Progress:
         if self.bar is not None:
             self.bar.update(1)
             if metrics:
-                self.bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {metrics['images_per_s']:.1f} images/s")
+                self.bar.set_postfix_str(
+                    f"loss {metrics['loss']:.4f}, {metrics['images_per_s']:.1f} images/s, MFU {metrics['mfu']:.0%}"
+                )
         elif self.shown and metrics:
             done = step - self.first
             left = (time.monotonic() - self.started) / done * (self.total - step)
             self.line(
                 f"{self.phase} step {step}/{self.total}  loss {metrics['loss']:.4f}  "
-                f"{metrics['images_per_s']:.1f} images/s  data wait {metrics['data_wait_share']:.0%}  "
+                f"{metrics['images_per_s']:.1f} images/s  MFU {metrics['mfu']:.0%}  "
+                f"data wait {metrics['data_wait_share']:.0%}  communication {metrics['communication_share']:.0%}  "
                 f"{metrics['memory_gib']:.1f} GiB  {duration(left)} left"
             )
         if metrics:
@@ -150,13 +154,18 @@ class Clock:
 
 def diagnosis(metrics: Mapping[str, Any]) -> str | None:
     """What keeps the device from training, where something does, and what to do about it."""
-    share = metrics["data_wait_share"]
-    if share < MUCH_WAITING:
-        return None
-    return (
-        f"data wait is {share:.0%} of the step, in which the device has nothing to do: raise data.workers, "
-        "give the rank more cores, or compute CLIP embeddings beforehand (glide-ds prepare clip)"
-    )
+    waiting, sending = metrics["data_wait_share"], metrics["communication_share"]
+    if waiting >= max(MUCH_WAITING, sending):
+        return (
+            f"data wait is {waiting:.0%} of the step, in which the device has nothing to do: raise data.workers, "
+            "give the rank more cores, or compute CLIP embeddings beforehand (glide-ds prepare clip)"
+        )
+    if sending >= MUCH_COMMUNICATION:
+        return (
+            f"communication is {sending:.0%} of the step, for gradients, weights and waiting for slower ranks: raise "
+            "train_micro_batch_size_per_gpu, which spares reductions, or check the network (glide-ds preflight)"
+        )
+    return None
 
 
 def duration(seconds: float) -> str:

@@ -124,16 +124,20 @@ def read_metrics(run: PhaseRun, done: int, meter: Meter, clock: Clock) -> dict[s
     means = meter.read()
     open_gates = dict(gates(run.model)) if run.clip is not None else {}
     steps, seconds, waited = clock.read()
+    images_per_s = steps * run.arithmetic.global_batch / seconds
+    per_rank = images_per_s / run.arithmetic.world_size
     return {
         "step": done,
         "phase": run.config.train.phase,
         "loss": means.pop("loss"),
         "grad_norm": sum(norm**2 for norm in norms.values()) ** 0.5,
         "lr": max(rates.values()),
-        "images_per_s": steps * run.arithmetic.global_batch / seconds,
-        "images_per_s_per_rank": steps * run.arithmetic.global_batch / seconds / run.arithmetic.world_size,
+        "images_per_s": images_per_s,
+        "images_per_s_per_rank": per_rank,
+        "mfu": per_rank / run.peak_images_per_s if run.peak_images_per_s else 0.0,
         "data_wait_s": waited / steps,
         "data_wait_share": waited / seconds,
+        "communication_share": run.traffic.read() / seconds,
         "samples_seen": done * run.arithmetic.global_batch,
         "gate_mean": sum(open_gates.values()) / len(open_gates) if open_gates else 0.0,
         "gate_offset": float(run.model.clip_gate_offset) if open_gates else 0.0,

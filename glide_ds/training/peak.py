@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import lru_cache
 
 import torch
 
@@ -10,6 +11,7 @@ SIDES = {"cpu": 1024, "cuda": 8192}
 ROUNDS = {"cpu": 4, "cuda": 10}
 
 
+@lru_cache
 def matrix_peak(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
     """Operations per second of a square product of random numbers, the best of a few; fp32 as TF32 is set."""
     side, rounds = SIDES[device.type], ROUNDS[device.type]

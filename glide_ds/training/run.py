@@ -31,13 +31,16 @@ from glide_ds.training.failures import explained
 from glide_ds.training.lineage import Start, find_start, folder_of, load_start, record
 from glide_ds.training.logging import RunLog
 from glide_ds.training.loop import train
-from glide_ds.training.memory import set_recomputation
+from glide_ds.training.memory import set_recomputation, weight_bytes
 from glide_ds.training.objective import phase_seed
+from glide_ds.training.peak import matrix_peak
 from glide_ds.training.phases import PHASES, parameter_groups
 from glide_ds.training.stability import Guard, RolledBack
 from glide_ds.training.stopping import Stop, Stopper, mark_stopped, start_again
+from glide_ds.training.traffic import Traffic
 from glide_ds.training.validation import Validation
 from glide_ds.training.watchdog import SET_UP, Watch, guarded
+from glide_ds.training.work import step_work
 from glide_ds.types import CheckpointError, ConfigError, DataError, GlideConfig, GlideError
 
 
@@ -61,6 +64,10 @@ class PhaseRun:
     validation: Validation
     saver: Saver
     ema: Ema | None
+    traffic: Traffic
+    peak_images_per_s: (
+        float  # of one rank, if all its time went to products at this machine's rate; 0: not rank 0
+    )
 
 
 def main(paths: Sequence[str], overlay: str | None, sets: Sequence[str], dry_run: bool = False) -> None:
@@ -205,6 +212,8 @@ def phase_run(
         guard = Guard(config, engine, start, log, device)
         diffusion = create_diffusion(config.model.noise_schedule)
         validation = Validation(config, start, diffusion, clip)
+        peak = peak_rate(glide, config, device) if rank == 0 else 0.0
+        traffic = Traffic(device).open()
         watch, stopper = watch or Watch(), Stopper(config.run, train_config.phase)
         try:
             yield PhaseRun(
@@ -224,11 +233,14 @@ def phase_run(
                 validation=validation,
                 saver=saver,
                 ema=ema,
+                traffic=traffic,
+                peak_images_per_s=peak,
             )
         except GlideError:
             saver.wait()  # raised by all ranks: all will write their part
             raise
         finally:
+            traffic.close()
             saver.wait(PEERS_S)  # whatever ends the phase, the state that was copied shall be committed
         stopper.close(train_config.steps)
         watch.at(SET_UP, 0)
@@ -236,6 +248,12 @@ def phase_run(
         log.close()
     finally:
         release(engine)
+
+
+def peak_rate(glide: GlideConfig, config: Config, device: torch.device) -> float:
+    """Images per second of a rank whose training steps ran at the rate of a matrix product in their precision."""
+    dtype = torch.bfloat16 if weight_bytes(config) == 2 else torch.float32
+    return matrix_peak(device, dtype) / step_work(glide, config)
 
 
 def load_engine(engine: Any, checkpoint: Committed) -> None:

@@ -7,14 +7,21 @@ import pytest
 from glide_ds.training.logging import Progress, diagnosis
 
 
-def reading(wait: float) -> dict[str, float]:
-    return {"loss": 1.0, "images_per_s": 10.0, "data_wait_share": wait, "memory_gib": 1.0}
+def reading(wait: float, communication: float = 0.0) -> dict[str, float]:
+    shares = {"data_wait_share": wait, "communication_share": communication, "mfu": 0.4}
+    return {"loss": 1.0, "images_per_s": 10.0, "memory_gib": 1.0, **shares}
 
 
 def test_waiting_for_data_is_diagnosed_with_its_share_and_remedy():
     assert "data wait is 43% of the step" in (diagnosis(reading(0.43)) or "")
     assert "data.workers" in (diagnosis(reading(0.43)) or "")
     assert diagnosis(reading(0.05)) is None
+
+
+def test_communication_is_diagnosed_where_it_takes_more():
+    assert "communication is 52% of the step" in (diagnosis(reading(0.3, 0.52)) or "")
+    assert "data wait is 40%" in (diagnosis(reading(0.4, 0.35)) or "")
+    assert diagnosis(reading(0.0, 0.1)) is None
 
 
 def test_a_diagnosis_is_said_once_and_not_while_loaders_start(capsys: pytest.CaptureFixture[str]):

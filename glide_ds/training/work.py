@@ -1,0 +1,69 @@
+"""How many operations the mathematics of a training step takes, counted on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from glide_ds.config import Config
+from glide_ds.model.glide import Glide
+from glide_ds.training.memory import meta_model, one_image, weight_bytes
+from glide_ds.types import GlideConfig
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations of one image."""
+
+    step: int  # forward and backward, nothing computed again
+    forward: int
+    blocks: Mapping[nn.Module, int]  # the forward pass of each block, which may be computed again
+
+
+def count_work(model: Glide) -> Work:
+    """Operations of one image in matrix products, convolutions and attention, two per multiply-add.
+
+    What the phase freezes has no gradient and costs none.
+    """
+    with torch.device("meta"):
+        inputs = one_image(model.config)
+    forward = FlopCounterMode(display=False)
+    with torch.no_grad(), forward:
+        model(**inputs)
+    with FlopCounterMode(display=False) as counter:
+        model(**inputs).sum().backward()
+    model.zero_grad()
+    counts = forward.get_flop_counts()
+    kind = type(model).__name__
+    blocks: dict[nn.Module, int] = {
+        block: int(sum(counts.get(f"{kind}.{name}", {}).values())) for name, block in model.blocks().items()
+    }
+    return Work(int(counter.get_total_flops()), int(forward.get_total_flops()), blocks)
+
+
+def step_work(glide: GlideConfig, config: Config) -> int:
+    """Operations of one image's training step in the configured phase, what is recomputed left out."""
+    return _step_work(_Phase(glide, config.train.phase, config.train.scope, weight_bytes(config), config))
+
+
+class _Phase:
+    """What decides on the count, as a key; a configuration that can build the model comes along."""
+
+    def __init__(self, glide: GlideConfig, phase: str, scope: str, width: int, config: Config) -> None:
+        self.key, self.glide, self.config = (glide, phase, scope, width), glide, config
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Phase) and self.key == other.key
+
+
+@lru_cache(maxsize=32)
+def _step_work(phase: _Phase) -> int:
+    return count_work(meta_model(phase.glide, phase.config)).step
