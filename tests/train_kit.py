@@ -37,7 +37,12 @@ ARCHITECTURE = {
 DOCUMENT: dict[str, Any] = {
     "train_batch_size": 4,
     "gradient_clipping": 2.0,
-    "zero_optimization": {"stage": 2, "reduce_bucket_size": 1_000_000, "allgather_bucket_size": 1_000_000},
+    "zero_optimization": {
+        "stage": 2,
+        "reduce_bucket_size": 1_000_000,
+        "allgather_bucket_size": 1_000_000,
+        "use_multi_rank_bucket_allreduce": False,
+    },
     "optimizer": {"type": "AdamW", "params": {"lr": 0.001, "betas": [0.9, 0.98], "weight_decay": 0.01}},
     "scheduler": {"type": "WarmupCosineLR", "params": {"warmup_num_steps": 2, "cos_min_ratio": 0.1}},
     "glide_ds": {
