@@ -56,7 +56,7 @@ ROOT = Path(__file__).parents[1]
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"image_size": 16, "model_channels": 32, "channel_mult": [1, 2], "attention_ds": [2], "xf_width": 32,
              "xf_layers": 1, "xf_heads": 2, "text_ctx": 16, "num_head_channels": 16},
-    "mid": {"image_size": 32, "model_channels": 96, "num_head_channels": 32, "xf_width": 256, "xf_layers": 8,
+    "mid": {"image_size": 64, "model_channels": 96, "num_head_channels": 32, "xf_width": 256, "xf_layers": 8,
             "xf_heads": 8},
     "base": {},
 }  # fmt: skip
