@@ -3,13 +3,14 @@
 Arrays are uint8 [height, width, 3], sRGB. JPEG goes through simplejpeg (libjpeg-turbo), which can decode at
 1/2, 1/4 or 1/8 of the size for less work; everything else through Pillow.
 
-How the variant was chosen (benchmarks/loader.py; 64 px against full decode, exact trim and Pillow's Lanczos, over
-300 pictures, a fifth of them bordered; median / 5th percentile dB). What costs quality is not the reduced decode
-but a crop rounded to its pixels: 35/25 before the crop kept its fraction of a pixel (`resample`) and borders were
-found to the pixel of the full size (`borders`), 42.3/33.6 since, at the cheapest scale that leaves 64 pixels.
-Leaving 80 gives 44.4/36.8 for a tenth more time, 96 46.3/38.2 for a fifth. Decoding again where trimming leaves
-fewer than the wanted pixels gives 42.6/36.3, and costs a second decode for most bordered pictures: only what would be
-enlarged more than twofold is.
+How the variant was chosen (benchmarks/results/loader-cpu.json, "variants"; 64 px against full decode, exact trim and
+Pillow's Lanczos, over 400 pictures, a fifth of them bordered; median / 5th percentile dB). What costs quality is not
+the reduced decode but a crop rounded to its pixels: 34.6 / 28.0, where a crop that keeps its fraction of a pixel
+(`resample`), inside borders found to the pixel of the full size (`borders`), gives 44.7 / 36.1 in the same time.
+Leaving only the wanted 64 pixels gives 41.8 / 33.8 in 0.96 of the time, and a picture of 256 pixels would be taken
+at exactly a quarter; leaving 96, 46.2 / 38.2 in 1.06. Decoding again where trimming leaves fewer than the wanted
+pixels gives 44.7 / 37.8 in 1.04, all of it spent on the bordered pictures: only what would be enlarged more than
+twofold is.
 """
 
 from __future__ import annotations
