@@ -159,15 +159,24 @@ conclude() {
   esac
 }
 
-job_state() { squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T; }
+job() { scontrol --oneliner show job "$SLURM_JOB_ID"; }
+
+# Whether a person's scancel ends the job. Slurm calls that COMPLETING, as it does every end; where it has a reason
+# of its own (the time limit, a lost node, a preemption) it says so.
+cancelled() {
+  local job
+  job=$(job)
+  [[ $job == *JobState=CANCELLED* ]] ||
+    [[ $job == *"JobState=COMPLETING Reason=None"* && $job == *PreemptTime=None* ]]
+}
 
 requeue() {
-  [ "$(job_state)" != CANCELLED ] || die 1 "$1; cancelled by a person, so not requeued"
+  ! cancelled || die 1 "$1; cancelled by a person, so not requeued"
   [ "${SLURM_RESTART_COUNT:-0}" -lt "$GLIDE_MAX_RESTARTS" ] ||
     die 1 "$1, after GLIDE_MAX_RESTARTS=$GLIDE_MAX_RESTARTS restarts: submit the job again if that is meant"
   say "$1 at $(progress): requeued"
   # After a node's failure and at a preemption Slurm may have done it already.
-  scontrol requeue "$SLURM_JOB_ID" || [ "$(job_state)" = PENDING ] ||
+  scontrol requeue "$SLURM_JOB_ID" || [[ $(job) == *JobState=PENDING* ]] ||
     die 1 "Slurm refused to requeue the job: submit it again to go on"
   exec sleep 60 # Slurm ends this script
 }

@@ -89,6 +89,7 @@ KillWait=20
 SlurmdTimeout=15
 MessageTimeout=10
 TCPTimeout=2
+MinJobAge=36000
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE

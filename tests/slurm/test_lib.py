@@ -22,13 +22,19 @@ class Ended:
         self.folder.mkdir(parents=True)
         self.bin = path / "bin"
         self.bin.mkdir()
-        self.stand_in("squeue", "echo COMPLETING")
-        self.stand_in("scontrol", 'echo "called $0 $*" | sed "s|/.*/||"')
+        self.state("RUNNING")
         self.stand_in("sleep", "exit 0")
 
     def stand_in(self, name: str, script: str) -> None:
         (self.bin / name).write_text(f"#!/bin/sh\n{script}\n")
         (self.bin / name).chmod(0o755)
+
+    def state(self, job: str, reason: str = "None", preempted: str = "None") -> None:
+        """What Slurm says of the job when it's asked."""
+        shown = f"JobId=7 JobState={job} Reason={reason} Dependency=(null) PreemptTime={preempted} Requeue=1"
+        self.stand_in(
+            "scontrol", f'case "$*" in *show*) echo "{shown}" ;; *) echo "called scontrol $*" ;; esac'
+        )
 
     def left(self, *codes: int, reason: str = "", step: int = 5) -> Ended:
         for rank, code in enumerate(codes):
@@ -120,10 +126,19 @@ def test_restarts_have_a_limit(ended: Ended):
 
 
 def test_what_a_person_cancelled_stays_cancelled(ended: Ended):
-    ended.stand_in("squeue", "echo CANCELLED")
+    ended.state("COMPLETING")
     code, said, requeued = ended.left(0, 0, reason="SIGTERM").conclude()
     assert (code, requeued) == (1, False)
     assert "cancelled by a person" in said
+
+
+@pytest.mark.parametrize(
+    "state",
+    [("COMPLETING", "TimeLimit"), ("COMPLETING", "NodeDown"), ("COMPLETING", "None", "2026-01-01T00:00:00")],
+)
+def test_what_slurm_ends_by_itself_is_requeued(ended: Ended, state: tuple[str, ...]):
+    ended.state(*state)
+    assert ended.left(0, 0, reason="SIGTERM").conclude()[2]
 
 
 def readme_commands() -> tuple[list[str], list[str]]:
