@@ -55,7 +55,7 @@ class Runs(NamedTuple):
         return committed(self.folder / name / "run" / PHASES[self.phase].folder)[0]
 
 
-@pytest.fixture(scope="module", params=["adapter_only AdamW", "full AdamW", "full AdamW8bit"])
+@pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("elastic")
     model = create_model(glide_config(make_config(folder)))
@@ -79,18 +79,25 @@ def slots(folder: Path) -> dict[int, list[tuple[int, int]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CHAINS if name != "straight"])
+@pytest.mark.parametrize(
+    ("runs", "name"),
+    [
+        ("adapter_only AdamW", "shrunk"),
+        ("adapter_only AdamW", "grown"),
+        ("full AdamW", "shrunk"),
+        ("full AdamW", "grown"),
+        ("full AdamW8bit", "shrunk"),
+    ],
+    indirect=["runs"],
+)
 def test_a_run_continued_on_other_ranks_is_the_uninterrupted_one(runs: Runs, name: str, tmp_path: Path):
-    if runs.optimizer == "AdamW8bit" and name == "grown":
-        pytest.skip("one way will do")
-    # 8-bit moments are quantised anew where a cut moved their blocks.
-    of_loss, of_average = (1e-5, 1e-6) if runs.optimizer == "AdamW" else (2e-4, 1e-4)
+    of_loss = 1e-5 if runs.optimizer == "AdamW" else 1e-4
     straight, other = (metrics(runs.folder / run)[-STEPS * 3 :] for run in ("straight", name))
     assert [line["step"] for line in other] == list(range(1, STEPS * 3 + 1))
-    for whole, parted in zip(straight, other, strict=True):
-        assert parted["loss"] == pytest.approx(whole["loss"], rel=of_loss)
-        assert parted["lr_by_role"] == whole["lr_by_role"]
-        assert parted["gate_offset"] == whole["gate_offset"]
+    for line, same in zip(other, straight, strict=True):
+        assert line["loss"] == pytest.approx(same["loss"], rel=of_loss)
+        assert line["lr_by_role"] == same["lr_by_role"]
+        assert line["gate_offset"] == same["gate_offset"]
     assert slots(runs.folder / name) == slots(runs.folder / "straight")
     assert [len(pairs) for pairs in slots(runs.folder / name).values()] == [12] * 3 * STEPS
     one, two = runs.end("straight"), runs.end(name)
@@ -100,11 +107,15 @@ def test_a_run_continued_on_other_ranks_is_the_uninterrupted_one(runs: Runs, nam
     assert len(frozen) == (171 if runs.phase == "adapter_only" else 0)
     for key in frozen:
         assert torch.equal(before[key], after[key]), key
-    averages = [
-        export(end, tmp_path / f"{end.world_size}-{number}.pt", ema=True).popitem()[1]
-        for number, end in enumerate((one, two))
-    ]
-    for key, average in averages[0].items():
-        torch.testing.assert_close(averages[1][key], average, rtol=0, atol=of_average)
-    first = committed(runs.folder / "straight" / "run" / PHASES[runs.phase].folder)[-1].model_state()
-    assert any(not torch.equal(first[key], before[key]) for key in before)
+    first = committed(runs.folder / "straight" / "run" / PHASES[runs.phase].folder)[-1]
+    start, whole, parted = (
+        torch.cat([tensor.flatten() for tensor in averaged.values()])
+        for averaged in (
+            export(end, tmp_path / f"{n}.pt", ema=True).popitem()[1] for n, end in enumerate((first, one, two))
+        )
+    )
+    assert not torch.equal(start, whole)
+    if runs.optimizer == "AdamW":
+        torch.testing.assert_close(parted, whole, rtol=0, atol=1e-6)
+    else:  # 8-bit moments are quantised anew where a cut moves their blocks
+        assert (parted - whole).norm() / (whole - start).norm() < 0.02
