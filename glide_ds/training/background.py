@@ -9,6 +9,7 @@ commits once it has all, and every rank reads the outcome.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 import os
@@ -60,8 +61,12 @@ class Saver:
         self.failure: str | None = None  # of the last save
         self.failures = 0
         self.stale: list[str] = []  # the last save's keys in the store
-        # DeepSpeed would copy its own export script into every checkpoint while training waits.
+        # DeepSpeed would copy its own export script into every checkpoint while training waits, and list the
+        # module's names and shapes anew: a third of the stall of a small model's save.
         engine._copy_recovery_script = lambda folder: None
+        for name in ("_get_buffer_names", "_get_zero_param_shapes", "_get_shared_params"):
+            if hasattr(engine, name):
+                setattr(engine, name, functools.cache(getattr(engine, name)))
 
     def save(self, step: int, facts: Mapping[str, Any], files: Mapping[str, Any] | None = None) -> None:
         """Copy the state after update `step`, and have it written. Waits for the save before.

@@ -104,8 +104,8 @@ def save(run: PhaseRun, done: int, first_offset: float) -> None:
         "stability": run.guard.facts(),
         **run.validation.facts(),
     }
+    report_data(run)  # before the writing thread competes for Python's lock
     run.saver.save(done, facts, run.ema.files() if run.ema else None)
-    report_data(run)
 
 
 def report_data(run: PhaseRun) -> None:
