@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import slurm_kit
 
-NODES = 8
+NODES = 12  # four jobs on two each, and those that a restarted one keeps off
 
 
 @pytest.fixture(scope="session")

@@ -91,6 +91,7 @@ class Job:
 
     def __init__(self, cluster: Cluster, number: str, run: Path) -> None:
         self.cluster, self.number, self.run = cluster, number, run
+        self.left: set[str] = set()  # nodes of earlier starts
 
     def field(self, name: str) -> str:
         shown = self.cluster.on("ctl", "scontrol", "show", "job", self.number)
@@ -128,10 +129,15 @@ class Job:
         self.cluster.on("ctl", "scontrol", "update", f"JobId={self.number}", *changes)
 
     def wait_for_requeue(self, times: int, **fields: str) -> None:
-        """Until it's back in the queue, and then run again at once rather than in Slurm's two minutes."""
+        """Until it's back in the queue, and then run again at once rather than in Slurm's two minutes.
+
+        On other nodes: a busy slurmctld repeats its order to end the job after a minute, and a start that is
+        there by then would have it for its own.
+        """
         self.wait("requeue", lambda: int(self.field("Restarts")) == times)
+        self.left |= set(self.nodes())
         self.wait("pending", lambda: self.field("JobState") == "PENDING")
-        self.update(StartTime="now", **fields)
+        self.update(ExcNodeList=",".join(sorted(self.left)), StartTime="now", **fields)
 
     def finish(self) -> str:
         """Its state at the end."""
