@@ -89,6 +89,7 @@ def slots(folder: Path) -> dict[int, list[tuple[int, int]]]:
         ("full AdamW8bit", "shrunk"),
     ],
     indirect=["runs"],
+    scope="module",  # so that both of a phase follow each other, on one set of runs
 )
 def test_a_run_continued_on_other_ranks_is_the_uninterrupted_one(runs: Runs, name: str, tmp_path: Path):
     of_loss = 1e-5 if runs.optimizer == "AdamW" else 1e-4
