@@ -7,10 +7,10 @@ How the variant was chosen (benchmarks/results/loader-cpu.json, "variants"; 64 p
 Pillow's Lanczos, over 400 pictures, a fifth of them bordered; median / 5th percentile dB). What costs quality is not
 the reduced decode but a crop rounded to its pixels: 34.6 / 28.0, where a crop that keeps its fraction of a pixel
 (`resample`), inside borders found to the pixel of the full size (`borders`), gives 44.7 / 36.1 in the same time.
-Leaving only the wanted 64 pixels gives 41.8 / 33.8 in 0.96 of the time, and a picture of 256 pixels would be taken
-at exactly a quarter; leaving 96, 46.2 / 38.2 in 1.06. Decoding again where trimming leaves fewer than the wanted
-pixels gives 44.7 / 37.8 in 1.04, all of it spent on the bordered pictures: only what would be enlarged more than
-twofold is.
+Leaving only the wanted 64 pixels gives 41.8 / 33.8 in 0.96 of the time, and 37.4 / 35.4 instead of 44.5 / 42.8 where
+the shorter side is 256, as img2dataset writes it. Leaving 96 gives 46.2 / 38.2 in 1.09. Decoding again where trimming
+leaves fewer than the wanted pixels gives 44.7 / 37.8 in 1.05, all of it spent on the bordered pictures: only what
+would be enlarged more than twofold is.
 """
 
 from __future__ import annotations
