@@ -67,6 +67,11 @@ class Saver:
         for name in ("_get_buffer_names", "_get_zero_param_shapes", "_get_shared_params"):
             if hasattr(engine, name):
                 setattr(engine, name, functools.cache(getattr(engine, name)))
+        if hasattr(engine, "_get_zero_frozen_param_attributes"):
+            frozen = engine._get_zero_frozen_param_attributes(lambda parameter: parameter)
+            engine._get_zero_frozen_param_attributes = lambda attribute: {
+                name: attribute(parameter) for name, parameter in frozen.items()
+            }
 
     def save(self, step: int, facts: Mapping[str, Any], files: Mapping[str, Any] | None = None) -> None:
         """Copy the state after update `step`, and have it written. Waits for the save before.
