@@ -72,6 +72,7 @@ def deepspeed_config(config: Config, arithmetic: BatchArithmetic) -> dict[str, A
         "train_micro_batch_size_per_gpu": arithmetic.micro_batch,
         "gradient_accumulation_steps": arithmetic.accumulation,
         "gradient_clipping": 0.0,  # RoleClipping clips
+        "checkpoint": {"tag_validation": "Ignore"},  # all ranks name a save by the step, which they count alike
     }
 
 

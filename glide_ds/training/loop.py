@@ -110,8 +110,10 @@ def save(run: PhaseRun, done: int, first_offset: float) -> None:
 
 def report_data(run: PhaseRun) -> None:
     """What all ranks read, skipped, filtered and replaced since the start of this process. Collective."""
-    reports: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(reports, run.source.report())
+    reports = [run.source.report()]
+    if dist.get_world_size() > 1:  # training waits, and a gathering of one takes a millisecond
+        own, reports = reports[0], [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(reports, own)
     if dist.get_rank() == 0:
         run.log.data_report(merge_reports(reports))
 
