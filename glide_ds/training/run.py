@@ -213,8 +213,8 @@ def phase_run(
         diffusion = create_diffusion(config.model.noise_schedule)
         validation = Validation(config, start, diffusion, clip)
         peak = peak_rate(glide, config, device) if rank == 0 else 0.0
-        traffic = Traffic(device).open()
         watch, stopper = watch or Watch(), Stopper(config.run, train_config.phase)
+        traffic = Traffic(device, watch).open()
         try:
             yield PhaseRun(
                 config=config,

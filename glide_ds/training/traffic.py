@@ -1,4 +1,7 @@
-"""The share of a step that goes to collectives: sending, and waiting for ranks that come later."""
+"""The share of a step that goes to collectives: sending, and waiting for ranks that come later.
+
+Each is noted on the watch too, so that a hang's report can name the last.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from functools import wraps
 from typing import Any
 
 import torch
+
+from glide_ds.training.watchdog import Watch
 
 # Of deepspeed.comm: what ZeRO and the trainer's clipping call.
 COLLECTIVES = (
@@ -23,8 +28,8 @@ COLLECTIVES = (
 class Traffic:
     """Times DeepSpeed's collectives from `open` to `close`; a GPU's by events, which make nobody wait."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
+    def __init__(self, device: torch.device, watch: Watch) -> None:
+        self.watch, self.on_gpu = watch, device.type == "cuda"
         self.seconds = 0.0
         self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.originals: dict[str, Callable[..., Any]] = {}
@@ -34,7 +39,7 @@ class Traffic:
 
         for name in COLLECTIVES:
             self.originals[name] = getattr(comm, name)
-            setattr(comm, name, self._timed(self.originals[name]))
+            setattr(comm, name, self._timed(name, self.originals[name]))
         return self
 
     def close(self) -> None:
@@ -52,9 +57,10 @@ class Traffic:
         read, self.seconds = self.seconds, 0.0
         return read
 
-    def _timed(self, collective: Callable[..., Any]) -> Callable[..., Any]:
+    def _timed(self, name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(collective)
         def call(*args: Any, **kwargs: Any) -> Any:
+            self.watch.calls(name)
             if self.on_gpu:
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 begin.record()

@@ -64,6 +64,7 @@ class Watch:
         self.count = 0  # marks passed: the same sequence on all ranks
         self.micro, self._reading = 0, -1  # batches read of this global batch
         self.beats = 0  # signs of life that only some ranks give
+        self.collective, self.collectives = "", 0  # DeepSpeed's that was begun last, and how many were
 
     def at(self, mark: str, step: int) -> None:
         """This rank now begins `mark` (data, forward, backward, step, log, save, sample, validate)."""
@@ -72,6 +73,11 @@ class Watch:
             self._reading = step
         self.mark, self.step = mark, step
         self.count += 1
+
+    def calls(self, collective: str) -> None:
+        """This rank now calls one of DeepSpeed's collectives."""
+        self.collective = collective
+        self.collectives += 1
 
     def beat(self) -> None:
         """A sign of life within a long mark, on this rank alone."""
@@ -96,10 +102,16 @@ class Post(NamedTuple):
     micro: int  # batches read of the global batch
     passed: int  # marks
     quiet: float  # seconds since the last mark or beat
+    collective: str = ""  # begun last
+    collectives: int = 0  # begun so far
 
     def describe(self) -> str:
         batch = f", batch {self.micro} of global batch {self.step}" if self.mark == "data" else ""
-        return f"rank {self.rank} ({self.host}, pid {self.pid}) in {self.mark!r} after step {self.step}{batch}"
+        where = f"{self.mark!r} after step {self.step}{batch}{self.last_collective()}"
+        return f"rank {self.rank} ({self.host}, pid {self.pid}) in {where}"
+
+    def last_collective(self) -> str:
+        return f", last collective {self.collective} (number {self.collectives})" if self.collective else ""
 
 
 class Cause(NamedTuple):
@@ -132,13 +144,13 @@ def describe_hang(
             lines.append("    does not answer: stopped, or a C call holds Python's lock; it is killed")
         elif post.rank in where:
             lines.append(f"    {where[post.rank]}")
-    marks: dict[tuple[str, int], list[int]] = {}
+    marks: dict[tuple[str, int, str], list[int]] = {}
     for post in posts:
         if post not in late:
-            marks.setdefault((post.mark, post.step), []).append(post.rank)
-    for (mark, step), ranks in marks.items():
+            marks.setdefault((post.mark, post.step, post.last_collective()), []).append(post.rank)
+    for (mark, step, last), ranks in marks.items():
         shown = ", ".join(map(str, ranks[:SHOWN])) + (", …" if len(ranks) > SHOWN else "")
-        lines.append(f"  {len(ranks)} waiting in {mark!r} after step {step}: rank {shown}")
+        lines.append(f"  {len(ranks)} waiting in {mark!r} after step {step}{last}: rank {shown}")
     lines.append(f"  stacks: {folder}/rank*.txt. All ranks end with code {EXIT_LOST}; the same command goes on")
     return "\n".join(lines)
 
@@ -258,6 +270,8 @@ class Watchdog:
             watch.micro,
             watch.count,
             self.clock - self._moved,
+            watch.collective,
+            watch.collectives,
         )
         self.board.set(f"rank{self.rank}", json.dumps(post))
 

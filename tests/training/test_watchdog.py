@@ -30,7 +30,10 @@ def test_a_watch_counts_marks_and_the_batches_of_a_step():
         watch.at("log", step + 1)
     assert (watch.mark, watch.step, watch.micro, watch.count) == ("log", 5, 2, 18)
     assert list(watch.over([7, 8])) == [7, 8]
+    watch.calls("reduce")
+    watch.calls("all_gather")
     assert (watch.count, watch.beats) == (18, 2)
+    assert (watch.collective, watch.collectives) == ("all_gather", 2)
 
 
 def post(rank: int, mark: str, passed: int, step: int = 5) -> Post:
@@ -50,6 +53,17 @@ def test_the_late_rank_has_passed_the_fewest_marks(tmp_path: Path):
     ]
     assert "  2 waiting in 'backward' after step 5: rank 0, 2" in told
     assert f"{tmp_path}/rank*.txt" in told
+
+
+def test_the_last_collective_of_each_rank_is_told(tmp_path: Path):
+    ahead, late = post(0, "backward", 12), post(1, "data", 10)
+    posts = [
+        ahead._replace(collective="reduce", collectives=31),
+        late._replace(collective="all_gather", collectives=30),
+    ]
+    told = describe_hang(posts, set(), {}, 30.0, tmp_path)
+    assert "batch 2 of global batch 5, last collective all_gather (number 30) for 31 s" in told
+    assert "1 waiting in 'backward' after step 5, last collective reduce (number 31): rank 0" in told
 
 
 def test_a_silent_rank_is_the_late_one(tmp_path: Path):
