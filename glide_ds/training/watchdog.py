@@ -65,14 +65,18 @@ class Watch:
         self.micro, self._reading = 0, -1  # batches read of this global batch
         self.beats = 0  # signs of life that only some ranks give
         self.collective, self.collectives = "", 0  # DeepSpeed's that was begun last, and how many were
+        self.begins = threading.Event()  # set-up is over, and with it the patience for it
 
     def at(self, mark: str, step: int) -> None:
         """This rank now begins `mark` (data, forward, backward, step, log, save, sample, validate)."""
         if mark == "data":
             self.micro = self.micro + 1 if step == self._reading else 1
             self._reading = step
+        begins = self.mark == SET_UP != mark
         self.mark, self.step = mark, step
         self.count += 1
+        if begins:
+            self.begins.set()
 
     def calls(self, collective: str) -> None:
         """This rank now calls one of DeepSpeed's collectives."""
@@ -205,6 +209,7 @@ class Watchdog:
 
     def close(self) -> None:
         self._closed.set()
+        self.watch.begins.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
 
@@ -229,7 +234,12 @@ class Watchdog:
 
     def _run(self) -> None:
         before = time.monotonic()
-        while not self._closed.wait(TICK_S):
+        while True:
+            # A rank that stands still in its first second must not be taken for one that is setting up.
+            self.watch.begins.wait(TICK_S)
+            self.watch.begins.clear()
+            if self._closed.is_set():
+                return
             now = time.monotonic()
             self.clock += min(now - before, 2 * TICK_S)  # not while suspended
             before = now
