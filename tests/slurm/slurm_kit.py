@@ -128,16 +128,20 @@ class Job:
         changes = [f"{name}={value}" for name, value in fields.items()]
         self.cluster.on("ctl", "scontrol", "update", f"JobId={self.number}", *changes)
 
-    def wait_for_requeue(self, times: int, **fields: str) -> None:
+    def wait_for_requeue(self, times: int, **fields: str) -> dict[str, Any]:
         """Until it's back in the queue, and then run again at once rather than in Slurm's two minutes.
 
         On other nodes: a busy slurmctld repeats its order to end the job after a minute, and a start that is
-        there by then would have it for its own.
+        there by then would have it for its own. Returns what the run left in STOPPED.json, which the new start
+        removes at once; nothing where it did not stop well.
         """
         self.wait("requeue", lambda: int(self.field("Restarts")) == times)
         self.left |= set(self.nodes())
         self.wait("pending", lambda: self.field("JobState") == "PENDING")
+        marker = self.run / "STOPPED.json"
+        stopped: dict[str, Any] = json.loads(marker.read_text()) if marker.exists() else {}
         self.update(ExcNodeList=",".join(sorted(self.left)), StartTime="now", **fields)
+        return stopped
 
     def finish(self) -> str:
         """Its state at the end."""

@@ -5,7 +5,6 @@ Slow: some 18 launches of two ranks. Most scenarios wait for Slurm more than the
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -62,8 +61,7 @@ def stopped_then_killed(cluster: Cluster, folder: Path) -> Job:
         cluster.on("ctl", "scancel", "--batch", "--signal=USR1", job.number)
         job.wait("stop file", (job.run / "STOP").exists)
         time.sleep(1.5)  # the ranks look for the file once a second
-    job.wait_for_requeue(1)
-    stopped = json.loads((job.run / "STOPPED.json").read_text())
+    stopped = job.wait_for_requeue(1)
     assert EVERY <= stopped["step"] < STEPS, stopped
     job.wait("a checkpoint in the making", lambda: being_written(job), every=0.005)
     os.kill(job.rank_pids()[-1], signal.SIGKILL)
@@ -79,8 +77,7 @@ def preempted(cluster: Cluster, folder: Path) -> Job:
         cluster.on("ctl", "sbatch", *urgent, f"--output={folder}/urgent.log", "--wrap=sleep 1")
         job.wait("preemption", lambda: job.field("PreemptTime") != "None")
         time.sleep(1)
-    job.wait_for_requeue(1)
-    assert json.loads((job.run / "STOPPED.json").read_text())["reason"] == "SIGTERM"
+    assert job.wait_for_requeue(1)["reason"] == "SIGTERM"
     job.finish()
     return job
 
