@@ -173,6 +173,9 @@ class Saver:
             self.say(f"!! CHECKPOINT NOT SAVED: {self.failure}; the previous checkpoint stands")
 
 
+Copies = dict[tuple[int, torch.dtype], Tensor]  # of storages, by address and the type they are read as
+
+
 class Snapshot:
     """A copy of the engine's state in host memory. Takes the place of DeepSpeed's checkpoint engine meanwhile.
 
@@ -194,7 +197,7 @@ class Snapshot:
             engine.checkpoint_engine = theirs
         for name, state in files.items():
             self.save(state, name)
-        if torch.cuda.is_available():
+        if torch.device(engine.device).type == "cuda":
             torch.cuda.current_stream().synchronize()
 
     def write(self, target: Path) -> dict[str, dict[str, Any]]:
@@ -213,7 +216,7 @@ class Snapshot:
 
     def save(self, state_dict: Mapping[str, Any], path: str) -> None:
         name = Path(path).name
-        copies: dict[int, Tensor] = {}
+        copies: Copies = {}
         # An error here would leave the other ranks waiting in DeepSpeed's barrier: it is told by the thread.
         self.failure = self.failure or attempt(
             lambda: self.files.update({name: self._copied(state_dict, name, copies)})
@@ -231,7 +234,7 @@ class Snapshot:
     def is_decoupled(self) -> bool:
         return False
 
-    def _copied(self, value: Any, name: str, copies: dict[int, Tensor]) -> Any:
+    def _copied(self, value: Any, name: str, copies: Copies) -> Any:
         """`value` with new containers, and every tensor a view of a host copy of its storage."""
         if isinstance(value, Tensor):
             return self._host(value, name, copies)
@@ -244,19 +247,19 @@ class Snapshot:
             return type(value)(self._copied(inner, name, copies) for inner in value)
         return value
 
-    def _host(self, tensor: Tensor, name: str, copies: dict[int, Tensor]) -> Tensor:
+    def _host(self, tensor: Tensor, name: str, copies: Copies) -> Tensor:
         """ZeRO's parameters are views of one flat buffer: storages are copied, each once."""
         storage = tensor.untyped_storage()
-        if storage._cdata not in copies:
+        whole = copies.get((storage._cdata, tensor.dtype))
+        if whole is None:
             key, size, pinned = (name, len(copies)), storage.nbytes(), tensor.is_cuda
             buffer = self.buffers.get(key)
             if buffer is None or buffer.numel() != size:
                 buffer = self.buffers[key] = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
             source = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-            copies[storage._cdata] = buffer.copy_(source, non_blocking=True)
-        return torch.empty(0, dtype=tensor.dtype).set_(
-            copies[storage._cdata].untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride()
-        )
+            whole = buffer.copy_(source, non_blocking=True).view(tensor.dtype)
+            copies[storage._cdata, tensor.dtype] = whole
+        return whole.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
 
 
 def attempt(action: Callable[[], object]) -> str | None:
