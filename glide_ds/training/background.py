@@ -186,6 +186,7 @@ class Snapshot:
         self.files: dict[str, Any] = {}
         self.failure: str | None = None
         self.buffers: dict[tuple[str, int], Tensor] = {}
+        self.from_gpu = False  # some of the copies arrive later than they are ordered
 
     def take(self, engine: Any, folder: Path, tag: str, files: Mapping[str, Any]) -> None:
         """Copy what DeepSpeed saves of `engine` on this rank, and `files`. Collective."""
@@ -197,7 +198,7 @@ class Snapshot:
             engine.checkpoint_engine = theirs
         for name, state in files.items():
             self.save(state, name)
-        if torch.device(engine.device).type == "cuda":
+        if self.from_gpu:
             torch.cuda.current_stream().synchronize()
 
     def write(self, target: Path) -> dict[str, dict[str, Any]]:
@@ -256,6 +257,7 @@ class Snapshot:
             buffer = self.buffers.get(key)
             if buffer is None or buffer.numel() != size:
                 buffer = self.buffers[key] = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+            self.from_gpu |= tensor.is_cuda
             source = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
             whole = buffer.copy_(source, non_blocking=True).view(tensor.dtype)
             copies[storage._cdata, tensor.dtype] = whole
