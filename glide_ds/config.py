@@ -238,9 +238,7 @@ class TrainConfig:
     # What is computed again in the backward pass to save memory: none | attention | blocks (all of them) | budget.
     checkpointing: Checkpointing = "blocks"
     activation_gb: float = 0.0  # GiB that checkpointing=budget may keep per rank between forward and backward
-    compile: bool = (
-        False  # compile the model's blocks, with torch.compile: a minute's work, kept for later starts
-    )
+    compile: bool = False  # the blocks, by torch.compile: minutes at the first start, then kept
     tf32: bool = True
     channels_last: bool = False  # NHWC activations: 1.25 times as fast on a CPU
 

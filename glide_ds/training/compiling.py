@@ -20,9 +20,7 @@ from glide_ds.training.logging import duration
 from glide_ds.training.memory import one_image
 from glide_ds.types import ConfigError
 
-FORMS = (
-    1024  # of one block's code: sizes, phases, precisions. torch's limits of 8 and 256 guard against mistakes
-)
+FORMS = 1024  # of one block's code, by size, phase, precision; torch's own limit of 8 guards against mistakes
 TELL_S = 5.0
 
 
@@ -31,16 +29,18 @@ def set_compilation(model: Glide, config: Config, micro_batch: int, device: torc
 
     Raises ConfigError where this machine can't compile.
     """
-    for block in model.blocks().values():
+    blocks = model.blocks().values()
+    for block in blocks:
         block.compiled = None
     if not config.train.compile:
         return
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = FORMS
-    progress = Progress(len(model.blocks()), shown=dist.get_rank() == 0)
-    for block in model.blocks().values():
-        block.compiled = progress.over(torch.compile(block.forward, dynamic=False, fullgraph=True))
+    progress = Progress(len(blocks), shown=dist.get_rank() == 0)
+    compiled = [torch.compile(block.forward, dynamic=False, fullgraph=True) for block in blocks]
+    for block, call in zip(blocks, compiled, strict=True):
+        block.compiled = progress.over(call)
     try:
         _one_step(model, config, micro_batch, device)
     except torch._dynamo.exc.TorchDynamoException as error:
@@ -48,8 +48,8 @@ def set_compilation(model: Glide, config: Config, micro_batch: int, device: torc
             f"train.compile=true, and this machine can't compile ({str(error).strip().splitlines()[0]}); it takes "
             "Triton on a GPU and a C++ compiler on a CPU. Install that, or set train.compile=false"
         ) from error
-    for block in model.blocks().values():
-        block.compiled = torch.compile(block.forward, dynamic=False, fullgraph=True)
+    for block, call in zip(blocks, compiled, strict=True):
+        block.compiled = call
     progress.end()
 
 

@@ -184,12 +184,7 @@ def phase_run(
         model = create_model(glide)
     model = model.float().to(device)
     told = agreed(lambda: load_start(model, config, start))
-    set_recomputation(model, config, arithmetic)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = train_config.tf32
-    model.reduce_attention(train_config.tf32 and can_reduce(device))
-    torch.backends.cudnn.benchmark = (
-        True  # shapes never change: the fastest algorithm of each is worth a search
-    )
+    set_ways(model, config, arithmetic, device)
     engine = build_engine(model, parameter_groups(model, config), config, arithmetic)
     try:
         agreed(lambda: set_compilation(model, config, arithmetic.micro_batch, device))
@@ -248,6 +243,16 @@ def phase_run(
         log.close()
     finally:
         release(engine)
+
+
+def set_ways(model: Glide, config: Config, arithmetic: BatchArithmetic, device: torch.device) -> None:
+    """How the same numbers are computed: what twice, and in which precision products are taken."""
+    set_recomputation(model, config, arithmetic)
+    tf32 = config.train.tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    model.reduce_attention(tf32 and can_reduce(device))
+    # Shapes never change: the fastest algorithm for each is worth a search.
+    torch.backends.cudnn.benchmark = True
 
 
 def peak_rate(glide: GlideConfig, config: Config, device: torch.device) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import nn
@@ -48,22 +47,10 @@ def count_work(model: Glide) -> Work:
 
 def step_work(glide: GlideConfig, config: Config) -> int:
     """Operations of one image's training step in the configured phase, what is recomputed left out."""
-    return _step_work(_Phase(glide, config.train.phase, config.train.scope, weight_bytes(config), config))
+    key = (glide, config.train.phase, config.train.scope, weight_bytes(config))
+    if key not in _steps:
+        _steps[key] = count_work(meta_model(glide, config)).step
+    return _steps[key]
 
 
-class _Phase:
-    """What decides on the count, as a key; a configuration that can build the model comes along."""
-
-    def __init__(self, glide: GlideConfig, phase: str, scope: str, width: int, config: Config) -> None:
-        self.key, self.glide, self.config = (glide, phase, scope, width), glide, config
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Phase) and self.key == other.key
-
-
-@lru_cache(maxsize=32)
-def _step_work(phase: _Phase) -> int:
-    return count_work(meta_model(phase.glide, phase.config)).step
+_steps: dict[tuple[GlideConfig, str, str, int], int] = {}  # counting the base model takes seconds
