@@ -100,8 +100,8 @@ def set_recomputation(model: Glide, config: Config, arithmetic: BatchArithmetic)
         return
     twin = meta_model(model.config, config)
     again = recomputed(count_activations(twin), config, arithmetic, "budget")
-    for name, block in twin.blocks().items():
-        model.blocks()[name].recompute = block in again
+    for block, planned in zip(model.blocks().values(), twin.blocks().values(), strict=True):
+        block.recompute = planned in again
 
 
 def activation_bytes(model: Glide, micro_batch: int, dial: str) -> int:
@@ -187,7 +187,10 @@ def count_activations(model: Glide) -> Activations:
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
         block = Kept(module)
-        block.work = sum(p.numel() for p in module.parameters()) * args[0].shape[2:].numel()
+        tokens = (
+            args[0].shape[2:].numel() if args[0].ndim == 4 else args[0].shape[1]
+        )  # pixels, or the caption's
+        block.work = sum(p.numel() for p in module.parameters()) * tokens
         if args[0].requires_grad or any(p.requires_grad for p in module.parameters()):
             block.input = args[0].untyped_storage().nbytes()
         block.gradients = sum(p.nbytes for p in module.parameters() if p.requires_grad)
