@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -188,28 +189,72 @@ def test_blocks_serve_ranges_across_their_edges(server: FlakyServer, tmp_path: P
         reader.read(url, len(data) - 3, 10)
 
 
-@pytest.mark.slow
-def test_s3_gives_the_local_epoch(local: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def s3(local: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
+    """s3://laion in moto's S3, with the local shards; (method, path) of every request that reaches it since."""
     pytest.importorskip("s3fs", reason="S3 needs s3fs")
     moto = pytest.importorskip("moto.server", reason="the S3 emulator is moto")
     import s3fs
+    from werkzeug.serving import make_server
 
-    emulator = moto.ThreadedMotoServer("127.0.0.1", 0)
-    emulator.start()
-    try:
-        host, port = emulator.get_host_and_port()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        bucket = s3fs.S3FileSystem(skip_instance_cache=True)
-        bucket.mkdir("laion")
-        for path in expand(local):
-            bucket.pipe_file(f"laion/{Path(path).name}", Path(path).read_bytes())
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
-        ids, images, _ = epoch(local, index_dir=str(tmp_path / "a"))
-        far = epoch("s3://laion/s-{000..002}.tar", index_dir=str(tmp_path / "b"), workers=2)
-        assert torch.equal(ids, far[0])
-        assert torch.equal(images, far[1])
-    finally:
-        emulator.stop()
+    requests: list[tuple[str, str]] = []
+    emulator = moto.DomainDispatcherApplication(moto.create_backend_app)
+
+    def counted(environ: dict[str, Any], respond: Any) -> Any:
+        requests.append((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
+        return emulator(environ, respond)
+
+    server = make_server("127.0.0.1", 0, counted, threaded=True, request_handler=moto.MotoRequestHandler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    bucket = s3fs.S3FileSystem(skip_instance_cache=True)
+    bucket.mkdir("laion")
+    for path in expand(local):
+        bucket.pipe_file(f"laion/{Path(path).name}", Path(path).read_bytes())
+    requests.clear()
+    yield requests
+    bucket.rm("laion", recursive=True)  # moto keeps its state for the whole process
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.slow
+def test_s3_gives_the_local_epoch(local: str, s3: list[tuple[str, str]], tmp_path: Path) -> None:
+    ids, images, _ = epoch(local, index_dir=str(tmp_path / "a"))
+    far = epoch("s3://laion/s-{000..002}.tar", index_dir=str(tmp_path / "b"), workers=2)
+    assert s3
+    assert torch.equal(ids, far[0])
+    assert torch.equal(images, far[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_second_cached_epoch_over_s3_makes_no_request(
+    s3: list[tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.setattr(storage_module, "BLOCK_BYTES", 1024)  # the scan leaves some for the epoch
+    monkeypatch.setattr(storage_module, "BLOCKS_IN_MEMORY", 1)  # what serves the epoch again is the disk
+    shards, cached = "s3://laion/s-{000..002}.tar", {"cache_dir": str(tmp_path / "cache"), "workers": workers}
+    made = source(shards, **cached)
+    steps = made.batches_per_epoch
+    s3.clear()
+    first = take(made, steps)
+    assert {("GET", f"/laion/s-{n:03d}.tar") for n in range(3)} <= set(s3)
+    s3.clear()
+    again = take(made, steps)
+    assert s3 == []
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one.sample_ids, other.sample_ids)
+        assert torch.equal(one.images, other.images)
+    # A new process asks for size and ETag, once per shard, and for none of a shard's bytes.
+    fresh = source(shards, **cached)
+    assert Counter(s3) == {("HEAD", f"/laion/s-{n:03d}.tar"): 1 for n in range(3)}
+    s3.clear()
+    take(fresh, 2 * steps)  # its second half is an epoch in another order
+    assert s3 == []
