@@ -26,10 +26,13 @@ step() {
 eager() { step eager options --eager --only "plain eager" "+ channels_last" "+ DeepSpeed, fused AdamW" "+ AdamW8bit"; }
 compiled_tf32() { step compiled-tf32 options --only "+ compile" --profile; }
 compiled_bf16() { step compiled-bf16 options --only "+ bf16" --profile; }
+# Only fills the compiler's cache, beside whatever else runs.
+warm_tf32() { rounds=1 out=/tmp step compiled-tf32 options --only "+ compile"; }
+warm_bf16() { rounds=1 out=/tmp step compiled-bf16 options --only "+ bf16"; }
 phases() { step phases phases --eager; }
 overhead() { step overhead overhead --eager; }
 dials() { step dials dials --eager; }
-batch() { step batch batch --eager --micro "$micro" $((2 * micro)); }
+batch() { step batch batch --eager --micro $((micro / 4)) $((micro / 2)) "$micro"; }
 parity() { size=mid micro=8 step parity parity; }
 optimizer() { python3 benchmarks/optimizer.py --device cuda --size 100000000 --out "$out/optimizer-$card.json"; }
 memory() { python3 benchmarks/memory.py --out "$out/memory-$card.json"; }

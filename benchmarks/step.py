@@ -291,10 +291,12 @@ def run_variants(chosen: list[Variant], args: argparse.Namespace, device: torch.
             if lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             rows = measure(trainees, args.rounds, device)
+            show(rows)
             if args.profile:
                 for trainee, row in zip(trainees, rows, strict=True):
                     step = partial(trainee.step, 0)
                     row["profile"] = {"kernels": profiling.kernels(step), "waits": profiling.waits(step)}
+                    profiling.show(row["profile"])
         return rows
 
 
@@ -323,7 +325,6 @@ def main() -> None:
         # Micro-batches of very different size would not fit beside each other.
         together = [[v] for v in chosen] if args.suite == "batch" else [chosen]
         rows = [row for group in together for row in run_variants(group, args, device)]
-        show(rows)
     dist.destroy_process_group()
     if args.out:
         report = {"environment": environment(device.type), "suite": args.suite, "size": args.size}
@@ -339,8 +340,6 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"{row['tflops']:10.3f}{row['mfu']:10.1%}{row['step_gib']:10.2f}",
             flush=True,
         )
-        if "profile" in row:
-            profiling.show(row["profile"])
 
 
 if __name__ == "__main__":

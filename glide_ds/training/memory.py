@@ -141,8 +141,8 @@ def memory_estimate(
         groups[name] = groups.get(name, 0) + sum(p.numel() for p in group["params"])
     trained = sum(groups.values())
     zero = config.deepspeed.get("zero_optimization", {})
-    bucket = min(trained, int(zero.get("reduce_bucket_size", 5e8)))
-    accumulated = width * trained / world if arithmetic.accumulation > 1 else 0.0
+    bucket = min(trained, int(zero.get("reduce_bucket_size", 5e8))) if world > 1 else 0  # see keep_gradients
+    accumulated = 4.0 * trained / world if arithmetic.accumulation > 1 else 0.0
     gradients = width * trained / world
     static = {
         "weights": float(width * sum(p.numel() for p in (*model.parameters(), *model.buffers()))),

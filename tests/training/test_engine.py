@@ -39,7 +39,7 @@ class Bare:
 
 
 def bare_twin(run: PhaseRun) -> Glide:
-    model = create_model(run.model.config)
+    model = create_model(run.model.config).to(next(run.model.parameters()).dtype)
     model.load_state_dict(run.model.state_dict())
     model.recompute(run.config.train.checkpointing)
     return model.train()
@@ -154,11 +154,13 @@ def test_a_fresh_adapter_changes_no_loss(tmp_path: Path, offset: float):
 # --- bare against wrapped ---
 
 
-def test_bare_and_wrapped_losses_and_gradients_agree(tmp_path: Path):
+@pytest.mark.parametrize("precision", [{}, {"bf16": {"enabled": True}}], ids=["fp32", "bf16"])
+def test_bare_and_wrapped_losses_and_gradients_agree(tmp_path: Path, precision: dict[str, Any]):
     config = make_config(
         tmp_path,
         train={"kl_weight": 0.5, "kl_every": 1, "loss": "hybrid", "adapter_clipping": 0.0},
         gradient_clipping=0.0,
+        **precision,
     )
     with opened(config, shake) as run:
         run.model.clip_gate_offset.fill_(10.0)
@@ -181,6 +183,33 @@ def test_bare_and_wrapped_losses_and_gradients_agree(tmp_path: Path):
                 atol=1e-7,
                 msg=lambda m, n=name: f"{n}: {m}",
             )
+
+
+def test_bf16_gradients_add_up_in_fp32(tmp_path: Path):
+    config = make_config(
+        tmp_path,
+        train={"adapter_clipping": 0.0},
+        gradient_clipping=0.0,
+        bf16={"enabled": True},
+        train_micro_batch_size_per_gpu=2,
+    )
+    with opened(config, shake) as run:
+        bare = bare_twin(run)
+        gradients: dict[str, Tensor] = {}
+        total: dict[str, Tensor] = {}
+        watch_gradients(run, lambda name, gradient: gradients.update({name: gradient.clone().view(-1)}))
+        run.engine.train()
+        for step in range(2):
+            run.engine.backward(loss_of(run, run.engine, step).total)
+            run.engine.step()
+            (loss_of(run, Bare(bare), step).total / 2).backward()
+            for name, parameter in bare.named_parameters():
+                assert parameter.grad is not None
+                gradient = parameter.grad.float().view(-1)
+                total[name] = total[name] + gradient if step else gradient
+            bare.zero_grad()
+        for name, gradient in gradients.items():
+            assert torch.equal(gradient, total[name]), name
 
 
 def test_the_engine_trains_as_plain_torch_does(tmp_path: Path):
