@@ -7,6 +7,7 @@ ViT-L/14). Embeddings have unit length; the adapter scales them as it needs.
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -363,7 +364,6 @@ def _keep_tower(model: Any, source: str) -> Any:
 
 def _tokenizer(found: _Found) -> Callable[[list[str]], Tensor]:
     from open_clip import get_tokenizer
-    from open_clip.tokenizer import SimpleTokenizer
 
     text = found.architecture["text_cfg"]
     if "hf_tokenizer_name" in text or "siglip" in found.name.lower():
@@ -375,4 +375,12 @@ def _tokenizer(found: _Found) -> Callable[[list[str]], Tensor]:
                 "pip install transformers and run once where there is a network, or choose ViT-L/14"
             ) from error
         return tokenizer
-    return SimpleTokenizer(context_length=text.get("context_length", 77))
+    return _simple_tokenizer(text.get("context_length", 77))
+
+
+@functools.cache  # reading the vocabulary takes 0.1 s, and each phase of a pipeline would
+def _simple_tokenizer(context_length: int) -> Callable[[list[str]], Tensor]:
+    from open_clip.tokenizer import SimpleTokenizer
+
+    tokenizer: Callable[[list[str]], Tensor] = SimpleTokenizer(context_length=context_length)
+    return tokenizer
