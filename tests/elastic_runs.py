@@ -1,6 +1,6 @@
-"""Runs continued on other ranks, for tests/training/test_elastic.py: `elastic_runs.py FOLDER PHASE OPTIMIZER`.
+"""Runs continued on other ranks, for tests/training/test_elastic.py: `elastic_runs.py FOLDER`.
 
-FOLDER/weights.pt is what they start from.
+FOLDER/weights.pt is what they start from; those of a phase and an optimizer are in FOLDER/PHASE-OPTIMIZER.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from train_kit import PARITY
 
 STEPS = 2  # of each part
 CHAINS = {"straight": (2,), "shrunk": (2, 1, 2), "grown": (2, 3, 4)}  # ranks of each part
+KINDS = {"adapter_only-AdamW": CHAINS, "full-AdamW": CHAINS, "full-AdamW8bit": ("straight", "shrunk")}
 OPTIONS: dict[str, Any] = {
     "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 3}},
     "train_batch_size": 12,
@@ -23,17 +24,19 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def main(folder: Path, phase: str, optimizer: str) -> None:
+def main(folder: Path) -> None:
     longest = STEPS * max(len(chain) for chain in CHAINS.values())
-    options = OPTIONS | {"optimizer": PARITY["optimizer"] | {"type": optimizer}}
-    for name in ("straight", "shrunk") if optimizer == "AdamW8bit" else CHAINS:
-        chain = CHAINS[name]
-        run = ForkedRun(folder / name, phase, model={"weights": f"{folder}/weights.pt"}, **options)
-        for part, ranks in enumerate(chain, start=1):
-            run.start(ranks, longest if part == len(chain) else STEPS * part)
-            codes = run.wait()
-            assert not any(codes), f"{name} on {ranks} ranks: {run.said()[-3000:]}"
+    for kind, names in KINDS.items():
+        phase, optimizer = kind.split("-")
+        options = OPTIONS | {"optimizer": PARITY["optimizer"] | {"type": optimizer}}
+        for name in names:
+            chain = CHAINS[name]
+            run = ForkedRun(folder / kind / name, phase, model={"weights": f"{folder}/weights.pt"}, **options)
+            for part, ranks in enumerate(chain, start=1):
+                run.start(ranks, longest if part == len(chain) else STEPS * part)
+                codes = run.wait()
+                assert not any(codes), f"{kind}: {name} on {ranks} ranks: {run.said()[-3000:]}"
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    main(Path(sys.argv[1]))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from elastic_runs import CHAINS, STEPS
+from elastic_runs import CHAINS, KINDS, STEPS
 from train_kit import make_config, metrics, read_lines, shake
 
 from glide_ds.export import export
@@ -45,7 +45,7 @@ def test_every_value_lands_on_its_new_rank_once(monkeypatch, total, before, afte
 
 
 class Runs(NamedTuple):
-    """The runs of elastic_runs.py, and the checkpoints at their ends."""
+    """The runs of elastic_runs.py of one kind, and the checkpoints at their ends."""
 
     folder: Path
     phase: str
@@ -56,15 +56,17 @@ class Runs(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process made of all runs: it has to import what they need once."""
     folder = tmp_path_factory.mktemp("elastic")
     model = create_model(glide_config(make_config(folder)))
     shake(model)  # at its first values no gradient comes through to the adapter
     torch.save(model.state_dict(), folder / "weights.pt")
-    command = [sys.executable, str(SCRIPT), str(folder), *request.param.split()]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), str(folder)], capture_output=True, text=True, check=False, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-5000:]
-    return Runs(folder, *request.param.split())
+    return folder
 
 
 def slots(folder: Path) -> dict[int, list[tuple[int, int]]]:
@@ -80,18 +82,12 @@ def slots(folder: Path) -> dict[int, list[tuple[int, int]]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("runs", "name"),
-    [
-        ("adapter_only AdamW", "shrunk"),
-        ("adapter_only AdamW", "grown"),
-        ("full AdamW", "shrunk"),
-        ("full AdamW", "grown"),
-        ("full AdamW8bit", "shrunk"),
-    ],
-    indirect=["runs"],
-    scope="module",  # so that both of a phase follow each other, on one set of runs
+    ("kind", "name"), [(kind, name) for kind, names in KINDS.items() for name in names if name != "straight"]
 )
-def test_a_run_continued_on_other_ranks_is_the_uninterrupted_one(runs: Runs, name: str, tmp_path: Path):
+def test_a_run_continued_on_other_ranks_is_the_uninterrupted_one(
+    folder: Path, kind: str, name: str, tmp_path: Path
+):
+    runs = Runs(folder / kind, *kind.split("-"))
     of_loss = 1e-5 if runs.optimizer == "AdamW" else 1e-4
     straight, other = (metrics(runs.folder / run)[-STEPS * 3 :] for run in ("straight", name))
     assert [line["step"] for line in other] == list(range(1, STEPS * 3 + 1))
