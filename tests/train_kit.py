@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import os
 import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -83,7 +84,9 @@ def document(folder: Path, phase: str = "full", **sections: Any) -> dict[str, An
 def write_config(folder: Path, phase: str = "full", **sections: Any) -> Path:
     path = folder / f"{phase}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document(folder, phase, **sections)))
+    mine = path.with_suffix(f".{os.getpid()}")
+    mine.write_text(json.dumps(document(folder, phase, **sections)))
+    mine.replace(path)  # two ranks write it, and one may be reading already
     return path
 
 
