@@ -74,6 +74,7 @@ def test_a_mistake_ends_the_command_with_one_message_and_code_2(root: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_literal_command_on_eight_ranks(root: Path, tmp_path: Path):
     # Without built-in weights the same command starts at random; the file is part of the package later.
     sets = ["train.steps=2", f"run.dir={tmp_path}/run"]
@@ -238,6 +239,7 @@ def wait_until(
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_one_step_of_the_full_size_base_model_fits_in_24_gb(root: Path, tmp_path: Path):
     sets = [
         f"run.dir={tmp_path}/run",

@@ -23,6 +23,7 @@ def golden_frequencies(original, count: int, device: torch.device) -> Tensor:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("case", ["full_base", "full_sr_64px"])
 def test_full_size_forward(case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

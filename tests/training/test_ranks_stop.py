@@ -21,7 +21,7 @@ from train_kit import metrics, trace, write_config
 
 SERVER = Path(__file__).with_name("forked_ranks.py")
 HANG_S = 5.0
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
 class Forked:
