@@ -11,6 +11,7 @@ import hashlib
 import os
 import random
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ from typing import Any, NamedTuple, TypeVar
 
 from glide_ds.types import DataError
 
-OPEN_FILES = 64
 BLOCK_BYTES = 4 << 20
 BLOCKS_IN_MEMORY = 16
 ATTEMPTS = 8
@@ -56,83 +56,89 @@ class CacheOptions:
     max_bytes: int = 50 << 30
 
 
+class LocalFile:
+    """Byte ranges of a local file. A forked child may share it: pread moves no position."""
+
+    def __init__(self, url: str) -> None:
+        self.url, self._descriptor = url, os.open(local_path(url), os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes, or OSError or EOFError."""
+        data = os.pread(self._descriptor, size, offset)
+        if len(data) != size:
+            raise _cut_off(self.url, offset + len(data), offset + size)
+        return data
+
+    def read_members(self, members: Sequence[tuple[str, int, int]]) -> dict[str, bytes]:
+        """The bytes of each (name, offset, size): cheaper than to read what they lie in and cut it."""
+        descriptor, found = self._descriptor, {}
+        for name, offset, size in members:  # `read`, without the calls that cost a third of a small one
+            data = found[name] = os.pread(descriptor, size, offset)
+            if len(data) != size:
+                raise _cut_off(self.url, offset + len(data), offset + size)
+        return found
+
+
+class RemoteFile:
+    """Byte ranges of a remote file of known size and version, through its storage's blocks."""
+
+    def __init__(self, storage: Storage, url: str, stat: Stat) -> None:
+        self.url, self._storage, self._stat = url, storage, stat
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes, or OSError or EOFError."""
+        data = self._storage.remote.read(self.url, offset, size, self._stat)
+        if len(data) != size:
+            raise _cut_off(self.url, offset + len(data), offset + size)
+        return data
+
+    def read_members(self, members: Sequence[tuple[str, int, int]]) -> dict[str, bytes]:
+        """The bytes of each (name, offset, size)."""
+        return {name: self.read(offset, size) for name, offset, size in members}
+
+
+def _cut_off(url: str, end: int, expected: int) -> EOFError:
+    return EOFError(f"{url} ends after {end} bytes, {expected} expected")
+
+
 class Storage:
-    """Reads byte ranges. Holds nothing that a fork or a pickle could break: handles open where they are used."""
+    """Files by URL. Holds nothing that a fork or a pickle could break: connections open where they are used."""
 
     def __init__(self, cache: CacheOptions | None = None) -> None:
         self.cache = cache or CacheOptions()
-        self._start()
+        self._connect()
 
-    def _start(self) -> None:
-        self._process = os.getpid()
-        self._files: OrderedDict[str, int] = OrderedDict()
-        self._remote = RemoteFiles(self.cache)
+    def _connect(self) -> None:
+        self._process, self._connected = os.getpid(), RemoteFiles(self.cache)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"cache": self.cache}
+    @property
+    def remote(self) -> RemoteFiles:
+        if self._process != os.getpid():  # a child must not share its parent's connections
+            self._connect()
+        return self._connected
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.cache = state["cache"]
-        self._start()
+    def __reduce__(self) -> tuple[type[Storage], tuple[CacheOptions]]:
+        return Storage, (self.cache,)
 
     def stat(self, url: str) -> Stat:
         """Raises OSError where the file can't be found."""
-        self._check_fork()
         if is_remote(url):
-            return self._remote.stat(url)
+            return self.remote.stat(url)
         status = os.stat(local_path(url))
         return Stat(status.st_size, f"mtime {status.st_mtime_ns}")
 
-    def read(self, url: str, offset: int, size: int, stat: Stat | None = None) -> bytes:
-        """Exactly `size` bytes, or OSError or EOFError. A known `stat` saves a remote file's request for it."""
-        self._check_fork()
-        if is_remote(url):
-            data = self._remote.read(url, offset, size, stat or self._remote.stat(url))
-        else:
-            data = os.pread(self._descriptor(url), size, offset)
-        return _whole(data, url, offset, size)
-
-    def read_members(
-        self, url: str, members: Sequence[tuple[str, int, int]], stat: Stat | None = None
-    ) -> dict[str, bytes]:
-        """The bytes of each (name, offset, size): cheaper than to read what they lie in and cut it."""
-        if is_remote(url):
-            return {name: self.read(url, offset, size, stat) for name, offset, size in members}
-        self._check_fork()
-        descriptor = self._descriptor(url)
-        return {
-            name: _whole(os.pread(descriptor, size, offset), url, offset, size)
-            for name, offset, size in members
-        }
+    def open(self, url: str, stat: Stat | None = None) -> LocalFile | RemoteFile:
+        """Raises OSError where it can't be. A known `stat` saves a remote file's request for it."""
+        return RemoteFile(self, url, stat or self.remote.stat(url)) if is_remote(url) else LocalFile(url)
 
     def read_all(self, url: str) -> bytes:
         """A whole small file. Raises FileNotFoundError where there is none."""
-        self._check_fork()
-        return self._remote.read_all(url) if is_remote(url) else Path(local_path(url)).read_bytes()
+        return self.remote.read_all(url) if is_remote(url) else Path(local_path(url)).read_bytes()
 
     def write_all(self, url: str, data: bytes) -> None:
         """Store a whole remote file in one request. Raises OSError where the store does not take it."""
-        self._check_fork()
-        self._remote.write_all(url, data)
-
-    def _check_fork(self) -> None:
-        if self._process != os.getpid():  # a child must not share its parent's descriptors and connections
-            self._start()
-
-    def _descriptor(self, url: str) -> int:
-        descriptor = self._files.pop(url, None)
-        if descriptor is None:
-            descriptor = os.open(local_path(url), os.O_RDONLY)
-            if len(self._files) >= OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-        self._files[url] = descriptor
-        return descriptor
-
-
-def _whole(data: bytes, url: str, offset: int, size: int) -> bytes:
-    if len(data) != size:
-        raise EOFError(f"{url} ends after {offset + len(data)} bytes, {offset + size} expected")
-    return data
+        self.remote.write_all(url, data)
 
 
 class RemoteFiles:

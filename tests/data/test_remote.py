@@ -165,7 +165,7 @@ def test_a_dead_server_ends_in_an_error(server: FlakyServer, monkeypatch: pytest
     server.fail = 1.0
     monkeypatch.setattr(storage_module, "ATTEMPTS", 3)
     with pytest.raises(OSError, match="3 attempts failed"):
-        Storage().read(f"{server.url}/s-000.tar", 0, 10, Stat(1000, "v"))
+        Storage().open(f"{server.url}/s-000.tar", Stat(1000, "v")).read(0, 10)
 
 
 def test_the_cache_is_bounded_and_keyed_by_version(tmp_path: Path) -> None:
@@ -181,12 +181,11 @@ def test_the_cache_is_bounded_and_keyed_by_version(tmp_path: Path) -> None:
 
 def test_blocks_serve_ranges_across_their_edges(server: FlakyServer, tmp_path: Path) -> None:
     data = (server.folder / "s-000.tar").read_bytes()
-    reader = Storage(CacheOptions(str(tmp_path / "c")))
-    url = f"{server.url}/s-000.tar"
+    far = Storage(CacheOptions(str(tmp_path / "c"))).open(f"{server.url}/s-000.tar")
     for offset, size in ((0, 10), (8190, 5), (100, 20_000), (len(data) - 7, 7)):
-        assert reader.read(url, offset, size) == data[offset : offset + size]
+        assert far.read(offset, size) == data[offset : offset + size]
     with pytest.raises(EOFError):
-        reader.read(url, len(data) - 3, 10)
+        far.read(len(data) - 3, 10)
 
 
 @pytest.fixture

@@ -7,9 +7,12 @@ import os
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
-from data_kit import sample, write_shards, write_tar
+from data_kit import sample, source, write_shards, write_tar
 
+from glide_ds.data import shards as shards_module
+from glide_ds.data.captions import Cause, Unusable
 from glide_ds.data.shards import (
     BLOCK,
     ShardIndex,
@@ -144,6 +147,29 @@ def test_a_truncated_tar_stops_the_start(tmp_path: Path, keep: str) -> None:
     salvaged = open_shards(str(path), salvage=True)
     assert len(salvaged) == 3
     assert salvaged.damaged
+
+
+def test_a_tar_that_is_cut_off_while_it_is_read_is_named(tmp_path: Path) -> None:
+    pattern = write_shards(tmp_path, [3])
+    made = source(pattern, batch=3)
+    path = tmp_path / "s-000.tar"
+    offset = scan_shard(str(path)).members(2)[0][1]
+    first = made.samples.load(0, 0.0)
+    os.truncate(path, offset + 100)
+    assert np.array_equal(made.samples.load(0, 0.0).pixels, first.pixels)
+    with pytest.raises(Unusable, match=rf"s-000\.tar ends after {offset + 100} bytes") as finding:
+        made.samples.load(2, 0.0)
+    assert finding.value.cause == Cause.UNREADABLE
+    assert made.samples.name(2) == f"{path} 000002.jpg"
+
+
+def test_no_more_shards_stay_open_than_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = open_shards(write_shards(tmp_path, [1] * 6))
+    monkeypatch.setattr(shards_module, "OPEN_SHARDS", 2)
+    before = len(os.listdir("/dev/fd"))
+    for number in (*range(6), *range(6)):
+        assert shards.read(number)["txt"] == f"photo {number}".encode()
+        assert len(os.listdir("/dev/fd")) <= before + 2
 
 
 def test_a_corrupt_header_loses_one_member_not_the_rest(tmp_path: Path) -> None:
