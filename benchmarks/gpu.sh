@@ -29,6 +29,8 @@ compiled_bf16() { step compiled-bf16 options --only "+ bf16" --profile; }
 # Only fills the compiler's cache, beside whatever else runs.
 warm_tf32() { rounds=1 out=/tmp step compiled-tf32 options --only "+ compile"; }
 warm_bf16() { rounds=1 out=/tmp step compiled-bf16 options --only "+ bf16"; }
+searched_tf32() { step searched-tf32 options --only "+ compile" --profile --algorithms 0; }
+searched_bf16() { step searched-bf16 options --only "+ bf16" --profile --algorithms 0; }
 phases() { step phases phases --eager; }
 overhead() { step overhead overhead --eager; }
 dials() { step dials dials --eager; }

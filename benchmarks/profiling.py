@@ -32,7 +32,7 @@ def waits(step: Callable[[], Any]) -> dict[str, int]:
     return dict(found.most_common())
 
 
-def kernels(step: Callable[[], Any], shown: int = 20) -> dict[str, Any]:
+def kernels(step: Callable[[], Any], shown: int = 60) -> dict[str, Any]:
     """Milliseconds and launches of a step's kernels, all and the longest by name."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
         for _ in range(STEPS):
@@ -60,6 +60,6 @@ def kernels(step: Callable[[], Any], shown: int = 20) -> dict[str, Any]:
 
 def show(found: dict[str, Any]) -> None:
     print(f"  kernels: {found['kernels']['ms']:.1f} ms in {found['kernels']['launches']} launches")
-    for row in found["kernels"]["longest"]:
+    for row in found["kernels"]["longest"][:20]:
         print(f"    {row['ms']:8.2f} ms {row['launches']:5d} x {row['name'][:100]}")
     print(f"  the host waits for the device: {found['waits']}", flush=True)

@@ -48,6 +48,14 @@ def frequencies(count: int, device: torch.device) -> Tensor:
     return exponents.double().exp().float()
 
 
+def doubled(x: Tensor) -> Tensor:
+    """F.interpolate(x, scale_factor=2) for the compiler, which makes its gradient a sum and not a scatter."""
+    b, c, h, w = x.shape
+    doubled = x[:, :, :, None, :, None].expand(b, c, h, 2, w, 2).reshape(b, c, 2 * h, 2 * w)
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    return doubled.contiguous(memory_format=torch.channels_last) if channels_last else doubled
+
+
 class ResBlock(Block):
     """Residual block with scale-shift conditioning; `resample` is "up", "down" or None."""
 
@@ -80,7 +88,7 @@ class ResBlock(Block):
 
     def _resample(self, x: Tensor) -> Tensor:
         if self.resample == "up":
-            return F.interpolate(x, scale_factor=2.0, mode="nearest")
+            return doubled(x) if torch.compiler.is_compiling() else F.interpolate(x, scale_factor=2.0)
         if self.resample == "down":
             return F.avg_pool2d(x, 2)
         return x

@@ -21,7 +21,7 @@ from glide_ds.config import BatchArithmetic, Config
 from glide_ds.training.distributed import limit_waiting
 from glide_ds.training.memory import weight_bytes
 from glide_ds.training.optimizer import AdamW8bit
-from glide_ds.training.phases import ADAPTER_ROLES, ROLES
+from glide_ds.training.phases import ADAPTER_ROLES, PRETRAINED_ROLES, ROLES
 
 ZERO_ATTRIBUTES = (
     "_hp_mapping",
@@ -58,6 +58,9 @@ def build_engine(
         model=model, optimizer=optimizer, lr_scheduler=schedule, config=deepspeed_config(config, arithmetic)
     )
     limit_waiting(config.run.timeout_s)
+    # The parameters are views of what is gathered after a step; DeepSpeed would make each view again, while a
+    # GPU has nothing left to do.
+    engine.optimizer._update_model_bit16_weights = lambda group: None
     engine.role_clipping = RoleClipping(engine.optimizer, config)
     if dist.get_world_size(engine.optimizer.dp_process_group) == 1:
         keep_gradients(engine.optimizer)
@@ -125,9 +128,10 @@ class RoleClipping:
     """Clip the adapter's gradients (adapter and gates) and the pretrained model's to separate norms.
 
     Stands in for the ZeRO optimizer's `scaled_global_norm`, which DeepSpeed calls once per update
-    between reduction and step, on every rank. `norms` keeps the last norm of each role, before
-    clipping, as device tensors: reading them is a sync point. `judge` may turn the norm [] into infinity,
-    on which DeepSpeed skips the update: it reads the norm on the host anyway.
+    between reduction and step, on every rank, and its `unscale_and_clip_grads`, which it then calls for
+    each group's flat fp32 gradient. `norms` keeps the last norm of each role, before clipping, as device
+    tensors: reading them is a sync point. `judge` may turn the norm [] into infinity, on which DeepSpeed
+    skips the update: it reads the norm on the host anyway.
     """
 
     def __init__(self, zero: Any, config: Config) -> None:
@@ -138,8 +142,10 @@ class RoleClipping:
             role: config.train.adapter_clipping if role in ADAPTER_ROLES else main for role in ROLES
         }
         self.norms: dict[str, torch.Tensor] = {}
+        self._scales: dict[str, torch.Tensor | None] = {}
         self.judge: Callable[[torch.Tensor], torch.Tensor] | None = None
         zero.scaled_global_norm = self
+        zero.unscale_and_clip_grads = self._clip
         # In bf16 DeepSpeed first looks through every gradient, and on finding one that is not finite never
         # asks for the norm. The norm says the same, on all ranks, at no further sync point.
         zero.check_grad_overflow = True
@@ -153,14 +159,25 @@ class RoleClipping:
         # DeepSpeed skips the step on all ranks where the norm it gets back is infinite or no number.
         by_group = squares.unbind()  # an index made of numbers would have to be sent to the GPU, and waited for
         self.norms = {role: self._norm(by_group, (role,)) for role in dict.fromkeys(self.roles)}
-        for side in (ADAPTER_ROLES, ("unet", "text")):
-            threshold = self.thresholds[side[0]]
-            members = [i for i, role in enumerate(self.roles) if role in side]
-            if clipped := [gradient for i in members for gradient in gradients[i] if threshold > 0]:
-                scale = (threshold / (self._norm(by_group, side) + 1e-6)).clamp(max=1.0)
-                torch._foreach_mul_(clipped, scale)
+        for side in (ADAPTER_ROLES, PRETRAINED_ROLES):
+            self._scales |= dict.fromkeys(side, self._scale(by_group, side))
         norm = squares.sum().sqrt()
         return self.judge(norm) if self.judge else norm
+
+    def _scale(self, squares: Sequence[torch.Tensor], side: Sequence[str]) -> torch.Tensor | None:
+        """What a side's gradients are multiplied by, []; None where they aren't clipped."""
+        threshold = self.thresholds[side[0]]
+        if threshold <= 0 or not set(side) & set(self.roles):
+            return None
+        return (threshold / (self._norm(squares, side) + 1e-6)).clamp(max=1.0)
+
+    def _clip(self, gradients: Sequence[torch.Tensor], norm: torch.Tensor) -> None:
+        (gradient,) = gradients
+        partitions = self.zero.single_partition_of_fp32_groups
+        (group,) = (i for i, partition in enumerate(partitions) if partition.grad is gradient)
+        scale = self._scales[self.roles[group]]
+        if scale is not None:
+            gradient.mul_(scale)
 
     def _norm(self, squares: Sequence[torch.Tensor], roles: Sequence[str]) -> torch.Tensor:
         return torch.stack([squares[i] for i, role in enumerate(self.roles) if role in roles]).sum().sqrt()

@@ -11,8 +11,9 @@ from torch import nn
 from glide_ds.config import Config
 from glide_ds.model.glide import Glide
 
-ROLES = ("adapter", "gates", "unet", "text")
 ADAPTER_ROLES = ("adapter", "gates")
+PRETRAINED_ROLES = ("unet", "text")
+ROLES = (*ADAPTER_ROLES, *PRETRAINED_ROLES)
 TEXT_MODULES = (
     "transformer.",
     "transformer_proj.",

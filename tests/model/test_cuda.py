@@ -12,6 +12,7 @@ from tiny_glide import CLIP_DIM, tiny_embeddings, tiny_inputs, tiny_model
 
 from glide_ds.diffusion import create_diffusion
 from glide_ds.model.attention import Attending
+from glide_ds.model.glide import Glide
 from glide_ds.training import compiling
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
@@ -29,6 +30,11 @@ def _fp32_is_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
 def tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+
+
+def trained_model() -> Glide:
+    """Without dropout, whose random numbers compiled code draws otherwise."""
+    return copy.deepcopy(tiny_model(clip_dim=CLIP_DIM, dropout=0.0)).cuda().train()
 
 
 def on_gpu(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -98,7 +104,7 @@ def test_compiled_blocks_compute_what_eager_ones_do(
     layout: torch.memory_format, dial: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", compiling.FORMS)
-    model = copy.deepcopy(tiny_model(clip_dim=CLIP_DIM)).cuda().train()
+    model = trained_model()
     inputs = on_gpu(tiny_inputs(model) | {"clip_embedding": tiny_embeddings()})
     inputs["x"] = inputs["x"].contiguous(memory_format=layout)
     model.recompute(dial)
@@ -110,7 +116,7 @@ def test_compiled_blocks_compute_what_eager_ones_do(
 
 
 def test_bfloat16_follows_float32_in_outputs_and_gradients() -> None:
-    model = copy.deepcopy(tiny_model(clip_dim=CLIP_DIM)).cuda().train()
+    model = trained_model()
     inputs = on_gpu(tiny_inputs(model) | {"clip_embedding": tiny_embeddings()})
     expected = outputs_and_gradients(model, inputs)
     got = outputs_and_gradients(copy.deepcopy(model).bfloat16(), inputs)
@@ -154,7 +160,7 @@ def test_reduced_attention_is_as_exact_as_tf32_products(tf32: None, size: float)
 
 
 def test_reduced_attention_in_the_model_changes_it_as_tf32_does(tf32: None) -> None:
-    model = copy.deepcopy(tiny_model(clip_dim=CLIP_DIM)).cuda().train()
+    model = trained_model()
     inputs = on_gpu(tiny_inputs(model) | {"clip_embedding": tiny_embeddings()})
     plain = outputs_and_gradients(model, inputs)
     model.reduce_attention(True)

@@ -2,11 +2,12 @@
 
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 
 from glide_ds.model.layers import GroupNorm, LayerNorm
-from glide_ds.model.unet import AttentionBlock, Context, ResBlock, frequencies, timestep_embedding
+from glide_ds.model.unet import AttentionBlock, Context, ResBlock, doubled, frequencies, timestep_embedding
 
 
 def joint_attention(block: AttentionBlock, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -58,6 +59,18 @@ def test_the_first_half_of_the_embedding_scales() -> None:
     a, b = torch.randn(2, 1, 32, 8, 8)
     emb = torch.zeros(1, 128)
     torch.testing.assert_close(block(a, emb) - a, block(b, emb) - b)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_compilers_way_to_enlarge_is_torchs(layout: torch.memory_format) -> None:
+    x = torch.randn(2, 4, 3, 5).contiguous(memory_format=layout).requires_grad_()
+    expected = F.interpolate(x, scale_factor=2.0)
+    got = doubled(x)
+    assert torch.equal(got, expected)
+    assert got.is_contiguous(memory_format=layout)
+    arriving = torch.randn_like(got)
+    gradients = [torch.autograd.grad(enlarged, x, arriving)[0] for enlarged in (got, expected)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_norms_compute_in_float32() -> None:

@@ -56,24 +56,25 @@ def update(run: PhaseRun, step: int = 0) -> None:
 
 
 def watch_gradients(run: PhaseRun, seen: Callable[[str, Tensor], None]) -> None:
-    """Call `seen` with every parameter's reduced gradient at every update, after clipping."""
+    """Call `seen` with every parameter's reduced gradient [N] at every update, after clipping; on one rank."""
     zero, names = run.engine.optimizer, {id(p): name for name, p in run.model.named_parameters()}
-    clip = zero.scaled_global_norm
+    clip = zero.unscale_and_clip_grads
 
-    def spied(norm_type: int = 2) -> Tensor:
-        norm = clip(norm_type)
-        for i, parameters in enumerate(zero.params_in_partition):
-            # A small partition has one more: the zeros that align it.
-            for parameter, gradient in zip(parameters, zero.averaged_gradients[i], strict=False):
-                seen(names[id(parameter)], gradient)
-        return norm
+    def spied(flat: list[Tensor], norm: Tensor) -> None:
+        clip(flat, norm)
+        (gradient,) = flat
+        (group,) = (i for i, p in enumerate(zero.single_partition_of_fp32_groups) if p.grad is gradient)
+        parameters, used = zero.params_in_partition[group], 0
+        for parameter in parameters:
+            seen(names[id(parameter)], gradient[used : used + parameter.numel()])
+            used += parameter.numel()
 
-    zero.scaled_global_norm = spied
+    zero.unscale_and_clip_grads = spied
 
 
 def clipped_gradients(run: PhaseRun) -> dict[str, Tensor]:
     gradients: dict[str, Tensor] = {}
-    watch_gradients(run, lambda name, gradient: gradients.update({name: gradient.clone().view(-1)}))
+    watch_gradients(run, lambda name, gradient: gradients.update({name: gradient.clone()}))
     update(run)
     return gradients
 
@@ -178,7 +179,7 @@ def test_bare_and_wrapped_losses_and_gradients_agree(tmp_path: Path, precision: 
             assert parameter.grad is not None
             torch.testing.assert_close(
                 gradients[name],
-                parameter.grad.view(-1),
+                parameter.grad.view(-1).float(),
                 rtol=1e-5,
                 atol=1e-7,
                 msg=lambda m, n=name: f"{n}: {m}",
@@ -197,7 +198,7 @@ def test_bf16_gradients_add_up_in_fp32(tmp_path: Path):
         bare = bare_twin(run)
         gradients: dict[str, Tensor] = {}
         total: dict[str, Tensor] = {}
-        watch_gradients(run, lambda name, gradient: gradients.update({name: gradient.clone().view(-1)}))
+        watch_gradients(run, lambda name, gradient: gradients.update({name: gradient.clone()}))
         run.engine.train()
         for step in range(2):
             run.engine.backward(loss_of(run, run.engine, step).total)
