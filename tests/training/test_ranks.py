@@ -70,6 +70,11 @@ def by_slot(folder: Path, ranks: int) -> list[list[tuple[int, int]]]:
     return steps
 
 
+def test_metrics_tell_the_share_of_time_that_ranks_talk(two_ranks: Launch):
+    assert all(0 < line["communication_share"] < 1 for line in metrics(two_ranks.folder / "two"))
+    assert all(line["communication_share"] == 0 for line in metrics(two_ranks.folder / "one"))
+
+
 @pytest.mark.parametrize("other", ["two", "halves", "grown", "shrunk"])
 def test_ranks_accumulation_and_resuming_on_other_ranks_change_no_loss(two_ranks: Launch, other: str):
     one, two = (metrics(two_ranks.folder / name) for name in ("one", other))
