@@ -40,6 +40,7 @@ class FlakyServer(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     server: FlakyServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or the body waits 40 ms for the head to be acknowledged
 
     def log_message(self, *args: Any) -> None:
         pass
@@ -96,7 +97,8 @@ def server(local: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setattr(storage_module, "BLOCK_BYTES", 4096)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
     server = FlakyServer(Path(local).parent)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    # Every so often it looks whether it shall end: half a second, if not told otherwise.
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield server
     server.shutdown()
@@ -204,7 +206,8 @@ def s3(local: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         return emulator(environ, respond)
 
     server = make_server("127.0.0.1", 0, counted, threaded=True, request_handler=moto.MotoRequestHandler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    # Every so often it looks whether it shall end: half a second, if not told otherwise.
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
