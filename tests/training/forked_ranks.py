@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import deepspeed  # noqa: F401
-import open_clip  # noqa: F401
-import torch._dynamo
-import torch._inductor.compile_fx
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import imported  # noqa: F401
 
 import glide_ds.training.run as run_module
 from glide_ds.data.loader import MicroBatches
