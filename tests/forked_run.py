@@ -42,14 +42,18 @@ class ForkedRun:
         path = self.folder / "config.json"
         sections = {**self.options, "train": {"steps": steps}, **options}
         path.write_text(json.dumps(document(self.folder, self.name, **sections)))
+        self.launch(ranks, [str(path)])
+
+    def launch(self, ranks: int, paths: list[str], sets: tuple[str, ...] = ()) -> None:
+        """Start the command `--ds_config paths --set sets`."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         self.log.unlink(missing_ok=True)
         self.started = time.time()
-        self.pids = [self._fork(rank, ranks, port, path) for rank in range(ranks)]
+        self.pids = [self._fork(rank, ranks, port, paths, sets) for rank in range(ranks)]
 
-    def _fork(self, rank: int, ranks: int, port: str, path: Path) -> int:
+    def _fork(self, rank: int, ranks: int, port: str, paths: list[str], sets: tuple[str, ...]) -> int:
         if pid := os.fork():
             return pid
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
@@ -59,7 +63,7 @@ class ForkedRun:
         os.dup2(output, 2)
         code = 1  # unless all goes well: an error's traceback is in the log
         try:
-            product.main([str(path)], None, ())
+            product.main(paths, None, sets)
             code = 0
         finally:
             sys.excepthook(*sys.exc_info()) if code else None  # type: ignore[arg-type]
