@@ -238,6 +238,19 @@ class ShardIndex:
         rows = range(self.first[sample], self.first[sample + 1])
         return [(extensions[kinds[row]], blocks[row] * BLOCK, sizes[row]) for row in rows]
 
+    def read(self, sample: int, file: LocalFile | RemoteFile) -> dict[str, bytes]:
+        """A sample's members by extension. Raises OSError or EOFError where the shard cannot give them."""
+        if isinstance(file, RemoteFile):
+            return {name: file.read(offset, size) for name, offset, size in self.members(sample)}
+        extensions, kinds, blocks, sizes = self.head.extensions, self.kinds, self.blocks, self.sizes
+        pread, descriptor, found = os.pread, file.descriptor, {}
+        # No call and no tuple per member: a small one's bytes take less time than either.
+        for row in range(self.first[sample], self.first[sample + 1]):
+            offset, size = blocks[row] * BLOCK, sizes[row]
+            data = pread(descriptor, size, offset)
+            found[extensions[kinds[row]]] = data if len(data) == size else file.read(offset, size)
+        return found
+
     def to_bytes(self) -> bytes:
         head = json.dumps(asdict(self.head), sort_keys=True).encode() + b"\n"
         tables = (self.first, self.blocks, self.sizes, self.kinds)
@@ -468,7 +481,7 @@ class ShardSet:
         """A sample's members by extension. Raises OSError or EOFError where the shard cannot give them."""
         shard, row = self.locate(sample)
         index, file = self._opened.get(shard) or self._open(shard)
-        return file.read_members(index.members(row))
+        return index.read(row, file)
 
     def name(self, sample: int) -> str:
         """A sample as a person finds it: shard and key."""
