@@ -73,11 +73,18 @@ class Saver:
                 name: attribute(parameter) for name, parameter in frozen.items()
             }
 
-    def save(self, step: int, facts: Mapping[str, Any], files: Mapping[str, Any] | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        facts: Mapping[str, Any],
+        files: Mapping[str, Any] | None = None,
+        then: Callable[[], None] = lambda: None,
+    ) -> None:
         """Copy the state after update `step`, and have it written. Waits for the save before.
 
         `facts` goes into the manifest. Where it holds `validation_loss`, the link BEST moves to the checkpoint
-        if no other has a lower one. `files` are this rank's own, by name, beside DeepSpeed's.
+        if no other has a lower one. `files` are this rank's own, by name, beside DeepSpeed's. Rank 0 calls `then`
+        beside the training, whatever became of the save.
         """
         self.wait()
         self.step, started = step, time.monotonic()
@@ -86,7 +93,10 @@ class Saver:
         manifest = {"step": step, "world_size": dist.get_world_size(), **facts}
         self.failure = f"rank {dist.get_rank()}'s writing thread died"  # until it says otherwise
         self.thread = threading.Thread(
-            target=self._write, args=(next(SAVES), manifest, started, stall), name="checkpoint", daemon=True
+            target=self._write,
+            args=(next(SAVES), manifest, started, stall, then),
+            name="checkpoint",
+            daemon=True,
         )
         self.thread.start()
         if not self.config.background:
@@ -114,7 +124,9 @@ class Saver:
             error.on_all_ranks = True
             raise error
 
-    def _write(self, number: int, manifest: dict[str, Any], started: float, stall: float) -> None:
+    def _write(
+        self, number: int, manifest: dict[str, Any], started: float, stall: float, then: Callable[[], None]
+    ) -> None:
         """The thread: write, tell rank 0, and hear what became of it."""
         rank, target = dist.get_rank(), self.folder / f"step-{manifest['step']:08d}"
         keys = {name: f"save{number}/{name}" for name in ("ready", "outcome")}
@@ -138,6 +150,8 @@ class Saver:
             self.failure = f"{target} can't be committed: rank {rank} lost touch with the others ({error})"
         if rank == 0:
             self._report(target, time.monotonic() - started, stall)
+            if trouble := attempt(then):
+                self.say(f"!! {self.folder}: {trouble}")
 
     def _commit(self, number: int, target: Path, manifest: dict[str, Any]) -> str | None:
         """Rank 0: gather the ranks' files and commit them. Returns what went wrong."""

@@ -104,18 +104,18 @@ def save(run: PhaseRun, done: int, first_offset: float) -> None:
         "stability": run.guard.facts(),
         **run.validation.facts(),
     }
-    report_data(run)  # before the writing thread competes for Python's lock
-    run.saver.save(done, facts, run.ema.files() if run.ema else None)
+    report = data_report(run)
+    files = run.ema.files() if run.ema else None
+    run.saver.save(done, facts, files, then=lambda: run.log.data_report(report))
 
 
-def report_data(run: PhaseRun) -> None:
+def data_report(run: PhaseRun) -> dict[str, Any]:
     """What all ranks read, skipped, filtered and replaced since the start of this process. Collective."""
     reports = [run.source.report()]
     if dist.get_world_size() > 1:  # training waits, and a gathering of one takes a millisecond
         own, reports = reports[0], [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(reports, own)
-    if dist.get_rank() == 0:
-        run.log.data_report(merge_reports(reports))
+    return merge_reports(reports)
 
 
 def read_metrics(run: PhaseRun, done: int, meter: Meter, clock: Clock) -> dict[str, Any]:
