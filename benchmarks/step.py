@@ -117,8 +117,7 @@ def variants(suite: str, micros: list[int], gpu: bool) -> list[Variant]:
     ]
     if gpu or suite == "parity":
         options.append(replace(eager, name="+ compile", compile=True))
-    if gpu:
-        options.append(replace(ours, name="+ bf16", precision="bf16", compile=True))
+    options.append(replace(ours, name="+ bf16", precision="bf16"))
     if suite == "parity":
         options.append(replace(eager, name="blocks recomputed", checkpointing="blocks"))
         options = [replace(option, dropout=0.0) for option in options]
