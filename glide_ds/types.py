@@ -105,6 +105,13 @@ class GlideConfig:
         return self.kind.endswith("inpaint")
 
 
+def send(host: Tensor, device: torch.device | str) -> Tensor:
+    """A host tensor's copy on the device, which neither waits for what the device is doing nor is waited for."""
+    if torch.device(device).type != "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch of one rank, as the loader hands it over.
@@ -128,7 +135,7 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with what the model reads on `device`; ids and slots stay, for the host reads them."""
         moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=True)
+            f.name: send(value, device)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor) and f.name not in ("sample_ids", "slots")
         }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from glide_ds.diffusion import Diffusion
 from glide_ds.diffusion.losses import reverse_kl
 from glide_ds.model.clip import FrozenClip
 from glide_ds.training.phases import PHASES
-from glide_ds.types import Batch
+from glide_ds.types import Batch, send
 
 QUARTILES = 4
 MAX_INVERSE_SNR = 20.0
@@ -52,7 +53,9 @@ def phase_seed(config: Config) -> int:
     return hash64(config.train.seed, list(PHASES).index(config.train.phase))
 
 
-def draw(seed: int, step: int, slots: list[int], side: int, timesteps: int, drop: float, device: Any) -> Draws:
+def draw(
+    seed: int, step: int, slots: Sequence[int], side: int, timesteps: int, drop: float, device: Any
+) -> Draws:
     """Timesteps, noise and CLIP dropout for these slots of global batch `step`.
 
     Every slot has its own generator, seeded by (seed, step, slot): the numbers depend neither on the
@@ -60,20 +63,15 @@ def draw(seed: int, step: int, slots: list[int], side: int, timesteps: int, drop
     every kind of device trains on the same ones.
     """
     generator = torch.Generator()
-    t, noise, dropped = [], [], []
-    for slot in slots:
+    t = torch.empty(len(slots), dtype=torch.int64)
+    noise = torch.empty(len(slots), 3, side, side)
+    dropped = torch.empty(len(slots))
+    for row, slot in enumerate(slots):
         generator.manual_seed(hash64(seed, step, slot))
-        t.append(torch.randint(timesteps, (1,), generator=generator))
-        dropped.append(torch.rand(1, generator=generator) < drop)
-        noise.append(torch.randn(3, side, side, generator=generator))
-    return Draws(*(_sent(part, device) for part in (torch.cat(t), torch.stack(noise), torch.cat(dropped))))
-
-
-def _sent(host: Tensor, device: Any) -> Tensor:
-    """A copy on the device that the host does not wait for."""
-    if torch.device(device).type != "cuda":
-        return host.to(device)
-    return host.pin_memory().to(device, non_blocking=True)
+        torch.randint(timesteps, (1,), generator=generator, out=t[row : row + 1])
+        torch.rand(1, generator=generator, out=dropped[row : row + 1])
+        torch.randn(3, side, side, generator=generator, out=noise[row])
+    return Draws(*(send(part, device) for part in (t, noise, dropped < drop)))
 
 
 def to_signed(images: Tensor) -> Tensor:
@@ -92,19 +90,13 @@ class Objective:
     def __init__(self, config: Config, diffusion: Diffusion, engine: Any, clip: FrozenClip | None) -> None:
         self.config, self.diffusion, self.engine, self.clip = config, diffusion, engine, clip
         self.seed = phase_seed(config)
+        self.ahead: dict[tuple[int, ...], tuple[int, Draws]] = {}  # of the next update, by slots
 
     def __call__(self, batch: Batch, step: int) -> Losses:
         """The losses of a micro-batch on the device, in update `step` (0-based)."""
         train, diffusion = self.config.train, self.diffusion
-        draws = draw(
-            self.seed,
-            step,
-            batch.slots.tolist(),
-            batch.images.shape[1],
-            diffusion.num_timesteps,
-            self.config.clip.drop,
-            batch.images.device,
-        )
+        slots = tuple(batch.slots.tolist())
+        draws = self._drawn(step, slots, batch)
         x0 = to_signed(batch.images)
         x_t = diffusion.q_sample(x0, draws.timesteps, draws.noise)
         # Said either way: pictures come as [B, S, S, 3], so their layout is NHWC already.
@@ -132,6 +124,8 @@ class Objective:
                 diffusion.p_mean_variance(off, x_t, draws.timesteps, clip_x0=False).gaussian,
             ).mean()
             total = total + train.kl_weight * kl
+        # A GPU is busy with the forward pass now; at the start of a step it would have to wait.
+        self.ahead[slots] = step + 1, self._draw(step + 1, slots, batch)
         return Losses(
             total,
             losses["mse"].detach(),
@@ -139,6 +133,14 @@ class Objective:
             None if kl is None else kl.detach(),
             draws.timesteps,
         )
+
+    def _drawn(self, step: int, slots: tuple[int, ...], batch: Batch) -> Draws:
+        made_for, draws = self.ahead.pop(slots, (None, None))
+        return draws if draws is not None and made_for == step else self._draw(step, slots, batch)
+
+    def _draw(self, step: int, slots: Sequence[int], batch: Batch) -> Draws:
+        side, device = batch.images.shape[1], batch.images.device
+        return draw(self.seed, step, slots, side, self.diffusion.num_timesteps, self.config.clip.drop, device)
 
     def weight(self, timesteps: Tensor) -> Tensor:
         """Each sample's weight [B] in the eps-MSE; the logged loss is not weighted.

@@ -115,6 +115,15 @@ def test_timesteps_are_uniform_and_noise_is_normal():
     assert drawn.noise.std() == pytest.approx(1, abs=0.01)
 
 
+def test_what_is_drawn_ahead_is_what_the_step_would_have_drawn(tmp_path: Path):
+    ahead, _ = objective(tmp_path)
+    ahead(batch(), 0)
+    for step in (1, 5):  # the one that was made ready, and one that was not
+        fresh, _ = objective(tmp_path)
+        for got, expected in zip(ahead(batch(), step), fresh(batch(), step), strict=True):
+            assert (got is None and expected is None) or torch.equal(got, expected)
+
+
 def test_seed_and_phase_decide_the_numbers(tmp_path: Path):
     seeds = {
         (phase, seed): phase_seed(make_config(tmp_path, phase, train={"seed": seed}))
