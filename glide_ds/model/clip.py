@@ -155,9 +155,9 @@ def _find(model: str, weights: str) -> _Found:
     file = read_state_file(path)
     digest = sha256(path)
     _check_width(file.tensors, architecture, name, path)
-    quick = (
-        architecture.get("quick_gelu", False) or about.get("quick_gelu", False) or _from_openai(file, digest)
-    )
+    quick = architecture.get("quick_gelu", False) or about.get("quick_gelu", False)
+    if name != BUILTIN:  # of which nobody else's file is known; to ask takes open_clip's import
+        quick = quick or _from_openai(file, digest)
     return _Found(
         name,
         {**architecture, "quick_gelu": bool(quick)},

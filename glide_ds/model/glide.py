@@ -42,7 +42,7 @@ class Glide(UNet):
         width = config.xf_width
         self.transformer = Transformer(width, config.xf_layers, config.xf_heads)
         self.final_ln = LayerNorm(width)
-        self.token_embedding = nn.Embedding(N_VOCAB, width)
+        self.token_embedding = nn.Embedding(N_VOCAB, width, _weight=normal_parameter(N_VOCAB, width, std=1.0))
         self.positional_embedding = normal_parameter(config.text_ctx, width, std=_EMBEDDING_STD)
         self.padding_embedding = normal_parameter(config.text_ctx, width, std=_EMBEDDING_STD)
         self.transformer_proj = nn.Linear(width, self.emb_width)

@@ -69,7 +69,10 @@ def zero_init(module: AnyModule) -> AnyModule:
 
 def normal_parameter(*shape: int, std: float) -> nn.Parameter:
     """A parameter drawn from N(0, std^2)."""
-    return nn.Parameter(nn.init.normal_(torch.empty(shape), std=std))
+    values = torch.empty(shape)
+    if not values.is_meta:  # there it draws nothing, and imports torch's compiler to do so: 3 s
+        nn.init.normal_(values, std=std)
+    return nn.Parameter(values)
 
 
 class Block(nn.Module):
