@@ -1,6 +1,6 @@
 """What a background save costs the training, beside a synchronous one, and what memory an export takes.
 
-    OMP_NUM_THREADS=1 python benchmarks/checkpoint.py --out benchmarks/results/checkpoint-cpu.json
+    python benchmarks/checkpoint.py --out benchmarks/results/checkpoint-cpu.json
 
 The two kinds of save take turns on the same engine; what is reported is the median, over rounds, of the ratio in
 the same round. The export runs in a process of its own: its peak is VmHWM above that after the imports.
