@@ -81,6 +81,7 @@ def _first(flags: NDArray[np.bool_]) -> int:
 def _away(lines: Pixels, colour: list[int]) -> NDArray[Any]:
     """How far each value lies from a colour's: uint8 [lines, 3 length]."""
     # A whole line of the colour: with three values the subtraction's inner loop would be three long.
-    line = np.array(colour * lines.shape[1], np.uint8)
+    line: Pixels = np.empty((lines.shape[1], 3), np.uint8)
+    line[:] = colour
     flat = np.ascontiguousarray(lines).reshape(len(lines), -1)
-    return np.maximum(flat, line) - np.minimum(flat, line)
+    return np.maximum(flat, line.reshape(-1)) - np.minimum(flat, line.reshape(-1))
