@@ -93,16 +93,15 @@ def kill_while_writing(code: str, words: list[str], folder: Path, files: str, mo
     """Run Python code again and again, killed just after `folder` holds so many files of that pattern."""
     dice = random.Random(0)
     for moment in moments:
-        process = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.DEVNULL)
-        while len(list(folder.glob(files))) < moment:
+        process = psutil.Popen([sys.executable, "-c", code, *words], stdout=subprocess.DEVNULL)
+        # The kill before may have come after this moment's files: then it is the first worker that is waited for.
+        while len(list(folder.glob(files))) < moment or not (workers := process.children(recursive=True)):
             assert process.poll() is None, "it ended before it was to be killed"
             time.sleep(0.0005)
         time.sleep(dice.uniform(0, 0.01))
-        workers = psutil.Process(process.pid).children(recursive=True)
         process.kill()
         assert process.wait() == -signal.SIGKILL, "it had ended"
         _, left = psutil.wait_procs(workers, timeout=5)
-        assert workers
         assert not left, "its workers outlive it"
 
 
