@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, on a machine that has one and perhaps no network.
 #
-#   bash benchmarks/gpu.sh tests compiled_tf32+compiled_bf16+eager phases      sections in turn; joined by +: at once
+#   bash benchmarks/gpu.sh tests compiled_tf32+compiled_bf16@32 phases    sections in turn; joined by +: at once
+#
+# @32: with 32 images. Sections at once build and compile side by side, and take turns at measuring when all have.
 #
 # Results and logs go to $OUT (default: benchmarks/results). A folder .whl of wheels is installed first, if there.
 set -uo pipefail
@@ -9,32 +11,28 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 out=${OUT:-benchmarks/results} site=/tmp/site
 card=${CARD:-$(python3 -c 'import torch; print(torch.cuda.get_device_name().split()[1].lower())')}
 size=${SIZE:-base} micro=${MICRO:-32} rounds=${ROUNDS:-7} # smaller ones to try the sections themselves
-export PYTHONPATH=$PWD HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+export PYTHONPATH=$PWD HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false lock=/tmp/timing
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} # for sections side by side
 if [ -d .whl ]; then
   [ -d $site ] || python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target $site .whl/*.whl
   export PYTHONPATH=$site:$PYTHONPATH
 fi
 
-tests() { python3 -m pytest -q -n 0 tests/model/test_cuda.py tests/training/test_optimizer.py -k "${TESTS:-cuda}"; }
+tests() { flock -s $lock python3 -m pytest -q -n 0 tests/model/test_cuda.py tests/training/test_optimizer.py -k "${TESTS:-cuda}"; }
 
-# Processes build and compile side by side; the lock lets one at a time measure.
 step() {
-  python3 benchmarks/step.py "$2" --size "$size" --rounds "$rounds" --micro "$micro" --lock /tmp/timing \
-    --out "$out/step-$1-$card.json" "${@:3}"
+  python3 benchmarks/step.py "$2" --size "$size" --rounds "$rounds" --micro "$micro" --lock $lock \
+    --out "$out/step-$1-$micro-$card.json" "${@:3}"
 }
 eager() { step eager options --eager --only "plain eager" "+ channels_last" "+ DeepSpeed, fused AdamW" "+ AdamW8bit"; }
-compiled_tf32() { step compiled-tf32 options --only "+ compile" --profile; }
+plain_tf32() { step plain-tf32 options --only "+ compile" --profile; }
+compiled_tf32() { step compiled-tf32 options --only "+ fp16 kernels" --profile; }
 compiled_bf16() { step compiled-bf16 options --only "+ bf16" --profile; }
-# Only fills the compiler's cache, beside whatever else runs.
-warm_tf32() { rounds=1 out=/tmp step compiled-tf32 options --only "+ compile"; }
-warm_bf16() { rounds=1 out=/tmp step compiled-bf16 options --only "+ bf16"; }
-searched_tf32() { step searched-tf32 options --only "+ compile" --profile --algorithms 0; }
+searched_tf32() { step searched-tf32 options --only "+ fp16 kernels" --profile --algorithms 0; }
 searched_bf16() { step searched-bf16 options --only "+ bf16" --profile --algorithms 0; }
 phases() { step phases phases --eager; }
 overhead() { step overhead overhead --eager; }
-dials() { step dials dials --eager; }
-batch() { step batch batch --eager --micro $((micro / 4)) $((micro / 2)) "$micro"; }
+dials() { step dials dials; }
 parity() { size=mid micro=8 step parity parity; }
 optimizer() { python3 benchmarks/optimizer.py --device cuda --size 100000000 --out "$out/optimizer-$card.json"; }
 memory() { python3 benchmarks/memory.py --out "$out/memory-$card.json"; }
@@ -60,13 +58,15 @@ convergence() {
 # launch/quickstart.sh without its installation.
 quickstart() {
   local run=/tmp/quickstart glide=(python3 -c 'from glide_ds.cli import main; main()') tiny=ds_configs/tiny
+  exec 9>$lock && flock -s 9
   python3 launch/train.py --ds_config $tiny/phase1.json $tiny/phase2.json $tiny/phase3.json --set run.dir=$run &&
     "${glide[@]}" export $run --out $run/export/model.pt &&
     "${glide[@]}" evaluate $run/export/model.pt --captions 64 --samples 128 --steps 50 --out "$out/quickstart-$card.json"
 }
 
 if [ "${1:-}" = --section ]; then
-  $2
+  [[ $2 = *@* ]] && micro=${2#*@}
+  ${2%@*}
   exit
 fi
 for group in "$@"; do

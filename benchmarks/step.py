@@ -24,7 +24,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,8 +39,8 @@ from yardstick import PlainLoop
 from glide_ds.config import Config, load_config
 from glide_ds.diffusion import create_diffusion
 from glide_ds.model import create_model
-from glide_ds.model.attention import can_reduce
 from glide_ds.model.clip import FrozenClip
+from glide_ds.model.reduced import can_reduce
 from glide_ds.training.compiling import set_compilation
 from glide_ds.training.distributed import read_environment, start_process_group
 from glide_ds.training.engine import build_engine, release
@@ -75,6 +75,7 @@ class Variant:
     einsum: bool = False
     optimizer: str = "AdamW8bit"
     precision: str = "fp32"  # fp32 | tf32 | bf16
+    reduced: bool = False  # TF32 by fp16 kernels
     channels_last: bool = True
     compile: bool = False
     checkpointing: str = "none"
@@ -84,13 +85,14 @@ class Variant:
 def variants(suite: str, micros: list[int], gpu: bool) -> list[Variant]:
     """The variants of a suite, the one that ratios refer to first."""
     precision, micro = "tf32" if gpu else "fp32", micros[0]
-    ours = Variant("ours", micro=micro, precision=precision, compile=gpu)
+    ours = Variant("ours", micro=micro, precision=precision, reduced=gpu, compile=gpu)
     plain = replace(
         ours,
         name="plain eager",
         engine=False,
         einsum=True,
         optimizer="AdamW foreach",
+        reduced=False,
         channels_last=False,
         compile=False,
     )
@@ -98,16 +100,18 @@ def variants(suite: str, micros: list[int], gpu: bool) -> list[Variant]:
         phases = [replace(ours, name=name, phase=phase) for name, phase in PHASES.items()]
         return [phases[2], *phases[:2]]
     if suite == "overhead":
-        bare = replace(ours, name="bare loop", engine=False, optimizer="AdamW fused")
+        bare = replace(ours, name="bare loop", engine=False, optimizer="AdamW fused", reduced=False)
         return [bare, replace(bare, name="DeepSpeed", engine=True)]
     if suite == "dials":
         return [replace(ours, name=dial, checkpointing=dial) for dial in ("none", "attention", "blocks")]
     if suite == "batch":
         precisions = ["tf32", "bf16"] if gpu else ["fp32"]
         return [
-            replace(ours, name=f"{p}, {m} images", micro=m, precision=p) for p in precisions for m in micros
+            replace(ours, name=f"{p}, {m} images", micro=m, precision=p, reduced=p == "tf32")
+            for p in precisions
+            for m in micros
         ]
-    eager = replace(ours, name="ours, eager", compile=False)
+    eager = replace(ours, name="ours, eager", reduced=False, compile=False)
     options = [
         plain,
         replace(plain, name="+ fused attention", einsum=False),
@@ -117,7 +121,9 @@ def variants(suite: str, micros: list[int], gpu: bool) -> list[Variant]:
     ]
     if gpu or suite == "parity":
         options.append(replace(eager, name="+ compile", compile=True))
-    options.append(replace(ours, name="+ bf16", precision="bf16"))
+    if gpu:
+        options.append(replace(ours, name="+ fp16 kernels"))
+    options.append(replace(ours, name="+ bf16", precision="bf16", reduced=False))
     if suite == "parity":
         options.append(replace(eager, name="blocks recomputed", checkpointing="blocks"))
         options = [replace(option, dropout=0.0) for option in options]
@@ -138,7 +144,7 @@ class Trainee:
         model = create_model(glide_config(config)).to(device)
         open_gates(model)
         set_recomputation(model, config, arithmetic)
-        model.reduce_attention(variant.precision == "tf32" and variant.engine and can_reduce(device))
+        model.reduce_products(variant.reduced and can_reduce(device))
         groups = parameter_groups(model, config)
         self.engine: Any
         if variant.engine:
@@ -280,22 +286,26 @@ def parity(chosen: list[Variant], size: str, device: torch.device) -> list[dict[
 
 def run_variants(chosen: list[Variant], args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     with ExitStack() as stack:
+        # Other processes may build and compile meanwhile; what is measured, is measured when all have done so, alone.
+        lock = stack.enter_context(args.lock.open("w")) if args.lock else None
+        if lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
         trainees = []
         for variant in chosen:
             print(f"building {variant.name}", flush=True)
             trainees.append(Trainee(variant, args.size, device))
             stack.callback(trainees[-1].close)
-        # Other processes may build and compile meanwhile; what is measured, is measured alone.
-        with args.lock.open("w") if args.lock else nullcontext() as lock:
-            if lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            rows = measure(trainees, args.rounds, device)
-            show(rows)
-            if args.profile:
-                for trainee, row in zip(trainees, rows, strict=True):
-                    step = partial(trainee.step, 0)
-                    row["profile"] = {"kernels": profiling.kernels(step), "waits": profiling.waits(step)}
-                    profiling.show(row["profile"])
+        for trainee in trainees:
+            trainee.step(0)  # searches cuDNN's algorithms
+        if lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        rows = measure(trainees, args.rounds, device)
+        show(rows)
+        if args.profile:
+            for trainee, row in zip(trainees, rows, strict=True):
+                step = partial(trainee.step, 0)
+                row["profile"] = {"kernels": profiling.kernels(step), "waits": profiling.waits(step)}
+                profiling.show(row["profile"])
         return rows
 
 

@@ -2,10 +2,8 @@
 
 B samples, H heads, N queries, M keys, D head width.
 
-On a GPU the fused kernel for fp32 is several times as slow as the one for fp16: on an H100 a quarter of the whole
-step of the base model. TF32, which all other products run in, keeps 10 bits of the mantissa, and so does fp16: with
-sums and softmax in fp32, as the kernel has them, an fp16 product of activations is a TF32 product. What fp16 lacks is
-range. Activations have it (GLIDE was trained in fp16); gradients get it by a power-of-two scale for each call.
+On a GPU the fused kernel for fp32 is several times as slow as the one for fp16: on an H100 it took a quarter of the
+whole step of the base model.
 """
 
 from __future__ import annotations
@@ -14,15 +12,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from glide_ds.model.reduced import Reducible, gradient_scale
 
 LARGEST = 2.0**6  # what the largest gradient of a call is brought to: fp16 reaches from 2^-24 to 2^16
 
 
-class Attending(nn.Module):
-    """A module that attends. `reduced` takes the fp16 kernel for fp32 tensors: where TF32 is wanted, on a GPU."""
-
-    reduced = False
+class Attending(Reducible):
+    """A module that attends."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q k^T / sqrt(D)) v: [B, H, N, D] by [B, H, M, D] twice to [B, H, N, D], in their dtype."""
@@ -30,18 +28,6 @@ class Attending(nn.Module):
             output: Tensor = _Reduced.apply(q, k, v)
             return output
         return F.scaled_dot_product_attention(q, k, v)
-
-
-def can_reduce(device: torch.device) -> bool:
-    """Whether the device has TF32 and the kernel."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def gradient_scale(gradient: Tensor) -> Tensor:
-    """The power of two [] that brings the largest element to between LARGEST / 2 and LARGEST."""
-    # Powers of two change no mantissa. Below 2^-100 all is as good as zero, and the scale would overflow.
-    _, exponent = torch.frexp(gradient.abs().amax())
-    return torch.ldexp(torch.full_like(gradient.flatten()[0], LARGEST), -exponent.clamp(min=-100))
 
 
 class _Reduced(torch.autograd.Function):
@@ -61,7 +47,7 @@ class _Reduced(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         (gradient,) = gradients
         q, k, v, output, logsumexp, cum_q, cum_k, seed, offset = ctx.saved_tensors
-        scale = gradient_scale(gradient)
+        scale = gradient_scale(gradient, LARGEST)
         found = torch.ops.aten._scaled_dot_product_flash_attention_backward(
             (gradient * scale).half(),
             q,

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glide_ds.model.attention import Attending
 from glide_ds.model.clip_adapter import ClipAdapter
 from glide_ds.model.dual_attention import DualAttention
 from glide_ds.model.layers import Block, LayerNorm, normal_parameter
+from glide_ds.model.reduced import Reducible
 from glide_ds.model.text import TextEncoding, Transformer
 from glide_ds.model.unet import AttentionBlock, ClipContext, Context, UNet, timestep_embedding
 from glide_ds.tokenizer import N_VOCAB
@@ -107,10 +107,10 @@ class Glide(UNet):
         """Residual, attention and transformer blocks by name."""
         return {name: module for name, module in self.named_modules() if isinstance(module, Block)}
 
-    def reduce_attention(self, reduced: bool) -> None:
-        """Choose attention's precision on fp32 tensors: TF32's, on a GPU, or full (see `attention`)."""
+    def reduce_products(self, reduced: bool) -> None:
+        """Choose how attention and convolutions take products of fp32 tensors (see `reduced`)."""
         for module in self.modules():
-            if isinstance(module, Attending):
+            if isinstance(module, Reducible):
                 module.reduced = reduced
 
     def recompute(self, dial: str) -> None:

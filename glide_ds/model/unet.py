@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glide_ds.model.attention import Attending
+from glide_ds.model.convolution import Conv2d
 from glide_ds.model.layers import Block, GroupNorm, PointwiseConv1d, zero_init
 from glide_ds.types import GlideConfig
 
@@ -51,9 +52,9 @@ def frequencies(count: int, device: torch.device) -> Tensor:
 def doubled(x: Tensor) -> Tensor:
     """F.interpolate(x, scale_factor=2) for the compiler, which makes its gradient a sum and not a scatter."""
     b, c, h, w = x.shape
-    doubled = x[:, :, :, None, :, None].expand(b, c, h, 2, w, 2).reshape(b, c, 2 * h, 2 * w)
+    larger = x[:, :, :, None, :, None].expand(b, c, h, 2, w, 2).reshape(b, c, 2 * h, 2 * w)
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    return doubled.contiguous(memory_format=torch.channels_last) if channels_last else doubled
+    return larger.contiguous(memory_format=torch.channels_last) if channels_last else larger
 
 
 class ResBlock(Block):
@@ -64,19 +65,15 @@ class ResBlock(Block):
     ) -> None:
         super().__init__()
         self.resample = resample
-        self.in_layers = nn.Sequential(
-            GroupNorm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
-        )
+        self.in_layers = nn.Sequential(GroupNorm(channels), nn.SiLU(), Conv2d(channels, out_channels, 3))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_width, 2 * out_channels))
         self.out_layers = nn.Sequential(
             GroupNorm(out_channels),
             nn.SiLU(),
             nn.Dropout(dropout),
-            zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+            zero_init(Conv2d(out_channels, out_channels, 3)),
         )
-        self.skip_connection = (
-            nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
-        )
+        self.skip_connection = nn.Identity() if channels == out_channels else Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb_be: Tensor) -> Tensor:
         norm, silu, conv = self.in_layers

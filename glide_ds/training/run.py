@@ -16,9 +16,9 @@ from glide_ds.config import BatchArithmetic, Config, load_config
 from glide_ds.data.loader import Source, build_source
 from glide_ds.diffusion import Diffusion, create_diffusion
 from glide_ds.model import create_model
-from glide_ds.model.attention import can_reduce
 from glide_ds.model.clip import FrozenClip, embedding_dim
 from glide_ds.model.glide import Glide
+from glide_ds.model.reduced import can_reduce
 from glide_ds.training import preview
 from glide_ds.training.background import PEERS_S, Saver
 from glide_ds.training.checkpoint import Committed
@@ -250,7 +250,7 @@ def set_ways(model: Glide, config: Config, arithmetic: BatchArithmetic, device: 
     set_recomputation(model, config, arithmetic)
     tf32 = config.train.tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    model.reduce_attention(tf32 and can_reduce(device))
+    model.reduce_products(tf32 and can_reduce(device))
     # Shapes never change: the fastest algorithm for each is worth a search.
     torch.backends.cudnn.benchmark = True
 
