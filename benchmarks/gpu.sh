@@ -28,8 +28,6 @@ eager() { step eager options --eager --only "plain eager" "+ channels_last" "+ D
 plain_tf32() { step plain-tf32 options --only "+ compile" --profile; }
 compiled_tf32() { step compiled-tf32 options --only "+ fp16 kernels" --profile; }
 compiled_bf16() { step compiled-bf16 options --only "+ bf16" --profile; }
-searched_tf32() { step searched-tf32 options --only "+ fp16 kernels" --profile --algorithms 0; }
-searched_bf16() { step searched-bf16 options --only "+ bf16" --profile --algorithms 0; }
 phases() { step phases phases --eager; }
 overhead() { step overhead overhead --eager; }
 dials() { step dials dials; }

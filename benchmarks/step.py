@@ -318,15 +318,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="variants by name; the first is what ratios refer to")
     parser.add_argument("--eager", action="store_true", help="compile nothing, on a GPU too")
     parser.add_argument("--profile", action="store_true", help="list the longest kernels of each variant (GPU)")
-    parser.add_argument("--algorithms", type=int, help="that cuDNN tries per convolution (0: all)")
     parser.add_argument("--lock", type=Path, help="a file that is locked while steps are timed")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     args = parser.parse_args()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     read_environment()
     device = start_process_group(600)
-    if args.algorithms is not None:
-        torch.backends.cudnn.benchmark_limit = args.algorithms
     chosen = variants(args.suite, args.micro, device.type == "cuda")
     chosen = [v for v in chosen if not args.only or v.name in args.only]
     if args.eager:
