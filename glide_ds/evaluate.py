@@ -127,7 +127,9 @@ def draw_and_judge(
     images = torch.cat(drawn)
     if pictures:
         grid(images, captions).save(pictures)
-    grades = [judge.grade(image, caption) for image, caption in zip(images.cpu().numpy(), captions, strict=True)]
+    grades = [
+        judge.grade(image, caption) for image, caption in zip(images.cpu().numpy(), captions, strict=True)
+    ]
     shares = {
         name: float(np.mean([getattr(g, name) for g in grades])) for name in ("colour", "shape", "position")
     }
