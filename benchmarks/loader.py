@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,8 +38,8 @@ from machine import environment
 from PIL import Image
 
 from glide_ds import tokenizer
-from glide_ds.config import DataConfig
-from glide_ds.data import build_source
+from glide_ds.config import DataConfig, FilterConfig
+from glide_ds.data import build_source, loader
 from glide_ds.data.borders import content_box
 from glide_ds.data.clip_store import ClipStore, Encoder, StoreNote, store_path, write_store
 from glide_ds.data.decode import REDUCED_SIDE, DecodeOptions, decode, open_pixels
@@ -47,7 +48,7 @@ from glide_ds.data.shards import open_shards, scan_shard
 
 SIDE, BATCH, CONTEXT = 64, 64, 128
 PER_SHARD = 100
-WORKER_ROUNDS = 5
+WORKER_ROUNDS = 15
 CORRUPT = 100  # one in so many
 Borders = tuple[int, int, int, int]  # top, bottom, left, right of what lies inside them
 Picture = tuple[bytes, Borders]
@@ -265,6 +266,7 @@ def benchmark(folder: Path, pictures: list[Picture], rounds: int) -> dict[str, d
     write_set(spoilt, [d[: len(d) // 2] if n % CORRUPT == 7 else d for n, d in enumerate(datas)])
     shards = open_shards(str(clean))
     options = DecodeOptions(SIDE)
+    unread = loader.unread(shards, FilterConfig())
     wanted = round(SIDE * REDUCED_SIDE)
     opened = [open_pixels(data, options, wanted) for data in datas]
     clip = fill_store(folder / "clip", shards)
@@ -288,7 +290,7 @@ def benchmark(folder: Path, pictures: list[Picture], rounds: int) -> dict[str, d
         "entropy decode": (samples, entropy),
         "decode + trim + resize": (samples, lambda: run_through(partial(decode, options=options), datas)),
         "index scan": (samples, lambda: run_through(scan_shard, urls)),
-        "read + index": (samples, lambda: run_through(shards.read, range(samples))),
+        "read + index": (samples, lambda: run_through(shards.read, range(samples), repeat(unread))),
         "decode": (samples, lambda: run_through(partial(open_pixels, options=options, wanted=wanted), datas)),
         "trim": (samples, lambda: run_through(content_box, *zip(*opened, strict=True))),
         "trim, bordered": (len(opened[::5]), lambda: run_through(content_box, *zip(*opened[::5], strict=True))),

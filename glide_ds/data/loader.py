@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from glide_ds import tokenizer
 from glide_ds.config import ClipConfig, DataConfig, FilterConfig
 from glide_ds.data import filters, shapes
-from glide_ds.data.captions import Cause, Unusable, read_caption
+from glide_ds.data.captions import TEXT_EXTENSIONS, Cause, Unusable, read_caption
 from glide_ds.data.clip_store import ClipStore, Encoder
 from glide_ds.data.decode import DecodeOptions, decode, image_member
 from glide_ds.data.order import MixOrder, Order, micro_slots, mix, uniform
@@ -80,6 +80,7 @@ class ShardSamples:
         self.part_sizes = [shards.sizes for shards, _ in parts]
         self._ends = np.cumsum([len(shards) for shards, _ in parts]).tolist()
         self._filters = [filter for _, filter in parts]
+        self._unread = [unread(shards, filter) for shards, filter in parts]
         self.sizes, self.fingerprint = self.shards.sizes, self.shards.fingerprint
         self.duplicates, self.name = self.shards.duplicates, self.shards.name
 
@@ -92,13 +93,28 @@ class ShardSamples:
         return first, self._ends[part] - first
 
     def load(self, sample: int, draw: float) -> Sample:
+        part = bisect_right(self._ends, sample)
+        members = self._read(sample, self._unread[part])
+        filters.check(members, self._filters[part])
         try:
-            members = self.shards.read(sample)
+            caption, notes = read_caption(members, draw)
+        except Unusable as error:
+            if not self._unread[part] or error.cause not in (Cause.NO_CAPTION, Cause.EMPTY_CAPTION):
+                raise
+            caption, notes = read_caption(self._read(sample), draw)
+        return Sample(decode(image_member(members), self.options), caption, notes)
+
+    def _read(self, sample: int, unread: frozenset[str] = frozenset()) -> dict[str, bytes]:
+        try:
+            return self.shards.read(sample, unread)
         except (OSError, EOFError) as error:
             raise Unusable(Cause.UNREADABLE, str(error)) from None
-        filters.check(members, self._filters[bisect_right(self._ends, sample)])
-        caption, notes = read_caption(members, draw)
-        return Sample(decode(image_member(members), self.options), caption, notes)
+
+
+def unread(shards: ShardSet, filter: FilterConfig) -> frozenset[str]:
+    """What samples are first read without: the JSON record, where no rule asks for it and captions are texts."""
+    texts = all(not set(TEXT_EXTENSIONS).isdisjoint(head.extensions) for head in shards.heads)
+    return frozenset({"json"}) if texts and not filter.active else frozenset()
 
 
 class ShapeSamples:

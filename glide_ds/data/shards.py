@@ -238,17 +238,25 @@ class ShardIndex:
         rows = range(self.first[sample], self.first[sample + 1])
         return [(extensions[kinds[row]], blocks[row] * BLOCK, sizes[row]) for row in rows]
 
-    def read(self, sample: int, file: LocalFile | RemoteFile) -> dict[str, bytes]:
-        """A sample's members by extension. Raises OSError or EOFError where the shard cannot give them."""
+    def read(
+        self, sample: int, file: LocalFile | RemoteFile, unread: frozenset[str] = frozenset()
+    ) -> dict[str, bytes]:
+        """A sample's members by extension, but for those of the extensions `unread`.
+
+        Raises OSError or EOFError where the shard cannot give them.
+        """
         if isinstance(file, RemoteFile):
-            return {name: file.read(offset, size) for name, offset, size in self.members(sample)}
+            members = (member for member in self.members(sample) if member[0] not in unread)
+            return {name: file.read(offset, size) for name, offset, size in members}
         extensions, kinds, blocks, sizes = self.head.extensions, self.kinds, self.blocks, self.sizes
         pread, descriptor, found = os.pread, file.descriptor, {}
         # No call and no tuple per member: a small one's bytes take less time than either.
         for row in range(self.first[sample], self.first[sample + 1]):
-            offset, size = blocks[row] * BLOCK, sizes[row]
-            data = pread(descriptor, size, offset)
-            found[extensions[kinds[row]]] = data if len(data) == size else file.read(offset, size)
+            name = extensions[kinds[row]]
+            if name not in unread:
+                offset, size = blocks[row] * BLOCK, sizes[row]
+                data = pread(descriptor, size, offset)
+                found[name] = data if len(data) == size else file.read(offset, size)
         return found
 
     def to_bytes(self) -> bytes:
@@ -477,11 +485,14 @@ class ShardSet:
         shard = bisect_right(self._ends, sample)
         return shard, sample - (self._ends[shard - 1] if shard else 0)
 
-    def read(self, sample: int) -> dict[str, bytes]:
-        """A sample's members by extension. Raises OSError or EOFError where the shard cannot give them."""
-        shard, row = self.locate(sample)
+    def read(self, sample: int, unread: frozenset[str] = frozenset()) -> dict[str, bytes]:
+        """A sample's members by extension, but for those of the extensions `unread`.
+
+        Raises OSError or EOFError where the shard cannot give them.
+        """
+        shard = bisect_right(self._ends, sample)  # as `locate` does, without a call
         index, file = self._opened.get(shard) or self._open(shard)
-        return index.read(row, file)
+        return index.read(sample - (self._ends[shard - 1] if shard else 0), file, unread)
 
     def name(self, sample: int) -> str:
         """A sample as a person finds it: shard and key."""

@@ -18,6 +18,7 @@ import torch
 from data_kit import encoded, json_bytes, sample, source, take, write_shards, write_tar
 from PIL import Image
 
+from glide_ds.config import FilterConfig
 from glide_ds.data import loader
 from glide_ds.data.decode import decode
 from glide_ds.data.loader import ENOUGH_TO_JUDGE
@@ -34,6 +35,37 @@ def same(a: Batch, b: Batch) -> bool:
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_shards(tmp_path_factory.mktemp("shards"), [30, 7, 25, 40])
+
+
+def test_a_json_record_is_read_only_where_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no rule asks for it and the text says something; the sample whose text is blank takes its caption."""
+    record = json_bytes(caption="from the record", WIDTH=300, HEIGHT=300)
+    picture = sample(0)["jpg"]
+    texts: list[dict[str, bytes]] = [{"txt": b"from the text"}, {"txt": b" \n"}, {}]
+    members = [(f"{n}", {"jpg": picture, "json": record, **text}) for n, text in enumerate(texts)]
+    path = str(write_tar(tmp_path / "x.tar", members))
+    read: list[tuple[int, tuple[str, ...]]] = []
+    whole = loader.ShardSet.read
+
+    def noted(shards: loader.ShardSet, number: int, unread: frozenset[str]) -> dict[str, bytes]:
+        found = whole(shards, number, unread)
+        read.append((number, tuple(sorted(found))))
+        return found
+
+    monkeypatch.setattr(loader.ShardSet, "read", noted)
+    (batch,) = take(source(path, batch=3, drop_caption=0, drop_both=0), 1)
+    captions = dict(zip(batch.sample_ids.tolist(), batch.captions, strict=True))
+    assert captions == {0: "from the text", 1: "from the record", 2: "from the record"}
+    assert sorted(read) == [
+        (0, ("jpg", "txt")),
+        (1, ("jpg", "json", "txt")),
+        (1, ("jpg", "txt")),
+        (2, ("jpg",)),
+        (2, ("jpg", "json")),
+    ]
+    read.clear()
+    take(source(path, batch=3, filter=FilterConfig(min_size=256)), 1)
+    assert {found for _, found in read} == {("jpg", "json", "txt"), ("jpg", "json")}
 
 
 def test_a_batch_is_what_types_promises(shards: str) -> None:
