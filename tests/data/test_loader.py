@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,20 @@ def same(a: Batch, b: Batch) -> bool:
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_shards(tmp_path_factory.mktemp("shards"), [30, 7, 25, 40])
+
+
+def test_a_batch_leaves_a_worker_whole(shards: str) -> None:
+    """Whatever its parts' sizes: 7 samples of odd shapes, with embeddings and small pictures."""
+    batch = replace(source(shards, batch=7, low_res=True).one(0), clip=torch.randn(7, 5).half())
+    packed = loader.pack(loader.Made(batch, loader.Tally())).batch
+    assert isinstance(packed, loader.Packed)
+    arrived = packed.unpack()
+    assert arrived.captions == batch.captions
+    for field in fields(batch):
+        sent, got = getattr(batch, field.name), getattr(arrived, field.name)
+        if isinstance(sent, torch.Tensor):
+            assert (got.dtype, got.is_contiguous()) == (sent.dtype, True)
+            assert torch.equal(got, sent)
 
 
 def test_a_json_record_is_read_only_where_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
