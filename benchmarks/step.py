@@ -238,8 +238,9 @@ def measure(trainees: list[Trainee], rounds: int, device: torch.device) -> list[
         on_top = torch.cuda.max_memory_allocated(device) - resting if device.type == "cuda" else 0
         own.append(on_top)
     times: list[list[float]] = [[] for _ in trainees]
+    turns = list(zip(trainees, times, strict=True))
     for number in range(rounds):
-        for trainee, taken in zip(trainees, times, strict=True):
+        for trainee, taken in turns if number % 2 else turns[::-1]:  # the machine's speed drifts within a round
             taken.append(timed(lambda t=trainee, n=number: t.step(3 + n), device))
     rows = []
     for trainee, taken, on_top in zip(trainees, times, own, strict=True):

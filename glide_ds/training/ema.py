@@ -44,6 +44,9 @@ class Ema:
         Collective: every rank gathers all parts, before and after.
         """
         masters = self.zero.single_partition_of_fp32_groups
+        weights = self.zero.parallel_partitioned_bit16_groups
+        if masters[0].is_set_to(weights[0][0]):  # engine.share_weights: about to be written over
+            masters = [master.detach().clone() for master in masters]
         self._publish(self.parts)
         try:
             yield

@@ -64,6 +64,8 @@ def build_engine(
     engine.role_clipping = RoleClipping(engine.optimizer, config)
     if dist.get_world_size(engine.optimizer.dp_process_group) == 1:
         keep_gradients(engine.optimizer)
+        if weight_bytes(config) == 4:
+            share_weights(engine.optimizer)
     return engine
 
 
@@ -122,6 +124,18 @@ def keep_gradients(zero: Any) -> None:
 
     zero.contiguous_gradients = False  # no bucket is needed
     zero.reduce_independent_p_g_buckets_and_remove_grads = keep
+
+
+def share_weights(zero: Any) -> None:
+    """Let the fp32 weights of a rank that is alone be their own masters.
+
+    DeepSpeed keeps a copy of them for the optimizer, and copies it back after every step: 4 bytes per parameter and
+    a pass over memory, for nothing where one rank has the whole of them in the precision of the masters.
+    """
+    masters = zero.single_partition_of_fp32_groups
+    for master, (weights,) in zip(masters, zero.parallel_partitioned_bit16_groups, strict=True):
+        master.data = weights  # to copy a tensor onto itself costs nothing
+    zero._link_all_hp_params()  # else what hangs on the parameters would hold the copy
 
 
 class RoleClipping:

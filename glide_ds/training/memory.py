@@ -146,7 +146,7 @@ def memory_estimate(
     gradients = width * trained / world
     static = {
         "weights": float(width * sum(p.numel() for p in (*model.parameters(), *model.buffers()))),
-        "master": 4.0 * trained / world,
+        "master": 4.0 * trained / world if world > 1 or width < 4 else 0.0,  # see share_weights
         "moments": OPTIMIZER_BYTES[config.deepspeed["optimizer"]["type"]] * trained / world,
     }
     if config.ema.decay:

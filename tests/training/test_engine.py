@@ -152,6 +152,19 @@ def test_a_fresh_adapter_changes_no_loss(tmp_path: Path, offset: float):
         assert torch.equal(loss_of(run, run.engine).mse, without(batch, 0).mse)
 
 
+@pytest.mark.parametrize("precision", [{}, {"bf16": {"enabled": True}}], ids=["fp32", "bf16"])
+def test_fp32_weights_of_a_lone_rank_are_their_own_masters(tmp_path: Path, precision: dict[str, Any]):
+    """And nothing else keeps a copy of them: each parameter's storage is the optimizer's."""
+    with opened(make_config(tmp_path, "full", **precision), shake) as run:
+        update(run)
+        zero = run.engine.optimizer
+        masters = {master.untyped_storage().data_ptr() for master in zero.single_partition_of_fp32_groups}
+        for parameter in run.model.parameters():
+            assert (parameter.untyped_storage().data_ptr() in masters) is (not precision)
+            assert parameter._hp_mapping.hp_fragment.untyped_storage().data_ptr() in masters
+            assert torch.equal(parameter._hp_mapping.hp_fragment.to(parameter.dtype), parameter.view(-1))
+
+
 # --- bare against wrapped ---
 
 
