@@ -36,6 +36,15 @@ SAVES = itertools.count()
 PEERS_S = 30.0  # for a save under way when an error ends the phase: its peers may be gone
 
 
+@functools.lru_cache(maxsize=1)
+def own_connection(store: Any) -> Any:
+    """A connection to the process group's store beside the group's, where waiting would block whatever else uses it.
+
+    One for all savers of a process: every 25th that is opened takes torch 5 s.
+    """
+    return store.clone()
+
+
 class Saver:
     """Saves one phase's state as `folder`/step-N. All ranks call its methods alike.
 
@@ -53,8 +62,7 @@ class Saver:
     ) -> None:
         self.engine, self.folder, self.config, self.say = engine, folder, config, say
         self.patience = timedelta(seconds=timeout_s)  # for the slowest rank's writing
-        # A connection of its own: waiting on the group's would block whatever else uses it.
-        self.store = dist.distributed_c10d._get_default_store().clone()
+        self.store = own_connection(dist.distributed_c10d._get_default_store())
         self.snapshot = Snapshot()
         self.thread: threading.Thread | None = None
         self.step = 0  # of the last save
