@@ -6,6 +6,7 @@ device tensor (a sync point) costs once per `log.every` steps.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
@@ -217,11 +218,17 @@ class RunLog:
         self.trace = None
         if config.data.trace:
             self.trace = JsonLines(self.folder / "trace" / f"rank{rank}.jsonl", self.phase, done)
-        self.tensorboard: Any = None
-        if rank == 0 and config.log.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+        self.done = done
+        self.tensorboard_wanted = rank == 0 and config.log.tensorboard
 
-            self.tensorboard = SummaryWriter(str(self.folder / "tensorboard" / self.phase), purge_step=done + 1)
+    @functools.cached_property
+    def tensorboard(self) -> Any:
+        """The writer, or None. Made once there is something to write: importing it takes a second of the start."""
+        if not self.tensorboard_wanted:
+            return None
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self.folder / "tensorboard" / self.phase), purge_step=self.done + 1)
 
     def trace_step(self, step: int, batches: Sequence[Batch], timesteps: Sequence[Tensor]) -> None:
         """Which samples and timesteps this rank trained on in update `step`."""
@@ -239,10 +246,10 @@ class RunLog:
         """After every update; `metrics` (see loop.read_metrics) where they are shown, `recorded` where also kept."""
         if recorded and metrics and self.metrics:
             self.metrics.write(metrics)
+        self.progress.step(step, metrics)
         if recorded and metrics and self.tensorboard:
             for name, value in _flat(metrics):
                 self.tensorboard.add_scalar(name, value, step)
-        self.progress.step(step, metrics)
 
     def pictures(self, step: int, images: Tensor, captions: Sequence[str]) -> Path:
         """Write a grid of samples (uint8 [N, S, S, 3]) to samples/ and TensorBoard."""
@@ -266,7 +273,7 @@ class RunLog:
 
     def close(self) -> None:
         self.progress.close()
-        for output in (self.metrics, self.trace, self.tensorboard):
+        for output in (self.metrics, self.trace, self.__dict__.get("tensorboard")):
             if output:
                 output.close()
 
