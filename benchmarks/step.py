@@ -300,9 +300,9 @@ def run_variants(chosen: list[Variant], args: argparse.Namespace, device: torch.
             print(f"building {variant.name}", flush=True)
             trainees.append(Trainee(variant, args.size, device))
             stack.callback(trainees[-1].close)
-        for trainee in trainees:
-            trainee.step(0)  # searches cuDNN's algorithms
         if lock:
+            for trainee in trainees:
+                trainee.step(0)  # searches cuDNN's algorithms
             fcntl.flock(lock, fcntl.LOCK_EX)
         rows = measure(trainees, args.rounds, device)
         show(rows)

@@ -239,7 +239,7 @@ class TrainConfig:
     checkpointing: Checkpointing = "blocks"
     activation_gb: float = 0.0  # GiB that checkpointing=budget may keep per rank between forward and backward
     compile: bool = False  # the blocks, by torch.compile: minutes at the first start, then kept
-    tf32: bool = True
+    tf32: bool = True  # products of fp32 in TF32's precision, some of them by fp16 kernels (model/reduced.py)
     channels_last: bool = False  # NHWC activations: 1.25 times as fast on a CPU
 
     def __post_init__(self) -> None:

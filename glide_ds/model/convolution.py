@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from glide_ds.model.reduced import Reducible, gradient_scale
 
-LARGEST = 2.0**6  # of a scaled gradient, and the sum of so many of them, times inputs of 4, below fp16's 2^16
-SUM = 2.0**14
+LARGEST = 2.0**6  # what the largest gradient of a call is brought to, or to less where there are many pixels:
+SUM = 2.0**14  # so many times the largest, over all pixels, fits fp16's 2^16 even with inputs of 4
 
 
 class Conv2d(nn.Conv2d, Reducible):
@@ -48,7 +48,7 @@ class _Reduced(torch.autograd.Function):
         (gradient,) = gradients
         x, weight = ctx.saved_tensors
         padding = weight.shape[-1] // 2
-        # A gradient's gradient, and with it the input's, is the transposed convolution: that needs no input.
+        # The input's gradient is a transposed convolution of the output's, which doesn't need the fp32 input.
         of_input = torch.conv_transpose2d(gradient, weight, padding=padding)
         return of_input, weight_gradient(gradient, x, weight.shape), gradient.sum((0, 2, 3))
 

@@ -1,8 +1,8 @@
 """One DeepSpeed engine per phase: built, clipped by role, scheduled, and taken down without a trace.
 
-Touches internals of DeepSpeed 0.19 (pinned in pyproject.toml): how the ZeRO optimizer keeps gradients, its
-`dp_process_group`, and the attributes that it hangs on parameters. tests/training/test_engine.py fails where they
-change.
+Touches internals of DeepSpeed 0.19 (pinned in pyproject.toml): how the ZeRO optimizer keeps gradients and weights,
+its `dp_process_group`, and the attributes that it hangs on parameters. tests/training/test_engine.py fails where
+they change.
 """
 
 from __future__ import annotations
