@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import re
 import types
 import typing
@@ -435,6 +436,13 @@ SCHEDULERS: dict[str, tuple[str, ...]] = {
     "WarmupCosineLR": ("total_num_steps", "warmup_num_steps", "warmup_min_ratio", "cos_min_ratio"),
     "WarmupLR": ("warmup_num_steps",),
 }
+
+
+def cache_dir() -> Path:
+    """GLIDE_DS_CACHE, else the user's cache directory by the XDG convention."""
+    if own := os.environ.get("GLIDE_DS_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "glide_ds"
 
 
 def load_config(

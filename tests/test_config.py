@@ -17,6 +17,7 @@ from glide_ds.config import (
     REFUSED_KEYS,
     BatchArithmetic,
     Config,
+    cache_dir,
     load_config,
     with_changes,
 )
@@ -467,3 +468,11 @@ def test_deepspeeds_keys_pass_through(tmp_path: Path):
     (config,) = load_config(write(tmp_path / "c.json", whole))
     assert config.deepspeed["wall_clock_breakdown"] is True
     assert set(config.deepspeed) <= set(DEEPSPEED_KEYS)
+
+
+def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("GLIDE_DS_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert cache_dir() == Path("/xdg/glide_ds")
+    monkeypatch.setenv("GLIDE_DS_CACHE", "/own")
+    assert cache_dir() == Path("/own")

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from glide_ds import tokenizer
-from glide_ds.config import ClipConfig, DataConfig, FilterConfig
+from glide_ds.config import ClipConfig, DataConfig, FilterConfig, cache_dir
 from glide_ds.data import filters, shapes
 from glide_ds.data.captions import TEXT_EXTENSIONS, Cause, Unusable, read_caption
 from glide_ds.data.clip_store import ClipStore, Encoder
@@ -31,7 +31,7 @@ from glide_ds.data.decode import DecodeOptions, decode, image_member
 from glide_ds.data.order import MixOrder, Order, micro_slots, mix, uniform
 from glide_ds.data.resample import Pixels, resize
 from glide_ds.data.shards import ShardSet, open_shards
-from glide_ds.data.storage import CacheOptions, Storage, cache_folder
+from glide_ds.data.storage import CacheOptions, Storage
 from glide_ds.data.workers import heed_the_trainer
 from glide_ds.types import Batch, ConfigError, DataError
 
@@ -487,7 +487,7 @@ def open_samples(config: DataConfig, image_size: int, rank: int = 0, world_size:
             raise DataError(
                 f"data.shards={config.shards} does not exist; there is {SHAPES} and {SHAPES_HELD_OUT}"
             )
-    cache = CacheOptions(config.cache_dir or str(cache_folder() / "blocks"), int(config.cache_gb * 2**30))
+    cache = CacheOptions(config.cache_dir or str(cache_dir() / "blocks"), int(config.cache_gb * 2**30))
     storage, salvage = Storage(cache), config.damaged_shards == "salvage"
     parts = [
         (

@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from braceexpand import braceexpand
 
-from glide_ds.data.storage import LocalFile, RemoteFile, Stat, Storage, cache_folder, is_remote, local_path
+from glide_ds.config import cache_dir
+from glide_ds.data.storage import LocalFile, RemoteFile, Stat, Storage, is_remote, local_path
 from glide_ds.types import DataError
 
 BLOCK = 512
@@ -361,7 +362,7 @@ def index_urls(url: str, index_dir: str | None) -> list[str]:
     name = f"{hashlib.blake2b(absolute.encode(), digest_size=8).hexdigest()}-{os.path.basename(absolute)}.index"
     if index_dir:
         return [os.path.join(index_dir, name)]
-    return [f"{absolute}.index", str(cache_folder() / "index" / name)]
+    return [f"{absolute}.index", str(cache_dir() / "index" / name)]
 
 
 def _read_only(folder: Path) -> bool:

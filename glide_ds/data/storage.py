@@ -39,10 +39,6 @@ def local_path(url: str) -> str:
     return url.removeprefix("file://")
 
 
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glide_ds"
-
-
 class Stat(NamedTuple):
     size: int
     version: str  # changes when the content does: ETag, or time of last change

@@ -42,13 +42,6 @@ class Fetched:
     checks: str
 
 
-def cache_dir() -> Path:
-    """GLIDE_DS_CACHE, else the user's cache directory by the XDG convention."""
-    if own := os.environ.get("GLIDE_DS_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "glide_ds"
-
-
 def fetch(url: str, path: Path, *, size: int | None = None, digest: str | None = None) -> Fetched:
     """The file at `url`, kept at `path`; what is there and intact is not asked for again.
 

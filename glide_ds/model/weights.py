@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glide_ds.model.download import cache_dir, fetch
+from glide_ds.config import cache_dir
+from glide_ds.model.download import fetch
 from glide_ds.model.tensor_files import PathLike, State, StateFile, read_state, read_state_file, sidecar
 from glide_ds.types import ConfigError, GlideConfig, WeightsError
 

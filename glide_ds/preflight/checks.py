@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from braceexpand import braceexpand
 
-from glide_ds.config import Config, DataConfig
+from glide_ds.config import Config, DataConfig, cache_dir
 from glide_ds.data.captions import Unusable
 from glide_ds.data.clip_store import ClipStore, Encoder
 from glide_ds.data.filters import Filtered
 from glide_ds.data.loader import SampleSet, ShardSamples, Tally, open_samples
 from glide_ds.data.shards import expand, open_index
-from glide_ds.data.storage import CacheOptions, Storage, cache_folder, is_remote
+from glide_ds.data.storage import CacheOptions, Storage, is_remote
 from glide_ds.model import create_model
 from glide_ds.model.clip import FrozenClip
 from glide_ds.model.tensor_files import sync_directory
@@ -244,7 +244,7 @@ def _existing(patterns: str | tuple[str, ...]) -> tuple[list[str], list[Fault]]:
 
 
 def _storage(data: DataConfig) -> Storage:
-    return Storage(CacheOptions(data.cache_dir or str(cache_folder() / "blocks"), int(data.cache_gb * 2**30)))
+    return Storage(CacheOptions(data.cache_dir or str(cache_dir() / "blocks"), int(data.cache_gb * 2**30)))
 
 
 def samples(site: Site) -> Finding:

@@ -95,7 +95,7 @@ def local(tmp_path: Path) -> str:
 def server(local: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakyServer]:
     monkeypatch.setattr(storage_module, "FIRST_WAIT", 0.001)
     monkeypatch.setattr(storage_module, "BLOCK_BYTES", 4096)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    monkeypatch.setenv("GLIDE_DS_CACHE", str(tmp_path / "user-cache"))
     server = FlakyServer(Path(local).parent)
     # Every so often it looks whether it shall end: half a second, if not told otherwise.
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
@@ -146,7 +146,7 @@ def test_indexes_beside_remote_shards_are_used(
 ) -> None:
     from glide_ds.data.shards import scan_shard
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("GLIDE_DS_CACHE", str(tmp_path / "cache"))
     for url in expand(f"{server.url}/s-{{000..002}}.tar"):
         name = url.rsplit("/", 1)[1]
         (server.folder / f"{name}.index").write_bytes(scan_shard(url).to_bytes())
@@ -213,7 +213,7 @@ def s3(local: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    monkeypatch.setenv("GLIDE_DS_CACHE", str(tmp_path / "user-cache"))
     bucket = s3fs.S3FileSystem(skip_instance_cache=True)
     bucket.mkdir("laion")
     for path in expand(local):

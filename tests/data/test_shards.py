@@ -109,7 +109,7 @@ def test_read_only_folders_use_the_cache(tmp_path: Path, monkeypatch: pytest.Mon
     shards = tmp_path / "shards"
     shards.mkdir()
     pattern = write_shards(shards, [2])
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("GLIDE_DS_CACHE", str(tmp_path / "cache"))
     shards.chmod(0o555)
     try:
         open_shards(pattern)

@@ -567,13 +567,5 @@ def test_no_server_and_no_room(
         fetch(server.url + "/x.pt", tmp_path / "x.pt")
 
 
-def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("GLIDE_DS_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert download.cache_dir() == Path("/xdg/glide_ds")
-    monkeypatch.setenv("GLIDE_DS_CACHE", "/own")
-    assert download.cache_dir() == Path("/own")
-
-
 def test_kinds_have_files() -> None:
     assert json.dumps(sorted(weights.OPENAI_FILES)) == json.dumps(sorted(weights._INPUT_CHANNELS))
