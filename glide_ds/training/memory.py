@@ -20,6 +20,7 @@ from glide_ds.config import BatchArithmetic, Config
 from glide_ds.model import create_model
 from glide_ds.model.glide import RECOMPUTED, Glide
 from glide_ds.model.layers import Block
+from glide_ds.training.counts import remembered
 from glide_ds.training.phases import parameter_groups
 from glide_ds.types import GlideConfig
 
@@ -164,7 +165,15 @@ def memory_estimate(
 
 
 def count_activations(model: Glide) -> Activations:
-    """Run one image through a model on the meta device and note what autograd keeps, and which block keeps it."""
+    """What autograd keeps of one image, for a model on the meta device; what was counted once is read again."""
+    modules = dict(model.named_modules())
+    outside, blocks = remembered("activations", model, lambda: _count_activations(model))
+    return Activations([Kept(modules[name], *sizes) for name, *sizes in blocks], outside)
+
+
+def _count_activations(model: Glide) -> tuple[int, list[tuple[str | int, ...]]]:
+    """Run one image through and note what autograd keeps, and which block keeps it: its name and Kept's figures."""
+    names = {module: name for name, module in model.named_modules()}
     found = Activations()
     seen: dict[int, torch.UntypedStorage] = {}  # alive, so that no number is used twice
     for tensor in (*model.parameters(), *model.buffers()):
@@ -207,7 +216,7 @@ def count_activations(model: Glide) -> Activations:
         model(**one_image(model.config))
     for hook in hooks:
         hook.remove()
-    return found
+    return found.outside, [(names[b.module], b.inside, b.input, b.gradients, b.work) for b in found.blocks]
 
 
 class _FusedAttention(TorchFunctionMode):

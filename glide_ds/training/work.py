@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from glide_ds.config import Config
 from glide_ds.model.glide import Glide
+from glide_ds.training.counts import remembered
 from glide_ds.training.memory import meta_model, one_image, weight_bytes
 from glide_ds.types import GlideConfig
 
@@ -27,8 +27,17 @@ class Work:
 def count_work(model: Glide) -> Work:
     """Operations of one image in matrix products, convolutions and attention, two per multiply-add.
 
-    What the phase freezes has no gradient and costs none.
+    `model` is on the meta device. What the phase freezes has no gradient and costs none. What was counted once is
+    read again.
     """
+    step, forward, blocks = remembered("work", model, lambda: _count_work(model))
+    named = model.blocks()
+    return Work(step, forward, {named[name]: count for name, count in blocks.items()})
+
+
+def _count_work(model: Glide) -> tuple[int, int, dict[str, int]]:
+    from torch.utils.flop_counter import FlopCounterMode
+
     with torch.device("meta"):
         inputs = one_image(model.config)
     forward = FlopCounterMode(display=False)
@@ -39,10 +48,8 @@ def count_work(model: Glide) -> Work:
     model.zero_grad()
     counts = forward.get_flop_counts()
     kind = type(model).__name__
-    blocks: dict[nn.Module, int] = {
-        block: int(sum(counts.get(f"{kind}.{name}", {}).values())) for name, block in model.blocks().items()
-    }
-    return Work(int(counter.get_total_flops()), int(forward.get_total_flops()), blocks)
+    blocks = {name: int(sum(counts.get(f"{kind}.{name}", {}).values())) for name in model.blocks()}
+    return int(counter.get_total_flops()), int(forward.get_total_flops()), blocks
 
 
 def step_work(glide: GlideConfig, config: Config) -> int:
