@@ -6,6 +6,7 @@ Everything between two blocks is a matter of bytes, not of time. What was compil
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim import Optimizer
 
 from glide_ds.config import Config
 from glide_ds.model.glide import Glide
@@ -22,6 +24,7 @@ from glide_ds.types import ConfigError
 
 FORMS = 1024  # of one block's code, by size, phase, precision; torch's own limit of 8 guards against mistakes
 TELL_S = 5.0
+STAYS_OUT = (Optimizer.add_param_group, Optimizer.zero_grad, Optimizer.state_dict, Optimizer.load_state_dict)
 
 
 def set_compilation(model: Glide, config: Config, micro_batch: int, device: torch.device) -> None:
@@ -51,6 +54,19 @@ def set_compilation(model: Glide, config: Config, micro_batch: int, device: torc
     for block, call in zip(blocks, compiled, strict=True):
         block.compiled = call
     progress.end()
+
+
+def spare_compiler(needed: bool) -> None:
+    """Import torch's compiler only where it is `needed`.
+
+    torch imports it, 4 s, at the first call of each function that is to stay out of its graphs.
+    """
+    for function in STAYS_OUT:
+        direct = inspect.unwrap(function)
+        if needed:
+            vars(direct).pop("__dynamo_disable", None)
+        else:
+            vars(direct).setdefault("__dynamo_disable", direct)
 
 
 class Progress:

@@ -18,9 +18,10 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from glide_ds.config import BatchArithmetic, Config
+from glide_ds.training.compiling import spare_compiler
 from glide_ds.training.distributed import limit_waiting
 from glide_ds.training.memory import weight_bytes
-from glide_ds.training.optimizer import AdamW8bit
+from glide_ds.training.optimizer import AdamW, AdamW8bit
 from glide_ds.training.phases import ADAPTER_ROLES, PRETRAINED_ROLES, ROLES
 
 ZERO_ATTRIBUTES = (
@@ -45,14 +46,17 @@ def build_engine(
 ) -> Any:
     """Wrap `model` in a DeepSpeed ZeRO-2 engine that trains `groups` (see phases.parameter_groups)."""
     import deepspeed
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
+    spare_compiler(config.train.compile)
+    ZERO_SUPPORTED_OPTIMIZERS[:] = {*ZERO_SUPPORTED_OPTIMIZERS, AdamW, AdamW8bit}
     section = config.deepspeed["optimizer"]
     rates = {key: value for key, value in section["params"].items() if key in ("betas", "eps")}
     optimizer: torch.optim.Optimizer
     if section["type"] == "AdamW8bit":
         optimizer = AdamW8bit(groups, lr=section["params"]["lr"], **rates)
     else:
-        optimizer = torch.optim.AdamW(groups, lr=section["params"]["lr"], fused=True, **rates)
+        optimizer = AdamW(groups, lr=section["params"]["lr"], fused=True, **rates)
     schedule = LambdaLR(optimizer, lambda step: lr_ratio(step, config))
     engine, _, _, _ = deepspeed.initialize(
         model=model, optimizer=optimizer, lr_scheduler=schedule, config=deepspeed_config(config, arithmetic)
@@ -78,7 +82,6 @@ def deepspeed_config(config: Config, arithmetic: BatchArithmetic) -> dict[str, A
         "steps_per_print": 1 << 62,
         # bf16 would lose a small gradient beside a large sum.
         "data_types": {"grad_accum_dtype": "fp32" if added_up else None},
-        "zero_allow_untested_optimizer": True,
         **theirs,
         "train_batch_size": arithmetic.global_batch,
         "train_micro_batch_size_per_gpu": arithmetic.micro_batch,

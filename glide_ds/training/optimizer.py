@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -295,6 +296,12 @@ class AdamW8bit(Optimizer):
             for name, p in zip(saved["params"], group["params"], strict=True):
                 if name in state_dict["state"]:
                     self.state[p] = _fitted(state_dict["state"][name], p, _quantized(p, group))
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's own. Its `step` would import the compiler, 4 s, only to stay out of graphs that nobody compiles."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
 def _quantized(p: Tensor, group: dict[str, Any]) -> bool:
