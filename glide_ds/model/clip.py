@@ -10,16 +10,20 @@ import difflib
 import functools
 import json
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from glide_ds.model.clip_text import TextTower
 from glide_ds.model.tensor_files import State, StateFile, read_state_file, sha256, sidecar
 from glide_ds.types import ConfigError, WeightsError
 
@@ -156,7 +160,7 @@ def _find(model: str, weights: str) -> _Found:
     digest = sha256(path)
     _check_width(file.tensors, architecture, name, path)
     quick = architecture.get("quick_gelu", False) or about.get("quick_gelu", False)
-    if name != BUILTIN:  # of which nobody else's file is known; to ask takes open_clip's import
+    if name != BUILTIN:  # of which nobody else's file is known
         quick = quick or _from_openai(file, digest)
     return _Found(
         name,
@@ -197,6 +201,21 @@ def _open_clip_folder() -> Path:
     return Path(spec.origin).parent
 
 
+def _part(name: str) -> ModuleType:
+    """A module of open_clip that needs no large one, without what the package imports: half of what a rank does."""
+    whole = "open_clip"
+    if whole in sys.modules:
+        return import_module(f"{whole}.{name}")
+    package = ModuleType(whole)
+    package.__path__ = [str(_open_clip_folder())]
+    sys.modules[whole] = package
+    try:
+        return import_module(f"{whole}.{name}")
+    finally:  # an import of the package itself finds nothing left of this one
+        for key in [key for key in sys.modules if key.split(".")[0] == whole]:
+            del sys.modules[key]
+
+
 def _builtin_architecture() -> dict[str, Any]:
     about = sidecar(BUILTIN_WEIGHTS)
     if about is None or not BUILTIN_WEIGHTS.exists():
@@ -233,11 +252,10 @@ def _local(model: str, weights: str) -> Path | None:
 
 
 def _tag(name: str, weights: str) -> Mapping[str, Any]:
-    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
-
-    about: Mapping[str, Any] = get_pretrained_cfg(name, weights)
+    pretrained = _part("pretrained")
+    about: Mapping[str, Any] = pretrained.get_pretrained_cfg(name, weights)
     if not about:
-        tags = list_pretrained_tags_by_model(name)
+        tags = pretrained.list_pretrained_tags_by_model(name)
         raise ConfigError(
             f"open_clip has no weights {weights!r} for {name}; clip.weights takes a local file"
             + (f" or one of {', '.join(tags)}" if tags else "")
@@ -246,10 +264,8 @@ def _tag(name: str, weights: str) -> Mapping[str, Any]:
 
 
 def _download(name: str, weights: str, about: Mapping[str, Any]) -> Path:
-    from open_clip import pretrained
-
     try:
-        return Path(pretrained.download_pretrained(about))
+        return Path(_part("pretrained").download_pretrained(about))
     except (OSError, RuntimeError, ValueError) as error:
         source = about.get("hf_hub") or about.get("url")
         raise WeightsError(
@@ -271,9 +287,10 @@ def _from_openai(file: StateFile, digest: str) -> bool:
 
 def _openai_hashes() -> set[str]:
     """SHA-256 of OpenAI's published CLIP files: the folder of each one's address."""
-    from open_clip.pretrained import get_pretrained_url, list_pretrained_models_by_tag
-
-    urls = (get_pretrained_url(model, "openai") for model in list_pretrained_models_by_tag("openai"))
+    known = _part("pretrained")
+    urls = (
+        known.get_pretrained_url(model, "openai") for model in known.list_pretrained_models_by_tag("openai")
+    )
     return {url.split("/")[-2] for url in urls if url}
 
 
@@ -306,6 +323,8 @@ def _check_width(state: State, architecture: Mapping[str, Any], name: str, path:
 
 
 def _load(found: _Found, source: str) -> Any:
+    if source == "text" and TextTower.builds(found.architecture):
+        return _load_text(found)
     from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict
 
@@ -316,6 +335,16 @@ def _load(found: _Found, source: str) -> Any:
     _check_fit(model.state_dict(), state, found)
     model.load_state_dict(state)
     return _keep_tower(model, source).eval().requires_grad_(False)
+
+
+def _load_text(found: _Found) -> TextTower:
+    architecture = found.architecture
+    model = TextTower(architecture["embed_dim"], architecture["text_cfg"], architecture["quick_gelu"])
+    others = ("visual.", "logit_scale", "logit_bias")
+    state = {key: value for key, value in found.tensors.items() if not key.startswith(others)}
+    _check_fit(model.state_dict(), state, found)
+    model.load_state_dict(state)
+    return model.eval().requires_grad_(False)
 
 
 def _build(architecture: Mapping[str, Any]) -> Any:
@@ -363,10 +392,10 @@ def _keep_tower(model: Any, source: str) -> Any:
 
 
 def _tokenizer(found: _Found) -> Callable[[list[str]], Tensor]:
-    from open_clip import get_tokenizer
-
     text = found.architecture["text_cfg"]
     if "hf_tokenizer_name" in text or "siglip" in found.name.lower():
+        from open_clip import get_tokenizer
+
         try:
             tokenizer: Callable[[list[str]], Tensor] = get_tokenizer(found.name)
         except (ImportError, OSError) as error:
@@ -380,7 +409,5 @@ def _tokenizer(found: _Found) -> Callable[[list[str]], Tensor]:
 
 @functools.cache  # reading the vocabulary takes 0.1 s, and each phase of a pipeline would
 def _simple_tokenizer(context_length: int) -> Callable[[list[str]], Tensor]:
-    from open_clip.tokenizer import SimpleTokenizer
-
-    tokenizer: Callable[[list[str]], Tensor] = SimpleTokenizer(context_length=context_length)
+    tokenizer: Callable[[list[str]], Tensor] = _part("tokenizer").SimpleTokenizer(context_length=context_length)
     return tokenizer

@@ -1,19 +1,19 @@
 """The frozen encoder: names, widths, quick-GELU, local files, and what the built-in one has learned."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import pytest
 import torch
-from open_clip.transformer import QuickGELU
 
 from glide_ds.data import shapes
 from glide_ds.model import clip as clip_module
 from glide_ds.model.clip import BUILTIN, FrozenClip, embedding_dim
+from glide_ds.model.clip_text import QuickGELU, TextTower
 from glide_ds.model.tensor_files import read_state, write_state
 from glide_ds.types import ConfigError, WeightsError
 
@@ -22,13 +22,22 @@ MINI: dict[str, Any] = {
     "vision_cfg": {"image_size": 16, "patch_size": 8, "layers": 1, "width": 32, "head_width": 16},
     "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
 }
+
+
+def theirs() -> Any:
+    """open_clip, imported by the process that runs these tests and not by each that collects them: seconds."""
+    import open_clip
+
+    return open_clip
+
+
 CAPTIONS = ["a red circle", "a small blue square"]
 
 
 @pytest.fixture(scope="module")
 def mini() -> Any:
     torch.manual_seed(0)
-    return open_clip.CLIP(**MINI).eval()
+    return theirs().CLIP(**MINI).eval()
 
 
 @pytest.fixture
@@ -129,7 +138,7 @@ def test_a_tokenizer_that_cannot_be_had(weights: str, monkeypatch: pytest.Monkey
 
 
 def reference(model: Any, captions: list[str]) -> torch.Tensor:
-    tokens = open_clip.tokenizer.SimpleTokenizer(context_length=8)(captions)
+    tokens = theirs().tokenizer.SimpleTokenizer(context_length=8)(captions)
     with torch.no_grad():
         return model.encode_text(tokens, normalize=True)
 
@@ -142,10 +151,49 @@ def test_text_equals_open_clips(description: str, weights: str, mini: Any) -> No
     assert clip.encode_text(["", "word " * 100]).isfinite().all()
 
 
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_text_tower_on_its_own_is_open_clips_to_the_bit(tmp_path: Path, weights: str, quick: bool) -> None:
+    (tmp_path / "mini.json").write_text(json.dumps({**MINI, "quick_gelu": quick}))
+    alone, whole = (
+        FrozenClip(str(tmp_path / "mini.json"), weights, source=source) for source in ("text", "both")
+    )
+    assert isinstance(alone._model, TextTower)
+    assert isinstance(whole._model, theirs().CLIP)
+    captions = [*CAPTIONS, "", "a much longer caption, cut where the context ends", "ça, Ünï & <b>código</b>"]
+    assert torch.equal(alone.encode_text(captions), whole.encode_text(captions))
+
+
+@pytest.mark.parametrize(
+    "name", ["ViT-B-32", "ViT-L-14", "ViT-L-14-quickgelu", "ViT-H-14", "ViT-bigG-14", "RN50"]
+)
+def test_the_text_tower_on_its_own_has_open_clips_parameters(name: str) -> None:
+    architecture = clip_module._architecture(name)[1]
+    assert TextTower.builds(architecture)
+    with torch.device("meta"):
+        whole = clip_module._keep_tower(clip_module._build(architecture), "text").state_dict()
+        alone = TextTower(architecture["embed_dim"], architecture["text_cfg"], quick_gelu=False).state_dict()
+    del whole["logit_scale"]
+    assert {n: t.shape for n, t in alone.items()} == {n: t.shape for n, t in whole.items()}
+
+
+def test_other_text_towers_are_left_to_open_clip() -> None:
+    for name in ("ViT-B-16-SigLIP", "xlm-roberta-base-ViT-B-32", "MobileCLIP-S1", "ViTamin-L", "coca_ViT-L-14"):
+        assert not TextTower.builds(clip_module._architecture(name)[1])
+
+
+def test_a_part_of_open_clip_leaves_nothing_of_it_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clip_module, "_simple_tokenizer", clip_module._simple_tokenizer.__wrapped__)
+    for name in [name for name in sys.modules if name.split(".")[0] == "open_clip"]:
+        monkeypatch.delitem(sys.modules, name)
+    FrozenClip(BUILTIN, source="text").encode_text(CAPTIONS)
+    assert "openai" in clip_module._part("pretrained").list_pretrained_tags_by_model("ViT-L-14")
+    assert not [name for name in sys.modules if name.split(".")[0] == "open_clip"]
+
+
 def test_images_equal_open_clips(description: str, weights: str, mini: Any) -> None:
     """At the model's own size only the normalisation is left to compare with open_clip's transform."""
     images = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
-    transform = open_clip.image_transform(16, is_train=False)
+    transform = theirs().image_transform(16, is_train=False)
     from PIL import Image
 
     prepared = torch.stack([transform(Image.fromarray(image.numpy())) for image in images])
@@ -192,7 +240,9 @@ def test_nothing_of_it_trains(description: str, weights: str) -> None:
 
 
 def is_quick(clip: FrozenClip) -> bool:
-    found = any(isinstance(module, QuickGELU) for module in clip._model.modules())
+    found = any(
+        isinstance(module, (QuickGELU, theirs().transformer.QuickGELU)) for module in clip._model.modules()
+    )
     assert found == clip.quick_gelu
     return found
 
@@ -201,7 +251,7 @@ def is_quick(clip: FrozenClip) -> bool:
 def test_openais_archive_gets_quick_gelu_and_is_not_executed(tmp_path: Path, description: str) -> None:
     """OpenAI published TorchScript archives in half precision, with three integers among the weights."""
     torch.manual_seed(0)
-    model = open_clip.CLIP(**MINI, quick_gelu=True).half().float().eval()
+    model = theirs().CLIP(**MINI, quick_gelu=True).half().float().eval()
     state = {key: value.half() for key, value in model.state_dict().items()}
     extras = {"input_resolution": torch.tensor(16), "context_length": torch.tensor(8)}
     path = tmp_path / "openai.pt"
