@@ -20,6 +20,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Without bytecode this process and each that a test starts compile torch and DeepSpeed anew: 9 s of CPU.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+# Counts that an earlier session made; beside the packages, for they are nothing of the user's.
+os.environ.setdefault("GLIDE_DS_CACHE", str(Path(sys.prefix) / ".cache"))
 sys.pycache_prefix = os.environ.setdefault("PYTHONPYCACHEPREFIX", str(Path(sys.prefix) / ".pycache"))
 
 
@@ -44,6 +46,14 @@ def _no_network() -> Any:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _little_to_collect() -> Any:
+    """Every engine's end collects garbage, 0.1 s if that walks all that was made before the test."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def _is_loopback(host: str) -> bool:
     if host in ("localhost", socket.gethostname()):
         return True
@@ -56,8 +66,6 @@ def _is_loopback(host: str) -> bool:
 @pytest.fixture(scope="session")
 def group() -> Any:
     """A process group of this one process over gloo, for everything that is collective; returns the device."""
-    import open_clip  # noqa: F401
-    import torch._dynamo  # noqa: F401
     import torch.distributed as dist
 
     from glide_ds.training.distributed import read_environment, start_process_group
@@ -65,10 +73,7 @@ def group() -> Any:
     before = dict(os.environ)
     read_environment()
     device = start_process_group(timeout_s=60)
-    gc.collect()
-    gc.freeze()  # every engine's end collects garbage: 0.25 s if that walks what the imports have made
     yield device
-    gc.unfreeze()
     dist.destroy_process_group()
     os.environ.clear()
     os.environ.update(before)
