@@ -2,8 +2,9 @@
 
     python benchmarks/startup.py --out benchmarks/results/startup-cpu.json
 
-The tiny phase 3 on two ranks, by deepspeed's launcher and by torchrun in turns, once to warm the caches and then
-`--rounds` times. The launchers import PyTorch before they start anything; `train.py` is what this project adds.
+The tiny phase 3 on two ranks, by deepspeed's launcher, by torchrun and without one (as srun starts ranks) in turns,
+once to warm the caches and then `--rounds` times. The launchers import PyTorch before they start anything, which
+deepspeed's does twice; `train.py` is what this project adds.
 """
 
 from __future__ import annotations
@@ -20,11 +21,17 @@ from pathlib import Path
 
 from machine import environment
 
+DIRECTLY = """
+export WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=29517
+RANK=1 LOCAL_RANK=1 "$0" "$@" &
+RANK=0 LOCAL_RANK=0 "$0" "$@" && wait $!
+"""
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 LAUNCHERS = {
     "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2"],
     "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"],
+    "directly": ["bash", "-c", DIRECTLY, sys.executable],
 }
 MOMENTS = {
     "train.py's first line": "glide_ds: reading",
