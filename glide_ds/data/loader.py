@@ -12,14 +12,13 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import reduce
+from dataclasses import dataclass, field, replace
+from functools import partial, reduce
 from operator import add
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from glide_ds import tokenizer
@@ -28,6 +27,7 @@ from glide_ds.data import filters, shapes
 from glide_ds.data.captions import TEXT_EXTENSIONS, Cause, Unusable, read_caption
 from glide_ds.data.clip_store import ClipStore, Encoder
 from glide_ds.data.decode import DecodeOptions, decode, image_member
+from glide_ds.data.handover import Packed, Receiver, Sender
 from glide_ds.data.order import MixOrder, Order, micro_slots, mix, uniform
 from glide_ds.data.resample import Pixels, resize
 from glide_ds.data.shards import ShardSet, open_shards
@@ -195,21 +195,6 @@ class Tally:
         }
 
 
-class Packed(NamedTuple):
-    """A batch on its way from a worker, as one tensor: each takes both processes half a millisecond, of any size."""
-
-    body: Tensor  # uint8 [bytes]
-    parts: tuple[tuple[str, torch.dtype, torch.Size], ...]  # field, dtype and shape, in the order of the body
-    captions: tuple[str, ...]
-
-    def unpack(self) -> Batch:
-        """The batch, its tensors parts of `body`."""
-        sizes = [shape.numel() * dtype.itemsize for _, dtype, shape in self.parts]
-        pieces = zip(self.parts, self.body.split(sizes), strict=True)
-        tensors = {name: piece.view(dtype).view(shape) for (name, dtype, shape), piece in pieces}
-        return Batch(captions=self.captions, **tensors)
-
-
 class Made(NamedTuple):
     """What a worker hands over: a batch, or the message of what stops the run, and what it counted."""
 
@@ -218,16 +203,9 @@ class Made(NamedTuple):
     error: str = ""
 
 
-def pack(made: Made) -> Made:
+def pack(sender: Sender, made: Made) -> Made:
     """The same, ready to leave a worker."""
-    batch = made.batch
-    if not isinstance(batch, Batch):
-        return made
-    found = [(f.name, value) for f in fields(batch) if isinstance(value := getattr(batch, f.name), Tensor)]
-    found.sort(key=lambda part: -part[1].itemsize)  # so that each begins at a multiple of its items' size
-    body = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for _, tensor in found])
-    parts = tuple((name, tensor.dtype, tensor.shape) for name, tensor in found)
-    return made._replace(batch=Packed(body, parts, batch.captions))
+    return made._replace(batch=sender.pack(made.batch)) if isinstance(made.batch, Batch) else made
 
 
 # ---- building batches
@@ -419,13 +397,14 @@ class Source:
         """
         items = MicroBatches(self.samples, self.order, self.config, self.layout, self.clip)
         workers = self.config.workers
+        receiver = Receiver()
         loader: DataLoader[Made] = DataLoader(
             items,
             batch_size=None,
             sampler=Steps(start_step, self.layout.accumulation),
             num_workers=workers,
             prefetch_factor=PREFETCH if workers else None,
-            collate_fn=pack if workers else None,  # type: ignore[arg-type]  # given one item, for there is no batch size
+            collate_fn=partial(pack, Sender(PREFETCH)) if workers else None,
             worker_init_fn=heed_the_trainer,
             generator=torch.Generator(),  # else starting workers would draw from the run's own generator
         )
@@ -434,7 +413,7 @@ class Source:
             if made.batch is None:
                 raise DataError(made.error)
             self._check_bad_fraction()
-            yield made.batch.unpack() if isinstance(made.batch, Packed) else made.batch
+            yield receiver.unpack(made.batch) if isinstance(made.batch, Packed) else made.batch
 
     def one(self, number: int) -> Batch:
         """Micro-batch `number` of this rank's global batch 0, made here and now. Raises DataError."""

@@ -22,6 +22,7 @@ from PIL import Image
 from glide_ds.config import FilterConfig
 from glide_ds.data import loader
 from glide_ds.data.decode import decode
+from glide_ds.data.handover import Receiver, Sender
 from glide_ds.data.loader import ENOUGH_TO_JUDGE
 from glide_ds.types import Batch, ConfigError, DataError
 
@@ -41,15 +42,36 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_batch_leaves_a_worker_whole(shards: str) -> None:
     """Whatever its parts' sizes: 7 samples of odd shapes, with embeddings and small pictures."""
     batch = replace(source(shards, batch=7, low_res=True).one(0), clip=torch.randn(7, 5).half())
-    packed = loader.pack(loader.Made(batch, loader.Tally())).batch
-    assert isinstance(packed, loader.Packed)
-    arrived = packed.unpack()
+    packed = Sender(1).pack(batch)
+    arrived = Receiver().unpack(packed)
     assert arrived.captions == batch.captions
     for field in fields(batch):
         sent, got = getattr(batch, field.name), getattr(arrived, field.name)
         if isinstance(sent, torch.Tensor):
             assert (got.dtype, got.is_contiguous()) == (sent.dtype, True)
             assert torch.equal(got, sent)
+
+
+def test_a_buffer_is_handed_over_once_and_written_again_after_it_was_read(shards: str) -> None:
+    sender, receiver = Sender(2), Receiver()
+    sent = [source(shards, batch=7).one(0) for _ in range(7)]
+    for number, batch in enumerate(sent):
+        batch.images.fill_(number)
+    waiting = [sender.pack(batch) for batch in sent[:3]]  # two ahead of the one that is read
+    arrived = []
+    for batch in [*sent[3:], None, None, None]:
+        arrived.append(receiver.unpack(waiting.pop(0)))
+        if batch is not None:
+            waiting.append(sender.pack(batch))
+            assert waiting[-1].buffer is None
+    assert all(same(got, was) for got, was in zip(arrived, sent, strict=True))
+
+
+def test_a_batch_of_another_size_gets_a_buffer_of_its_own(shards: str) -> None:
+    sender, receiver = Sender(0), Receiver()
+    for size in (7, 3, 8, 8):
+        batch = source(shards, batch=size).one(0)
+        assert same(receiver.unpack(sender.pack(batch)), batch)
 
 
 def test_a_json_record_is_read_only_where_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
