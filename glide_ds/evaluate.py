@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,11 +16,14 @@ from glide_ds.data import judge, shapes
 from glide_ds.diffusion import create_diffusion
 from glide_ds.model.clip import FrozenClip
 from glide_ds.sample import Loaded, load_model
-from glide_ds.training.logging import grid
+from glide_ds.training.logging import duration, grid
 from glide_ds.training.samples import draw
 from glide_ds.training.validation import Gain, HeldOut
 
 CHUNK = 64  # pictures drawn at once
+
+
+TELL_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,18 @@ def held_out_shapes(loaded: Loaded, clip: FrozenClip | None, count: int) -> Held
     return HeldOut(create_diffusion(loaded.schedule), torch.from_numpy(np.stack(images)), captions, embedding)
 
 
+def told(steps: Sequence[int]) -> Iterator[int]:
+    """The steps of drawing, with a line now and then of how far and how long still."""
+    started = last = time.monotonic()
+    for done, step in enumerate(steps):
+        now = time.monotonic()
+        if done and now - last >= TELL_S:
+            last = now
+            left = (now - started) / done * (len(steps) - done)
+            print(f"drawing step {done}/{len(steps)}, {duration(left)} left", flush=True)
+        yield step
+
+
 def draw_and_judge(
     loaded: Loaded, clip: FrozenClip | None, count: int, steps: int, guidance: float, pictures: Path | None
 ) -> Score:
@@ -122,6 +139,7 @@ def draw_and_judge(
                 guidance=guidance,
                 steps=steps,
                 seed=first,
+                progress=told,
             )
         )
     images = torch.cat(drawn)
