@@ -115,17 +115,22 @@ def keep_gradients(zero: Any) -> None:
     """Let a rank that is alone keep its gradients where backward put them.
 
     DeepSpeed would copy them into a bucket, divide it by one, reduce it over one rank, and copy them into the
-    partition: a third of what it costs over a bare loop.
+    partition: a third of what it costs over a bare loop. Where each gradient is then just where it belongs, it need
+    not be called for each of them either, 20 µs in which the GPU waits for its next kernel.
     """
+    zero.contiguous_gradients = False  # no bucket is needed
+    if not any(zero._use_compact_grad_partition_buffer(group) for group in range(len(zero.bit16_groups))):
+        for hook in zero._grad_acc_hooks:
+            hook.remove()
+        zero._grad_acc_hooks.clear()
+        return
 
     def keep(parameter: nn.Parameter, group: int) -> None:
         number = zero.get_param_id(parameter)
         owned = zero._get_compact_grad_partition_slice(group, 0, number, parameter.numel())
-        if owned is not None:  # bf16, whose gradients add up in fp32
-            owned.add_(zero.get_gradient_for_reduction(parameter).view(-1))
-            zero.clear_grad_attribute(parameter)
+        owned.add_(zero.get_gradient_for_reduction(parameter).view(-1))  # bf16's add up in fp32
+        zero.clear_grad_attribute(parameter)
 
-    zero.contiguous_gradients = False  # no bucket is needed
     zero.reduce_independent_p_g_buckets_and_remove_grads = keep
 
 

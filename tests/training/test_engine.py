@@ -199,6 +199,20 @@ def test_bare_and_wrapped_losses_and_gradients_agree(tmp_path: Path, precision: 
             )
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_lone_rank_is_not_called_for_each_gradient_that_lies_where_it_belongs(tmp_path: Path, bf16: bool):
+    """863 calls of Python in each backward pass of the base model, while the GPU waits."""
+    for micro in (4, 2):
+        config = make_config(
+            tmp_path / str(micro),
+            bf16={"enabled": bf16},
+            train_batch_size=4,
+            train_micro_batch_size_per_gpu=micro,
+        )
+        with opened(config) as run:
+            assert bool(run.engine.optimizer._grad_acc_hooks) == (bf16 and micro == 2)
+
+
 def test_bf16_gradients_add_up_in_fp32(tmp_path: Path):
     config = make_config(
         tmp_path,
