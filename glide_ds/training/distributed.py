@@ -54,12 +54,14 @@ def _import_muon() -> None:
 def start_process_group(timeout_s: float) -> torch.device:
     """Join the process group (NCCL on GPUs, gloo on CPUs) and return this rank's device."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns of what the opening block says
     import deepspeed
 
     # Saves DeepSpeed's JIT build of a shared-memory extension: 22-49 s, and a failure without g++.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _import_muon()
-    on_gpu = torch.cuda.is_available()
     local = int(os.environ["LOCAL_RANK"])
     if on_gpu:
         torch.cuda.set_device(local)

@@ -6,10 +6,12 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from glide_ds.config import BatchArithmetic, Config
 from glide_ds.model.glide import Glide
 from glide_ds.training.lineage import Start, banner, folder_of
-from glide_ds.training.memory import gib, memory_estimate, meta_model, snapshot_bytes
+from glide_ds.training.memory import gib, memory_estimate, meta_model, snapshot_bytes, weight_bytes
 from glide_ds.training.phases import count_by_role, trained_roles
 from glide_ds.types import GlideConfig
 
@@ -48,6 +50,7 @@ def block(
             f"{_sets(config)}: {data['samples']:,} samples{doubled}, {data['batches_per_epoch']:,} batches per "
             "epoch",
         ),
+        ("device", describe_device(config)),
         ("batch", describe_batch(config, arithmetic)),
         ("steps", f"{steps_left:,} to go of {train.steps:,} ({epochs:.2f} epochs), {describe_rates(config)}"),
         ("memory", describe_memory(model, config, arithmetic)),
@@ -62,6 +65,15 @@ def block(
     for text in (*damaged, *((warning,) if warning else ())):
         lines += textwrap.wrap(text, WIDTH, initial_indent="!!      ", subsequent_indent="!!      ")
     return "\n".join([*lines, "─" * WIDTH])
+
+
+def describe_device(config: Config) -> str:
+    """What a rank computes on, and how exactly."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if on_gpu else "CPU (PyTorch sees no GPU here)"
+    if weight_bytes(config) == 2:
+        return f"{device}, in bf16 with fp32 masters"
+    return f"{device}, in fp32" + (" with TF32 products" if on_gpu and config.train.tf32 else "")
 
 
 def describe_batch(config: Config, arithmetic: BatchArithmetic) -> str:

@@ -369,6 +369,7 @@ def test_the_opening_block_says_what_will_happen(
         "builtin:shapes: 64 samples, 16 batches per epoch",
         "batch 4 = micro-batch 4 x accumulation 1 x 1 rank",
         "4 to go of 4",
+        "device CPU (PyTorch sees no GPU here), in fp32",
         "memory about",
         "starts from random weights",
         "starts from adapter_gates's weights",
