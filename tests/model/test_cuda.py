@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-import torch._dynamo
 from golden_kit import GOLDEN, captions, check, golden_inputs, golden_model, raw
 from tiny_glide import CLIP_DIM, tiny_embeddings, tiny_inputs, tiny_model
 
