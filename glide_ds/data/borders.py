@@ -54,15 +54,15 @@ def _border(lines: Pixels, scale: int) -> float:
     mixed = MIXED_LINES if scale == 1 else 1
     seen = FIRST_LINES
     while True:
-        away = _away(lines[:seen], colour)
-        most = np.maximum.reduce(away, axis=1)
+        away = _Away(lines[:seen], colour)
+        most = away.by_line(np.maximum)
         if most[0] > TRIM_TOLERANCE:
             return 0
         reach = _first(most > RINGING)  # no border is longer than this
         if reach + mixed < seen or seen >= len(lines):
             break
         seen *= 2
-    mean = np.add.reduce(away[: reach + mixed + 1], axis=1, dtype=np.uint32) / away.shape[1]
+    mean = away.by_line(np.add, np.uint32)[: reach + mixed + 1] / (3 * lines.shape[1])
     count = min(reach, _first(mean > RINGING_MEAN))
     # The last lines of a border are mixed with content: by reduced decoding, or by the interpolation of colour.
     # How much of the content's distance from the border's colour they have tells where in them the edge lies.
@@ -78,10 +78,25 @@ def _first(flags: NDArray[np.bool_]) -> int:
     return place if flags[place] else len(flags)
 
 
-def _away(lines: Pixels, colour: list[int]) -> NDArray[Any]:
-    """How far each value lies from a colour's: uint8 [lines, 3 length]."""
-    # A whole line of the colour: with three values the subtraction's inner loop would be three long.
-    line: Pixels = np.empty((lines.shape[1], 3), np.uint8)
-    line[:] = colour
-    flat = np.ascontiguousarray(lines).reshape(len(lines), -1)
-    return np.maximum(flat, line.reshape(-1)) - np.minimum(flat, line.reshape(-1))
+class _Away:
+    """How far each value of lines [lines, length, 3] lies from a colour's."""
+
+    def __init__(self, lines: Pixels, colour: list[int]) -> None:
+        # Columns are read row by row: to lay them out one after the other would take as long as all the rest.
+        self.columns = abs(lines.strides[0]) < abs(lines.strides[1])
+        self.backwards = self.columns and lines.strides[0] < 0
+        if self.columns:
+            lines = (lines[::-1] if self.backwards else lines).transpose(1, 0, 2)
+        flat = lines.reshape(len(lines), -1)
+        # A whole row of the colour: with three values the subtraction's inner loop would be three long.
+        row = np.frombuffer(bytes(colour) * lines.shape[1], np.uint8)
+        self.values: NDArray[Any] = np.maximum(flat, row)
+        self.values -= np.minimum(flat, row)
+
+    def by_line(self, ufunc: np.ufunc, dtype: Any = np.uint8) -> NDArray[Any]:
+        """Each line's values put together, [lines]."""
+        if not self.columns:
+            return ufunc.reduce(self.values, axis=1, dtype=dtype)
+        by_channel = ufunc.reduce(self.values, axis=0, dtype=dtype)
+        lines: NDArray[Any] = ufunc.reduce(by_channel.reshape(-1, 3), axis=1, dtype=dtype)
+        return lines[::-1] if self.backwards else lines
