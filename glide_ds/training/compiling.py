@@ -56,17 +56,11 @@ def set_compilation(model: Glide, config: Config, micro_batch: int, device: torc
     progress.end()
 
 
-def spare_compiler(needed: bool) -> None:
-    """Import torch's compiler only where it is `needed`.
-
-    torch imports it, 4 s, at the first call of each function that is to stay out of its graphs.
-    """
+def spare_compiler() -> None:
+    """Have torch not import its compiler, 4 s, to keep optimizers out of its graphs: those are of blocks only."""
     for function in STAYS_OUT:
         direct = inspect.unwrap(function)
-        if needed:
-            vars(direct).pop("__dynamo_disable", None)
-        else:
-            vars(direct).setdefault("__dynamo_disable", direct)
+        vars(direct).setdefault("__dynamo_disable", direct)
 
 
 class Progress:

@@ -48,7 +48,7 @@ def build_engine(
     import deepspeed
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
-    spare_compiler(config.train.compile)
+    spare_compiler()
     ZERO_SUPPORTED_OPTIMIZERS[:] = {*ZERO_SUPPORTED_OPTIMIZERS, AdamW, AdamW8bit}
     section = config.deepspeed["optimizer"]
     rates = {key: value for key, value in section["params"].items() if key in ("betas", "eps")}
