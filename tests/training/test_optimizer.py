@@ -53,9 +53,10 @@ def through_file(state: dict[str, Any]) -> dict[str, Any]:
     return torch.load(buffer, weights_only=True)
 
 
-def test_fp32_adamw_is_torchs_own_to_the_bit():
+@pytest.mark.parametrize("fused", [True, False])
+def test_fp32_adamw_is_torchs_own_to_the_bit(fused: bool):
     ours, theirs = (leaf(), leaf())
-    options = {"lr": 1e-2, "betas": (0.9, 0.98), "weight_decay": 0.1, "fused": True}
+    options = {"lr": 1e-2, "betas": (0.9, 0.98), "weight_decay": 0.1, "fused": fused}
     stepped = train(module.AdamW([ours], **options), ours, range(5))
     assert torch.equal(stepped, train(torch.optim.AdamW([theirs], **options), theirs, range(5)))
 
