@@ -11,7 +11,7 @@ from torch import nn
 from glide_ds.config import Config
 from glide_ds.model.glide import Glide
 from glide_ds.training.counts import remembered
-from glide_ds.training.memory import meta_model, one_image, weight_bytes
+from glide_ds.training.memory import meta_model, one_image
 from glide_ds.types import GlideConfig
 
 
@@ -54,10 +54,4 @@ def _count_work(model: Glide) -> tuple[int, int, dict[str, int]]:
 
 def step_work(glide: GlideConfig, config: Config) -> int:
     """Operations of one image's training step in the configured phase, what is recomputed left out."""
-    key = (glide, config.train.phase, config.train.scope, weight_bytes(config))
-    if key not in _steps:
-        _steps[key] = count_work(meta_model(glide, config)).step
-    return _steps[key]
-
-
-_steps: dict[tuple[GlideConfig, str, str, int], int] = {}  # counting the base model takes seconds
+    return count_work(meta_model(glide, config)).step

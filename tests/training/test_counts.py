@@ -34,7 +34,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def counted(model: Any, what: str = "things") -> bool:
     """Whether `remembered` has to count."""
     calls: list[None] = []
-    assert remembered(what, model, lambda: calls.append(None) or [1, {"a": 2}]) == [1, {"a": 2}]  # type: ignore[func-returns-value]
+    assert remembered(what, model, lambda: calls.append(None) or [1, {"a": 2}]) == [1, {"a": 2}]
     return bool(calls)
 
 
