@@ -78,7 +78,7 @@ def simulate(shards: int, per_shard: int, lanes_checked: int) -> dict[str, float
 
 
 def seek(folder: Path, shards: int, per_shard: int) -> dict[str, float]:
-    """From index files to where the members of a global batch at a random step lie, everything opened anew."""
+    """From index files to the bytes of a global batch at a random step, everything opened anew."""
     write_indexes(folder, shards, per_shard)
     rng, opened, found = np.random.default_rng(0), [], []
     for number in rng.integers(0, 3 * shards * per_shard // BATCH, SEEKS).tolist():
@@ -88,8 +88,7 @@ def seek(folder: Path, shards: int, per_shard: int) -> dict[str, float]:
         start = time.perf_counter()
         order = Order(held.sizes, BATCH, seed=0, fingerprint=1)
         for sample in order.draw(number, np.arange(BATCH)).ids.tolist():
-            shard, row = held.locate(sample)
-            held._index(shard).members(row)
+            held.read(sample)
         found.append(time.perf_counter() - start)
     what = f"{shards * per_shard:,} samples, {shards} indexes"
     return {
