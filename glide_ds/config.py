@@ -240,6 +240,7 @@ class TrainConfig:
     checkpointing: Checkpointing = "blocks"
     activation_gb: float = 0.0  # GiB that checkpointing=budget may keep per rank between forward and backward
     compile: bool = False  # the blocks, by torch.compile: minutes at the first start, then kept
+    cuda_graph: bool = False  # record the passes once and launch them as one; with checkpointing=none
     tf32: bool = True  # products of fp32 in TF32's precision, some of them by fp16 kernels (model/reduced.py)
     channels_last: bool = False  # NHWC activations: 1.25 times as fast on a CPU
 
@@ -256,6 +257,12 @@ class TrainConfig:
             raise ConfigError(
                 f"train.checkpointing = {self.checkpointing!r} with train.activation_gb = {self.activation_gb:g}: "
                 "the budget and its size go together, and one alone would do nothing; give both or neither"
+            )
+        if self.cuda_graph and self.checkpointing != "none":
+            raise ConfigError(
+                f"train.cuda_graph=true with train.checkpointing={self.checkpointing!r}: what is computed again must "
+                "draw the same dropout again, which a recording can't; set train.checkpointing=none, with a smaller "
+                "micro-batch if that takes too much memory, or train.cuda_graph=false"
             )
         if self.phase != "base" and self.scope != "all":
             raise ConfigError(

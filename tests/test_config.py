@@ -369,6 +369,7 @@ EFFECTS = {
     "train.tf32": "test_run.py::test_precision_and_recomputing_are_set",
     "train.activation_gb": "test_memory.py::test_a_budget_is_kept_with_as_little_work_as_it_takes",
     "train.compile": "test_compiling.py::test_a_compiled_run_is_the_eager_one",
+    "train.cuda_graph": "test_capturing.py::test_a_recorded_run_on_cuda_is_the_launched_one",
     "checkpoint.every": "test_run.py::test_a_run_leaves_what_the_design_says",
     "checkpoint.keep": "test_checkpoint.py::test_pruning_keeps_the_newest",
     "stability.spike_factor": "test_stability.py::test_the_limit_is_the_median_and_so_many_deviations",
@@ -454,6 +455,8 @@ def test_every_field_can_be_set_and_comes_back_from_run_json(tmp_path: Path):
             value = f"x{field.default}" if isinstance(field.default, str) else (field.default or 1) / 2
             value = value if isinstance(field.default, str | float) else int(value) or 2
         sets = [f"{name}={json.dumps(value)}"]
+        if name == "train.cuda_graph":
+            sets.append("train.checkpointing=none")
         if name == "train.activation_gb":
             sets.append("train.checkpointing=budget")
         (config,) = load_config(write_config(tmp_path), None, sets)

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from glide_ds.config import Config
 from glide_ds.model.glide import Glide
 from glide_ds.training.logging import duration
-from glide_ds.training.memory import one_image
+from glide_ds.training.memory import zeros
 from glide_ds.types import ConfigError
 
 FORMS = 1024  # of one block's code, by size, phase, precision; torch's own limit of 8 guards against mistakes
@@ -105,12 +105,7 @@ class Progress:
 
 def _one_step(model: Glide, config: Config, micro_batch: int, device: torch.device) -> None:
     """Forward and backward once on zeros: for shapes and layouts; nothing is accumulated."""
-    inputs = {
-        name: torch.zeros(micro_batch, *tensor.shape[1:], dtype=tensor.dtype, device=device)
-        for name, tensor in one_image(model.config).items()
-    }
-    if config.train.channels_last:
-        inputs["x"] = inputs["x"].contiguous(memory_format=torch.channels_last)
+    inputs = zeros(model.config, config, micro_batch, device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     output = model.train()(**inputs)
     torch.autograd.grad(output.sum(), trained, allow_unused=True)

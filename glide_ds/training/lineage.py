@@ -37,6 +37,7 @@ FREE_KEYS = (
     "glide_ds.train.checkpointing",
     "glide_ds.train.activation_gb",
     "glide_ds.train.compile",
+    "glide_ds.train.cuda_graph",
     "glide_ds.train.channels_last",
     "glide_ds.data.workers",
     "glide_ds.data.trace",

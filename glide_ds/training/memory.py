@@ -241,6 +241,20 @@ def one_image(config: GlideConfig) -> dict[str, torch.Tensor]:
         inputs["low_res"] = torch.empty(1, 3, side // 4, side // 4)
     if config.clip_dim:
         inputs["clip_embedding"] = torch.empty(1, config.clip_dim)
+        inputs["clip_drop"] = torch.zeros(1, dtype=torch.bool)
+    return inputs
+
+
+def zeros(
+    glide: GlideConfig, config: Config, micro_batch: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """The inputs of a training step of `micro_batch` images, all zero, in the layout that it has."""
+    inputs = {
+        name: torch.zeros(micro_batch, *tensor.shape[1:], dtype=tensor.dtype, device=device)
+        for name, tensor in one_image(glide).items()
+    }
+    if config.train.channels_last:
+        inputs["x"] = inputs["x"].contiguous(memory_format=torch.channels_last)
     return inputs
 
 

@@ -21,6 +21,7 @@ from glide_ds.model.glide import Glide
 from glide_ds.model.reduced import can_reduce
 from glide_ds.training import preview
 from glide_ds.training.background import PEERS_S, Saver
+from glide_ds.training.capturing import capture, forget
 from glide_ds.training.checkpoint import Committed
 from glide_ds.training.compiling import set_compilation
 from glide_ds.training.distributed import agreed, read_environment, start_process_group
@@ -192,6 +193,7 @@ def phase_run(
             resumed = start.resumed
             agreed(lambda: _check_data(resumed, source))
             load_engine(engine, resumed)
+        agreed(lambda: capture(model, config, arithmetic, device))
         if rank == 0:
             record(config, start)
         log = RunLog(config, rank, start.step)
@@ -242,6 +244,7 @@ def phase_run(
         guard.close()
         log.close()
     finally:
+        forget(model)
         release(engine)
 
 

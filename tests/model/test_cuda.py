@@ -13,7 +13,7 @@ from glide_ds.diffusion import create_diffusion
 from glide_ds.model.attention import Attending
 from glide_ds.model.convolution import Conv2d
 from glide_ds.model.glide import Glide
-from glide_ds.training import compiling
+from glide_ds.training import capturing, compiling
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 SMALL = ["small_base", "small_sr", "small_inpaint", "small_srinpaint"]
@@ -204,3 +204,37 @@ def test_reduced_products_in_the_model_change_it_as_tf32_does(tf32: None) -> Non
     assert 0 < largest_departure(reduced[:1], plain[:1]) < 1e-3
     whole, want = (torch.cat([g.flatten() for g in part[1:] if g is not None]) for part in (reduced, plain))
     assert (whole - want).norm() / want.norm() < 2e-3
+
+
+def test_a_recorded_step_computes_what_a_launched_one_does() -> None:
+    model = trained_model()
+    first = on_gpu(tiny_inputs(model) | {"clip_embedding": tiny_embeddings()})
+    second = {name: part if name == "tokens" else part.flip(0) for name, part in first.items()}
+    expected = [outputs_and_gradients(model, inputs) for inputs in (first, second)]
+    capturing.record(model, {name: part.clone() for name, part in first.items()}, accumulation=1)
+    for inputs, want in zip((first, second, first), (*expected, expected[0]), strict=True):
+        assert largest_departure(outputs_and_gradients(model, inputs), want) < 2e-5
+    with torch.no_grad():
+        assert torch.equal(model(**first), copy_of_eager(model)(**first))
+
+
+def copy_of_eager(model: Glide) -> Glide:
+    twin = trained_model()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def test_a_recorded_step_draws_new_dropout_each_time_and_the_same_for_a_seed() -> None:
+    model = copy.deepcopy(tiny_model(clip_dim=CLIP_DIM, dropout=0.3)).cuda().train()
+    inputs = on_gpu(tiny_inputs(model) | {"clip_embedding": tiny_embeddings()})
+
+    def drawn(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return model(**inputs).detach().clone()
+
+    launched = drawn(1)
+    capturing.record(model, {name: part.clone() for name, part in inputs.items()}, accumulation=1)
+    one, two, again = drawn(1), drawn(2), drawn(1)
+    assert not torch.equal(one, two)
+    assert torch.equal(one, again)
+    assert torch.equal(one, launched)
