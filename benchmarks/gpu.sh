@@ -18,22 +18,26 @@ if [ -d .whl ]; then
   export PYTHONPATH=$site:$PYTHONPATH
 fi
 
-tests() { flock -s $lock python3 -m pytest -q -n 0 tests/model/test_cuda.py tests/training/test_optimizer.py -k "${TESTS:-cuda}"; }
+tests() {
+  flock -s $lock python3 -m pytest -q -n 4 tests/model/test_cuda.py tests/training/test_optimizer.py \
+    tests/training/test_capturing.py -k "${TESTS:-cuda}"
+}
 
 step() {
   python3 benchmarks/step.py "$2" --size "$size" --rounds "$rounds" --micro "$micro" --lock $lock \
     --out "$out/step-$1-$micro-$card.json" "${@:3}"
 }
 eager() { step eager options --eager --only "plain eager" "+ channels_last" "+ DeepSpeed, fused AdamW" "+ AdamW8bit"; }
+graph_eager() { step graph-eager options --eager --only "+ fp16 kernels" "+ CUDA graph" --profile; }
 plain_tf32() { step plain-tf32 options --only "+ compile" --profile; }
-compiled_tf32() { step compiled-tf32 options --only "+ fp16 kernels" --profile; }
-compiled_bf16() { step compiled-bf16 options --only "+ bf16" --profile; }
+compiled_tf32() { step compiled-tf32 options --only "+ fp16 kernels" "+ CUDA graph" --profile; }
+compiled_bf16() { step compiled-bf16 options --only "+ bf16" "+ bf16, CUDA graph" --profile; }
 phases() { step phases phases --eager; }
 overhead() { step overhead overhead --eager; }
-dials() { step dials dials; }
-parity() { size=mid micro=8 step parity parity; }
+dials() { step dials dials --eager; }
+parity() { (flock -s 9 && size=mid micro=8 step parity parity --eager) 9>$lock; }
 optimizer() { python3 benchmarks/optimizer.py --device cuda --size 100000000 --out "$out/optimizer-$card.json"; }
-memory() { python3 benchmarks/memory.py --out "$out/memory-$card.json"; }
+memory() { flock -s $lock python3 benchmarks/memory.py --out "$out/memory-$card.json"; }
 
 # A tiny model leaves a GPU idle: all seeds and optimizers at once, then one command that joins their results.
 convergence() {

@@ -21,6 +21,7 @@ fetch it page by page at the next step, which costs most where most is allocated
 from __future__ import annotations
 
 import argparse
+import copy
 import fcntl
 import json
 import os
@@ -45,6 +46,7 @@ from glide_ds.diffusion import create_diffusion
 from glide_ds.model import create_model
 from glide_ds.model.clip import FrozenClip
 from glide_ds.model.reduced import can_reduce
+from glide_ds.training.capturing import capture
 from glide_ds.training.compiling import set_compilation
 from glide_ds.training.distributed import read_environment, start_process_group
 from glide_ds.training.engine import build_engine, release
@@ -82,6 +84,7 @@ class Variant:
     reduced: bool = False  # TF32 by fp16 kernels
     channels_last: bool = True
     compile: bool = False
+    graph: bool = False  # the passes recorded as a CUDA graph
     checkpointing: str = "none"
     dropout: float = 0.1
 
@@ -127,7 +130,11 @@ def variants(suite: str, micros: list[int], gpu: bool) -> list[Variant]:
         options.append(replace(eager, name="+ compile", compile=True))
     if gpu:
         options.append(replace(ours, name="+ fp16 kernels"))
-    options.append(replace(ours, name="+ bf16", precision="bf16", reduced=False))
+        options.append(replace(ours, name="+ CUDA graph", graph=True))
+    bf16 = replace(ours, name="+ bf16", precision="bf16", reduced=False)
+    options.append(bf16)
+    if gpu:
+        options.append(replace(bf16, name="+ bf16, CUDA graph", graph=True))
     if suite == "parity":
         options.append(replace(eager, name="blocks recomputed", checkpointing="blocks"))
         options = [replace(option, dropout=0.0) for option in options]
@@ -139,13 +146,15 @@ class Trainee:
 
     def __init__(self, variant: Variant, size: str, device: torch.device) -> None:
         self.variant, self.device = variant, device
+        self.forward: Any = None
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = variant.precision != "fp32"
         torch.backends.cudnn.benchmark = True
         self.before = allocated(device)
         self.config = config = configured(variant, size)
         arithmetic = config.batch_arithmetic(1)
+        self.size = size
         torch.manual_seed(0)
-        model = create_model(glide_config(config)).to(device)
+        self.model = model = create_model(glide_config(config)).to(device)
         open_gates(model)
         set_recomputation(model, config, arithmetic)
         model.reduce_products(variant.reduced and can_reduce(device))
@@ -164,7 +173,20 @@ class Trainee:
         self.batch = replace(batch, clip=torch.randn(variant.micro, 64).half()).to(device)
         self.engine.train()
 
+    def recorded(self, variant: Variant) -> Trainee:
+        """The same model, engine and batch, trained by a graph of its passes."""
+        twin = copy.copy(self)
+        twin.variant = variant
+        twin.config = configured(variant, self.size)
+        capture(self.model, twin.config, twin.config.batch_arithmetic(1), self.device)
+        twin.forward = self.model.__dict__.pop("forward")
+        return twin
+
     def step(self, number: int) -> torch.Tensor:
+        if self.forward is None:
+            self.model.__dict__.pop("forward", None)
+        else:
+            self.model.__dict__["forward"] = self.forward
         losses = self.objective(self.batch, number)
         self.engine.backward(losses.total)
         self.engine.step()
@@ -189,6 +211,7 @@ def configured(variant: Variant, size: str) -> Config:
         f"train.phase={variant.phase}",
         f"train.channels_last={json.dumps(variant.channels_last)}",
         f"train.compile={json.dumps(variant.compile)}",
+        f"train.cuda_graph={json.dumps(variant.graph)}",
         f"train.checkpointing={variant.checkpointing}",
         "train.kl_weight=0",
         "train.weighting=eps",
@@ -264,7 +287,7 @@ def measure(trainees: list[Trainee], rounds: int, device: torch.device) -> list[
                 "tflops": rate / 1e12,
                 "peak_tflops": peaks[v.precision] / 1e12,
                 "mfu": rate / peaks[v.precision],
-                "step_gib": on_top / 2**30,
+                "step_gib": on_top / 2**30,  # of a graph: without what it holds all the time
                 "speed_ratio": statistics.median(f / (t / v.micro) for f, t in zip(first, taken, strict=True)),
             }
         )
@@ -279,8 +302,8 @@ def parity(chosen: list[Variant], size: str, device: torch.device) -> list[dict[
     """The losses of every variant's first steps, and how far they stray from the first variant's."""
     rows: list[dict[str, Any]] = []
     for variant in chosen:
-        trainee = Trainee(variant, size, device)
-        found = losses(trainee)
+        trainee = Trainee(replace(variant, graph=False), size, device)
+        found = losses(trainee.recorded(variant) if variant.graph else trainee)
         trainee.close()
         reference = rows[0]["losses"] if rows else found
         departure = max(abs(a / b - 1) for a, b in zip(found, reference, strict=True))
@@ -297,15 +320,23 @@ def run_variants(chosen: list[Variant], args: argparse.Namespace, device: torch.
             fcntl.flock(lock, fcntl.LOCK_SH)
         trainees = []
         for variant in chosen:
+            if variant.graph:
+                continue
             print(f"building {variant.name}", flush=True)
             trainees.append(Trainee(variant, args.size, device))
             stack.callback(trainees[-1].close)
         if lock:
             for trainee in trainees:
                 trainee.step(0)  # searches cuDNN's algorithms
+            torch.cuda.empty_cache()  # there are others
             fcntl.flock(lock, fcntl.LOCK_EX)
         rows = measure(trainees, args.rounds, device)
         show(rows)
+        if any(variant.graph for variant in chosen):
+            plain = {replace(trainee.variant, name="", graph=True): trainee for trainee in trainees}
+            trainees += [plain[replace(v, name="")].recorded(v) for v in chosen if v.graph]
+            rows = measure(trainees, args.rounds, device)
+            show(rows)
         if args.profile:
             for trainee, row in zip(trainees, rows, strict=True):
                 step = partial(trainee.step, 0)
