@@ -19,7 +19,7 @@ import glide_ds
 from glide_ds.config import ClipConfig
 from glide_ds.model.tensor_files import sha256, write_sidecar, write_state
 from glide_ds.training.checkpoint import LAST, MANIFEST, MODEL_FILE, Committed, committed, unreadable, verify
-from glide_ds.training.elastic import masters, stretch
+from glide_ds.training.elastic import masters, trained_weights
 from glide_ds.training.ema import has_average, read_files
 from glide_ds.training.phases import PHASES
 from glide_ds.types import CheckpointError, GlideConfig, WeightsError
@@ -107,28 +107,23 @@ def assembled(checkpoint: Committed, *, ema: bool = False) -> State:
     Takes no more memory than the result. Raises CheckpointError where there is no average.
     """
     flat = dict(trained(checkpoint, ema=ema))
+    model = checkpoint.read(MODEL_FILE)
     state: State = {}
-    for name, tensor in checkpoint.model_state().items():
+    for name, tensor in {**model["module"], **(model["frozen_param_fragments"] or {})}.items():
         state[name] = flat.pop(name) if name in flat else tensor.to(torch.float32, copy=True)
         forget(tensor)
     return state
 
 
 def trained(checkpoint: Committed, *, ema: bool) -> Iterator[tuple[str, Tensor]]:
-    """(name, fp32 tensor) of every trained parameter, put together from the ranks' parts of each group."""
+    """(name, fp32 tensor) of every trained parameter, from the masters or the average."""
     if ema and not has_average(checkpoint):
         raise CheckpointError(
             f"{checkpoint.path} holds no average of the weights: it was trained with ema.decay=0. Export without "
             "--ema"
         )
     ranks = [file["parts"] for file in read_files(checkpoint)] if ema else masters(checkpoint)
-    for i, shapes in enumerate(checkpoint.read(MODEL_FILE)["param_shapes"]):
-        parts, position = [rank[i] for rank in ranks], 0
-        total = sum(shape.numel() for shape in shapes.values())
-        for name, shape in shapes.items():
-            yield name, stretch(parts, position, shape.numel(), total).view(shape)
-            forget(*parts)
-            position += shape.numel()
+    return trained_weights(checkpoint.read(MODEL_FILE), ranks, forget)
 
 
 def compare(path: Path, checkpoint: Committed, *, ema: bool = False) -> None:

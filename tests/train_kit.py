@@ -163,6 +163,13 @@ PARITY: dict[str, Any] = {
     "checkpoint": {"every": 10},
     "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.98], "eps": 1e-4}},
 }
+# One update in bf16 that moves no weight by more than 1e-7.
+IN_BF16: dict[str, Any] = {
+    "bf16": {"enabled": True},
+    "train": {"steps": 1},
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-7, "weight_decay": 0.0}},
+    "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 0}},
+}
 
 
 def rewound(folder: Path, other: Path, step: int) -> Path:

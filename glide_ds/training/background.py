@@ -78,7 +78,7 @@ class Saver:
         if hasattr(engine, "_get_zero_frozen_param_attributes"):
             frozen = engine._get_zero_frozen_param_attributes(lambda parameter: parameter)
             engine._get_zero_frozen_param_attributes = lambda attribute: {
-                name: attribute(parameter) for name, parameter in frozen.items()
+                name: attribute(engine.frozen.get(name, parameter)) for name, parameter in frozen.items()
             }
 
     def save(
@@ -208,11 +208,13 @@ class Snapshot:
         self.files: dict[str, Any] = {}
         self.failure: str | None = None
         self.buffers: dict[tuple[str, int], Tensor] = {}
+        self.constant: set[int] = set()  # storages that need no copy
         self.from_gpu = False  # some of the copies arrive later than they are ordered
 
     def take(self, engine: Any, folder: Path, tag: str, files: Mapping[str, Any]) -> None:
         """Copy what DeepSpeed saves of `engine` on this rank, and `files`. Collective."""
         self.files, self.failure = {}, None
+        self.constant = {tensor.untyped_storage()._cdata for tensor in engine.frozen.values()}
         theirs, engine.checkpoint_engine = engine.checkpoint_engine, self
         try:
             engine.save_checkpoint(str(folder), tag=tag, client_state={}, save_latest=False)
@@ -273,6 +275,8 @@ class Snapshot:
     def _host(self, tensor: Tensor, name: str, copies: Copies) -> Tensor:
         """ZeRO's parameters are views of one flat buffer: storages are copied, each once."""
         storage = tensor.untyped_storage()
+        if storage._cdata in self.constant:
+            return tensor
         whole = copies.get((storage._cdata, tensor.dtype))
         if whole is None:
             key, size, pinned = (name, len(copies)), storage.nbytes(), tensor.is_cuda

@@ -8,14 +8,14 @@ frozen parameters and buffers at their initial values and knows no 8-bit state.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from glide_ds.training.checkpoint import Committed
+from glide_ds.training.checkpoint import MODEL_FILE, Committed
 from glide_ds.training.optimizer import state_dict_to_fp32
 from glide_ds.types import CheckpointError
 
@@ -29,11 +29,8 @@ def load_repartitioned(engine: Any, checkpoint: Committed) -> None:
     moments are quantised anew where the cut moved.
     """
     zero = engine.optimizer
-    model = checkpoint.read("mp_rank_00_model_states.pt")
-    parts = [
-        checkpoint.read(f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")["optimizer_state_dict"]
-        for rank in range(checkpoint.world_size)
-    ]
+    model = checkpoint.read(MODEL_FILE)
+    parts = [checkpoint.read(name)["optimizer_state_dict"] for name in checkpoint.optimizer_files()]
     bases = [state_dict_to_fp32(part["base_optimizer_state"]) for part in parts]
     engine.module.load_state_dict(model["module"])
     state: dict[int, dict[str, Any]] = {}
@@ -83,7 +80,33 @@ def stretch(parts: Sequence[Tensor], start: int, size: int, total: int) -> Tenso
     return own
 
 
+def weights(checkpoint: Committed) -> dict[str, Tensor]:
+    """Every weight and buffer as exactly as the checkpoint has it: in fp32, also where the module was in bf16."""
+    model = checkpoint.read(MODEL_FILE)
+    if not any(tensor.dtype == torch.bfloat16 for tensor in model["module"].values()):
+        return dict(model["module"])  # memory-mapped
+    frozen = model["frozen_param_fragments"] or {}
+    return {**model["module"], **frozen, **dict(trained_weights(model, masters(checkpoint)))}
+
+
+def trained_weights(
+    model: dict[str, Any], ranks: Sequence[Sequence[Tensor]], read: Callable[..., None] = lambda *parts: None
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every trained parameter, put together from the ranks' parts of each parameter group.
+
+    `model` is the checkpoint's MODEL_FILE, which has their names and shapes. `read` is told the parts that each
+    was read from.
+    """
+    for i, shapes in enumerate(model["param_shapes"]):
+        parts, position = [rank[i] for rank in ranks], 0
+        total = sum(shape.numel() for shape in shapes.values())
+        for name, shape in shapes.items():
+            yield name, stretch(parts, position, shape.numel(), total).view(shape)
+            read(*parts)
+            position += shape.numel()
+
+
 def masters(checkpoint: Committed) -> list[list[Tensor]]:
     """Every rank's part of the fp32 masters of every parameter group, memory-mapped."""
-    names = (f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(checkpoint.world_size))
-    return [checkpoint.read(name)["optimizer_state_dict"]["single_partition_of_fp32_groups"] for name in names]
+    states = (checkpoint.read(name)["optimizer_state_dict"] for name in checkpoint.optimizer_files())
+    return [state["single_partition_of_fp32_groups"] for state in states]

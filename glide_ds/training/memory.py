@@ -264,11 +264,17 @@ def gib(size: float) -> str:
 
 
 def checkpoint_bytes(model: Any, config: Config) -> float:
-    """Bytes of one checkpoint on disk, all ranks' files together: the module, master weights, moments, the average."""
+    """Bytes of one checkpoint on disk, all ranks' files together.
+
+    The module, in bf16 its frozen weights in fp32 too, master weights, moments, the average.
+    """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     module = weight_bytes(config) * sum(p.numel() for p in (*model.parameters(), *model.buffers()))
+    frozen = sum(p.numel() for p in model.parameters()) - trained if weight_bytes(config) == 2 else 0
     average = 4 if config.ema.decay else 0
-    return float(module + (4 + OPTIMIZER_BYTES[config.deepspeed["optimizer"]["type"]] + average) * trained)
+    return float(
+        module + 4 * frozen + (4 + OPTIMIZER_BYTES[config.deepspeed["optimizer"]["type"]] + average) * trained
+    )
 
 
 def checkpoints_kept(config: Config) -> int:
@@ -284,5 +290,8 @@ def snapshot_bytes(model: Any, config: Config, world_size: int) -> float:
     """Host memory in which rank 0 keeps what a background save writes; the other ranks keep no module."""
     if not config.checkpoint.background:
         return 0.0
-    module = weight_bytes(config) * sum(p.numel() for p in (*model.parameters(), *model.buffers()))
+    parameters = list(model.parameters())
+    module = weight_bytes(config) * sum(p.numel() for p in (*parameters, *model.buffers()))
+    if weight_bytes(config) == 2:
+        module += 4 * sum(p.numel() for p in parameters if not p.requires_grad)
     return module + (checkpoint_bytes(model, config) - module) / world_size

@@ -6,13 +6,13 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from train_kit import PARITY, make_config, shake, train_phase
+from train_kit import IN_BF16, PARITY, make_config, shake, train_phase
 
 from glide_ds.config import CheckpointConfig
 from glide_ds.training.background import Saver
@@ -33,6 +33,7 @@ def main(folder: Path) -> None:
     results["verified"] = damage_seen_by_all(rank, folder / "two" / "run" / "phase3")
     results["full_disk"] = save_that_fails_on_one_rank(rank, folder)
     resume_what_one_rank_began(folder)
+    train_phase(make_config(folder / "bf16", "adapter_only", **IN_BF16), shake)
     (folder / f"rank{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
@@ -87,6 +88,7 @@ def save_that_fails_on_one_rank(rank: int, folder: Path) -> list[object]:
 
     class Engine:
         checkpoint_engine: Any = None
+        frozen: ClassVar[dict[str, torch.Tensor]] = {}
 
         def save_checkpoint(self, folder: str, tag: str, client_state: object, save_latest: bool) -> None:
             self.checkpoint_engine.save({"part": rank}, f"part{rank}.pt")

@@ -42,12 +42,12 @@ class Engine:
     checkpoint_engine: Any = None
 
     def __init__(self) -> None:
-        self.weights = torch.zeros(100)
+        self.weights, self.frozen = torch.zeros(100), {"layer": torch.zeros(10)}
 
     def save_checkpoint(self, folder: str, tag: str, client_state: dict[str, Any], save_latest: bool) -> bool:
         assert not save_latest  # DeepSpeed's own pointer moves before the files are complete
         for name in ("model.pt", "optimizer.pt"):
-            state = {"flat": self.weights, "view": self.weights[50:], "step": int(tag[-2:])}
+            state = {"flat": self.weights, "view": self.weights[50:], "step": int(tag[-2:]), **self.frozen}
             self.checkpoint_engine.save(state, f"{folder}/{tag}/{name}")
         return True
 

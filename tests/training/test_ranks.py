@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from train_kit import PARITY, make_config, metrics, rewound, shake, trace, train_phase
+from test_bf16 import check_close_to_start
+from train_kit import IN_BF16, PARITY, make_config, metrics, rewound, shake, trace, train_phase
 
 from glide_ds.training.checkpoint import committed
+from glide_ds.training.elastic import weights
 
 WORKER = Path(__file__).with_name("rank_worker.py")
 pytestmark = pytest.mark.slow  # three processes
@@ -147,3 +149,13 @@ def test_two_ranks_checkpoint_is_exported_by_one(two_ranks: Launch, tmp_path: Pa
 
     written = export(find_checkpoint(two_ranks.folder / "two" / "run"), tmp_path / "x.safetensors")
     assert set(written) == {tmp_path / "x.safetensors"}
+
+
+def test_in_bf16_no_weight_is_rounded_on_two_ranks_nor_on_the_way_to_one(two_ranks: Launch):
+    folder = two_ranks.folder / "bf16"
+    config = make_config(folder, "adapter_only", **{**IN_BF16, "train": {"steps": 2}})
+    for updates in (1, 2):
+        checkpoint = committed(folder / "run" / "phase1")[0]
+        assert (checkpoint.step, checkpoint.world_size) == (updates, 3 - updates)
+        check_close_to_start(weights(checkpoint), config, updates)
+        train_phase(config)
