@@ -155,8 +155,17 @@ def memory_estimate(
     bucket_bytes = float(width * bucket * (2 if zero.get("overlap_comm") else 1))
     activations = activations or count_activations(model)
     again = recomputed(activations, config, arithmetic, dial)
-    kept, arrived = activations.backward_peak(again, arithmetic.micro_batch, 1 / world)
     flat = 4.0 * max(groups.values(), default=0) / world
+    if (
+        config.train.cuda_graph
+    ):  # keeps the places of all activations and gradients, and what is reduced is a copy
+        recorded = float(width * trained) if world > 1 else 0.0
+        return static | {
+            "gradients": accumulated + gradients + recorded + flat,
+            "activations": float(activations.kept(again) * arithmetic.micro_batch),
+            "buckets": bucket_bytes,
+        }
+    kept, arrived = activations.backward_peak(again, arithmetic.micro_batch, 1 / world)
     if kept + arrived + bucket_bytes >= gradients + flat:
         moment = {"gradients": accumulated + arrived, "activations": kept, "buckets": bucket_bytes}
     else:

@@ -12,12 +12,16 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from train_kit import IN_BF16, PARITY, make_config, shake, train_phase
+from test_capturing import keeping_places
+from train_kit import IN_BF16, PARITY, make_config, opened, shake, train_phase
 
 from glide_ds.config import CheckpointConfig
+from glide_ds.training import capturing
 from glide_ds.training.background import Saver
 from glide_ds.training.checkpoint import committed, newest_good
 from glide_ds.training.distributed import agreed, read_environment, start_process_group
+from glide_ds.training.loop import train
+from glide_ds.training.memory import zeros
 from glide_ds.training.objective import Losses, Meter
 from glide_ds.types import DataError, GlideError
 
@@ -30,12 +34,25 @@ def main(folder: Path) -> None:
         "meter": mean_over_ranks(rank),
     }
     train_phase(make_config(folder / "two", **PARITY), shake)
+    train_recorded(folder / "recorded")
     results["verified"] = damage_seen_by_all(rank, folder / "two" / "run" / "phase3")
     results["full_disk"] = save_that_fails_on_one_rank(rank, folder)
     resume_what_one_rank_began(folder)
     train_phase(make_config(folder / "bf16", "adapter_only", **IN_BF16), shake)
     (folder / f"rank{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
+
+
+def train_recorded(folder: Path) -> None:
+    """Phase full with gradients at the places where a CUDA graph would have them."""
+    config = make_config(folder, **PARITY)
+    launched, torch.cuda.make_graphed_callables = torch.cuda.make_graphed_callables, keeping_places
+    with opened(config, shake) as run:
+        inputs = zeros(run.model.config, config, run.arithmetic.micro_batch, run.device)
+        capturing.record(run.model, inputs, run.arithmetic.accumulation)
+        train(run)
+        capturing.forget(run.model)
+    torch.cuda.make_graphed_callables = launched
 
 
 def error_on_one_rank(rank: int) -> str:

@@ -108,6 +108,13 @@ def test_parts_follow_precision_optimizer_ranks_and_accumulation(tmp_path: Path)
     assert half["weights"] == pytest.approx(plain["weights"] / 2, rel=1e-5)
     assert half["master"] == 4 * count
     assert parts(train_micro_batch_size_per_gpu=1)["gradients"] > plain["gradients"]
+    for ranks in (1, 2):  # a graph gives nothing back
+        launched, recorded = (
+            parts(ranks=ranks, dial="none", train={"checkpointing": "none", "cuda_graph": graph})
+            for graph in (False, True)
+        )
+        assert recorded["activations"] >= launched["activations"]
+        assert recorded["gradients"] >= 4 * count * (1 + (ranks > 1) / ranks)
 
 
 def test_a_small_batch_peaks_in_the_optimizers_step(tmp_path: Path):

@@ -151,6 +151,16 @@ def test_two_ranks_checkpoint_is_exported_by_one(two_ranks: Launch, tmp_path: Pa
     assert set(written) == {tmp_path / "x.safetensors"}
 
 
+def test_gradients_that_keep_their_place_train_the_same_on_two_ranks(two_ranks: Launch):
+    two, recorded = (metrics(two_ranks.folder / name, steady=True) for name in ("two", "recorded"))
+    assert recorded == two
+    states = [
+        committed(two_ranks.folder / name / "run" / "phase3")[0].model_state() for name in ("two", "recorded")
+    ]
+    for name, tensor in states[0].items():
+        assert torch.equal(states[1][name], tensor), name
+
+
 def test_in_bf16_no_weight_is_rounded_on_two_ranks_nor_on_the_way_to_one(two_ranks: Launch):
     folder = two_ranks.folder / "bf16"
     config = make_config(folder, "adapter_only", **{**IN_BF16, "train": {"steps": 2}})
