@@ -121,7 +121,7 @@ def check_lane(order: Order, lane: int) -> None:
     ids = np.sort(order.ids(0, positions))
     assert len(np.unique(ids)) == len(positions), f"lane {lane} repeats a sample"
     runs = np.flatnonzero(np.diff(ids) != 1) + 1
-    whole = [run for run in np.split(ids, runs) if len(run) != order.sizes[0]]
+    whole = [run for run in np.split(ids, runs) if len(run) % order.sizes[0]]  # neighbours join
     # A span of the deck is whole shards but for its two ends.
     assert len(whole) <= 2 or order.samples < order.lanes * int(order.sizes[0]), f"lane {lane} has holes"
 
