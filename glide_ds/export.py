@@ -19,7 +19,7 @@ import glide_ds
 from glide_ds.config import ClipConfig
 from glide_ds.model.tensor_files import sha256, write_sidecar, write_state
 from glide_ds.training.checkpoint import LAST, MANIFEST, MODEL_FILE, Committed, committed, unreadable, verify
-from glide_ds.training.elastic import masters, trained_weights
+from glide_ds.training.elastic import frozen_weights, masters, trained_weights
 from glide_ds.training.ema import has_average, read_files
 from glide_ds.training.phases import PHASES
 from glide_ds.types import CheckpointError, GlideConfig, WeightsError
@@ -107,9 +107,8 @@ def assembled(checkpoint: Committed, *, ema: bool = False) -> State:
     Takes no more memory than the result. Raises CheckpointError where there is no average.
     """
     flat = dict(trained(checkpoint, ema=ema))
-    model = checkpoint.read(MODEL_FILE)
     state: State = {}
-    for name, tensor in {**model["module"], **(model["frozen_param_fragments"] or {})}.items():
+    for name, tensor in {**checkpoint.model_state(), **frozen_weights(checkpoint)}.items():
         state[name] = flat.pop(name) if name in flat else tensor.to(torch.float32, copy=True)
         forget(tensor)
     return state

@@ -85,8 +85,13 @@ def weights(checkpoint: Committed) -> dict[str, Tensor]:
     model = checkpoint.read(MODEL_FILE)
     if not any(tensor.dtype == torch.bfloat16 for tensor in model["module"].values()):
         return dict(model["module"])  # memory-mapped
-    frozen = model["frozen_param_fragments"] or {}
-    return {**model["module"], **frozen, **dict(trained_weights(model, masters(checkpoint)))}
+    trained = dict(trained_weights(model, masters(checkpoint)))
+    return {**model["module"], **frozen_weights(checkpoint), **trained}
+
+
+def frozen_weights(checkpoint: Committed) -> dict[str, Tensor]:
+    """The weights that the checkpoint's phase doesn't train, in fp32."""
+    return dict(checkpoint.read(MODEL_FILE)["frozen_param_fragments"] or {})
 
 
 def trained_weights(

@@ -17,7 +17,7 @@ from glide_ds.config import Config
 from glide_ds.model.tensor_files import StateFile
 from glide_ds.model.weights import load_state, load_weights
 from glide_ds.training.checkpoint import Committed, committed, newest_good, write_atomically
-from glide_ds.training.elastic import weights
+from glide_ds.training.elastic import frozen_weights, weights
 from glide_ds.training.memory import weight_bytes
 from glide_ds.training.phases import PHASES
 from glide_ds.types import ConfigError, WeightsError
@@ -140,8 +140,8 @@ def _given_weights(config: Config) -> str:
 def load_start(model: nn.Module, config: Config, start: Start) -> list[str]:
     """Put the start's weights into the model. Returns what there is to say about it."""
     if start.resumed:
-        if weight_bytes(config) == 2:  # the engine loads it, optimizer and all, but in bf16
-            load_state(model, StateFile(start.resumed.path, weights(start.resumed)), source="")
+        if weight_bytes(config) == 2:  # the engine loads it, optimizer and all; these it would have rounded
+            model.load_state_dict(frozen_weights(start.resumed), strict=False)
         return []
     if start.parent:
         file = StateFile(start.parent.path, weights(start.parent))
