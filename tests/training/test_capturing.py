@@ -70,7 +70,7 @@ def keeping_places(passes: Callable[..., Tensor], samples: Sequence[Tensor], **_
     ("accumulation", "bf16"),
     [
         (2, False),
-        (1, True),
+        pytest.param(1, True, marks=pytest.mark.slow),
         pytest.param(1, False, marks=pytest.mark.slow),
         pytest.param(2, True, marks=pytest.mark.slow),
     ],
