@@ -68,12 +68,16 @@ def block(
 
 
 def describe_device(config: Config) -> str:
-    """What a rank computes on, and how exactly."""
-    on_gpu = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if on_gpu else "CPU (PyTorch sees no GPU here)"
+    """What a rank computes on, how exactly, and how it is told to."""
+    on_gpu, train = torch.cuda.is_available(), config.train
+    parts = [torch.cuda.get_device_name() if on_gpu else "CPU (PyTorch sees no GPU here)"]
     if weight_bytes(config) == 2:
-        return f"{device}, in bf16 with fp32 masters"
-    return f"{device}, in fp32" + (" with TF32 products" if on_gpu and config.train.tf32 else "")
+        parts.append("in bf16 with fp32 masters")
+    else:
+        parts.append("in fp32" + (" with TF32 products" if on_gpu and train.tf32 else ""))
+    parts += ["blocks compiled"] if train.compile else []
+    parts += ["launched as a CUDA graph"] if train.cuda_graph else []
+    return ", ".join(parts)
 
 
 def describe_batch(config: Config, arithmetic: BatchArithmetic) -> str:

@@ -103,10 +103,11 @@ def test_gradients_that_keep_their_place_train_the_same(
     assert first == second
 
 
-def test_a_machine_without_a_gpu_says_so(tmp_path: Path, group):
+def test_a_machine_without_a_gpu_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str], group):
     told = pytest.raises(ConfigError, match=r"train.cuda_graph=true.*no GPU.*train.cuda_graph=false")
-    with told, opened(make_config(tmp_path, train={"cuda_graph": True})):
+    with told, opened(make_config(tmp_path, bf16={"enabled": True}, train={"cuda_graph": True})):
         pass
+    assert "in bf16 with fp32 masters, launched as a CUDA graph" in " ".join(capsys.readouterr().out.split())
 
 
 def test_recomputing_cannot_be_recorded(tmp_path: Path):

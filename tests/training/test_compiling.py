@@ -31,7 +31,9 @@ def test_a_compiled_run_is_the_eager_one(tmp_path: Path, group):
     assert losses[1] != losses[0]  # other kernels round otherwise
 
 
-def test_a_machine_that_cannot_compile_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group):
+def test_a_machine_that_cannot_compile_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], group
+):
     import torch._dynamo
 
     def fail(*_: object) -> None:
@@ -41,3 +43,4 @@ def test_a_machine_that_cannot_compile_says_so(tmp_path: Path, monkeypatch: pyte
     told = pytest.raises(ConfigError, match=r"train.compile=true.*no g\+\+ found.*train.compile=false")
     with told, opened(make_config(tmp_path, train={"compile": True})):
         pass
+    assert "in fp32, blocks compiled" in " ".join(capsys.readouterr().out.split())
