@@ -6,12 +6,12 @@ Left out for their time, half a minute and more each: checkpoint.py, loader.py, 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from train_kit import without_launcher
 
 ROOT = Path(__file__).parents[1]
 SMALLEST = {
@@ -27,7 +27,7 @@ SMALLEST = {
 def test_a_benchmark_writes_what_it_measured_and_where(name: str, tmp_path: Path):
     out = tmp_path / "out.json"
     command = [sys.executable, str(ROOT / "benchmarks" / name), *SMALLEST[name], "--out", str(out)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**without_launcher(), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(out.read_text())

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from train_kit import UNSTEADY, read_lines
+from train_kit import UNSTEADY, read_lines, without_launcher
 
 BIN = Path(sys.executable).parent
 TINY = [f"ds_configs/tiny/phase{n}.json" for n in (1, 2, 3)]
@@ -38,9 +38,7 @@ SMALL = [
 
 
 def environment() -> dict[str, str]:
-    """This process's, without a launcher's variables: the tests' own process group has set them."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    kept = {key: value for key, value in os.environ.items() if key not in names}
+    kept = without_launcher()
     return {**kept, "PATH": f"{BIN}:{kept['PATH']}", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 

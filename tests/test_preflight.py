@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from train_kit import make_config, rewound, write_shard
+from train_kit import make_config, rewound, without_launcher, write_shard
 
 from glide_ds import cli
 from glide_ds.data import shapes
@@ -310,12 +309,15 @@ def test_a_hostfile_is_read_as_deepspeed_does(tmp_path: Path):
 
 
 def command(*arguments: str, cwd: Path, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {key: value for key, value in os.environ.items() if key not in names}
     line = [sys.executable, *(launcher or ("-m", "glide_ds.preflight")), *arguments]
     root = str(Path(__file__).parents[1])
     return subprocess.run(
-        line, cwd=cwd, env={**environment, "PYTHONPATH": root}, capture_output=True, text=True, timeout=300
+        line,
+        cwd=cwd,
+        env={**without_launcher(), "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 

@@ -69,6 +69,12 @@ UNSTEADY = (
 )
 
 
+def without_launcher() -> dict[str, str]:
+    """This process's environment, without what a launcher sets: the tests' own process group has set it."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {key: value for key, value in os.environ.items() if key not in names}
+
+
 def document(folder: Path, phase: str = "full", **sections: Any) -> dict[str, Any]:
     """A --ds_config with our block, `sections` laid over the block or, by DeepSpeed's names, over the rest."""
     whole = copy.deepcopy(DOCUMENT)

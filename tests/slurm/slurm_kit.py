@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from train_kit import UNSTEADY, read_lines, write_config
+from train_kit import UNSTEADY, read_lines, without_launcher, write_config
 
 ROOT = Path(__file__).parents[2]
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "ip", "nsenter", "unshare", "sshd", "pdsh")
@@ -56,10 +56,14 @@ class Cluster:
 
     def on(self, node: str, *command: str, **variables: str) -> str:
         """The command's output; run from the project's root."""
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        kept = {key: value for key, value in os.environ.items() if key not in names}
         path = f"{Path(sys.executable).parent}:{SYSTEM_PATH}"
-        environment = {**kept, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
+        environment = {
+            **without_launcher(),
+            "PATH": path,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            **variables,
+        }
         done = subprocess.run(
             [str(self.folder / "on"), node, *command],
             cwd=ROOT,

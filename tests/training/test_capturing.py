@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from train_kit import PARITY, make_config, metrics, opened, shake, state_of, write_config
+from train_kit import PARITY, make_config, metrics, opened, shake, state_of, without_launcher, write_config
 
 from glide_ds.training import capturing
 from glide_ds.training.loop import train
@@ -124,7 +123,7 @@ def test_a_recorded_run_on_cuda_is_the_launched_one(tmp_path: Path, accumulation
         sections = {**PARITY, "train": {**PARITY["train"], "cuda_graph": recorded}}
         path = write_config(folder, **sections, train_micro_batch_size_per_gpu=4 // accumulation)
         command = [sys.executable, str(ROOT / "launch" / "train.py"), "--ds_config", str(path)]
-        environment = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"}
+        environment = {k: v for k, v in without_launcher().items() if k != "DS_ACCELERATOR"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         assert ("recorded the training step" in done.stdout) == recorded
