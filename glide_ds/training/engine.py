@@ -63,9 +63,8 @@ def build_engine(
     else:
         optimizer = AdamW(groups, lr=section["params"]["lr"], fused=True, **rates)
     schedule = LambdaLR(optimizer, lambda step: lr_ratio(step, config))
-    exact = (
-        {parameter: parameter.detach() for parameter in model.parameters()} if weight_bytes(config) == 2 else {}
-    )
+    rounded = weight_bytes(config) == 2
+    exact = {parameter: parameter.detach() for parameter in model.parameters()} if rounded else {}
     engine, _, _, _ = deepspeed.initialize(
         model=model, optimizer=optimizer, lr_scheduler=schedule, config=deepspeed_config(config, arithmetic)
     )

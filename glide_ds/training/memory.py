@@ -156,9 +156,8 @@ def memory_estimate(
     activations = activations or count_activations(model)
     again = recomputed(activations, config, arithmetic, dial)
     flat = 4.0 * max(groups.values(), default=0) / world
-    if (
-        config.train.cuda_graph
-    ):  # keeps the places of all activations and gradients, and what is reduced is a copy
+    if config.train.cuda_graph:
+        # It keeps the places of all activations and gradients, and what is reduced is a copy.
         recorded = float(width * trained) if world > 1 else 0.0
         return static | {
             "gradients": accumulated + gradients + recorded + flat,
