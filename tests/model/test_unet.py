@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from glide_ds.model.attention import Attending
 from glide_ds.model.layers import GroupNorm, LayerNorm
 from glide_ds.model.unet import AttentionBlock, Context, ResBlock, doubled, frequencies, timestep_embedding
 
@@ -34,6 +35,21 @@ def test_attention_is_one_softmax_over_text_and_pixels() -> None:
     torch.nn.init.normal_(block.proj_out.weight)
     x, text = torch.randn(2, 64, 4, 6), torch.randn(2, 5, 24)
     torch.testing.assert_close(block(x, Context(text)), joint_attention(block, x, text), rtol=1e-4, atol=1e-5)
+
+
+def test_a_cpu_attends_to_bf16_in_fp32() -> None:
+    """Not in its kernels for bf16, which are slow and round on the way: the output is rounded, and nothing before."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 16, dtype=torch.bfloat16) for n in (40, 52, 52))
+    inputs, wide = (
+        [part.to(dtype).requires_grad_() for part in (q, k, v)] for dtype in (q.dtype, torch.float32)
+    )
+    output, exact = Attending().attend(*inputs), F.scaled_dot_product_attention(*wide)
+    assert torch.equal(output, exact.bfloat16())
+    arriving = torch.randn_like(output)
+    gradients = torch.autograd.grad(output, inputs, arriving)
+    for got, want in zip(gradients, torch.autograd.grad(exact, wide, arriving.float()), strict=True):
+        assert torch.equal(got, want.bfloat16())
 
 
 def test_res_blocks_resample_both_branches() -> None:
