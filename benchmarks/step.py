@@ -80,7 +80,7 @@ class Variant:
     engine: bool = True  # DeepSpeed, else a bare loop
     einsum: bool = False
     optimizer: str = "AdamW8bit"
-    precision: str = "fp32"  # fp32 | tf32 | bf16
+    precision: str = "fp32"  # fp32 on a CPU, tf32 on a GPU, or bf16
     reduced: bool = False  # TF32 by fp16 kernels
     channels_last: bool = True
     compile: bool = False
@@ -147,8 +147,6 @@ class Trainee:
     def __init__(self, variant: Variant, size: str, device: torch.device) -> None:
         self.variant, self.device = variant, device
         self.forward: Any = None
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = variant.precision != "fp32"
-        torch.backends.cudnn.benchmark = True
         self.before = allocated(device)
         self.config = config = configured(variant, size)
         arithmetic = config.batch_arithmetic(1)
@@ -273,7 +271,6 @@ def measure(trainees: list[Trainee], rounds: int, device: torch.device) -> list[
     for trainee, taken, on_top in zip(trainees, times, own, strict=True):
         v = trainee.variant
         if v.precision not in peaks:
-            torch.backends.cuda.matmul.allow_tf32 = v.precision != "fp32"
             peaks[v.precision] = matrix_peak(device, torch.bfloat16 if v.precision == "bf16" else torch.float32)
         work = step_work(glide_config(trainee.config), trainee.config)
         seconds = statistics.median(taken)
@@ -360,6 +357,10 @@ def main() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     read_environment()
     device = start_process_group(600)
+    # For every variant alike: on a GPU each product is TF32 or bf16, on a CPU the switch only makes compiled blocks
+    # compile anew.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = device.type == "cuda"
+    torch.backends.cudnn.benchmark = True
     chosen = variants(args.suite, args.micro, device.type == "cuda")
     chosen = [v for v in chosen if not args.only or v.name in args.only]
     if args.eager:

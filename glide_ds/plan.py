@@ -230,8 +230,8 @@ def rate_of(config: Config, gpu: str, results: Sequence[Path] | None) -> tuple[f
     peak = (device.bf16_tflops if bf16 or not config.train.tf32 else device.tf32_tflops) * 1e12
     name = f"{'bf16' if bf16 else 'TF32'} peak of {peak / 1e12:g} TFLOP/s"
     if gpu == "cpu":
-        peak = matrix_peak(torch.device("cpu"))
-        name = f"matrix rate measured here, {peak / 1e9:.0f} GFLOP/s"
+        peak = matrix_peak(torch.device("cpu"), torch.bfloat16 if bf16 else torch.float32)
+        name = f"{'bf16' if bf16 else 'fp32'} matrix rate measured here, {peak / 1e9:.0f} GFLOP/s"
     return peak * UTILISATION, f"{UTILISATION:.0%} of the {name}, assumed: run benchmarks/step.py there"
 
 

@@ -97,6 +97,8 @@ def test_a_result_of_the_same_device_replaces_the_assumption(tmp_path: Path):
     assert "assumed" in words
     half = make_config(tmp_path, "full", bf16={"enabled": True})
     assert plan.rate_of(half, "h100", [])[0] == pytest.approx(plan.UTILISATION * 989e12)
+    assert "of the bf16 matrix rate measured here" in plan.rate_of(half, "cpu", [])[1]
+    assert "of the fp32 matrix rate measured here" in plan.rate_of(config, "cpu", [])[1]
 
 
 def test_a_file_that_is_no_result_is_named(tmp_path: Path):
