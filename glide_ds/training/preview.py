@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from glide_ds.config import BatchArithmetic, Config
-from glide_ds.model.glide import Glide
+from glide_ds.model.glide import RECOMPUTED, Glide
 from glide_ds.training.lineage import Start, banner, folder_of
 from glide_ds.training.memory import gib, memory_estimate, meta_model, snapshot_bytes, weight_bytes
 from glide_ds.training.phases import count_by_role, trained_roles
 from glide_ds.types import GlideConfig
 
 WIDTH = 100
+ESTIMATED = 0.85  # of a GPU's memory that an estimate may fill: it leaves out encoder, workspace and fragments
 
 
 def block(
@@ -55,6 +56,10 @@ def block(
         ("steps", f"{steps_left:,} to go of {train.steps:,} ({epochs:.2f} epochs), {describe_rates(config)}"),
         ("memory", describe_memory(model, config, arithmetic)),
     ]
+    if torch.cuda.is_available():
+        on_gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+        faster = describe_faster(model, config, arithmetic, on_gpu.total_memory)
+        rows += [("faster", faster)] if faster else []
     lines = [f"── glide_ds: phase {train.phase} ".ljust(WIDTH, "─")]
     for name, text in rows:
         lines += textwrap.wrap(
@@ -103,6 +108,21 @@ def describe_memory(model: Glide, config: Config, arithmetic: BatchArithmetic) -
     host = snapshot_bytes(model, config, arithmetic.world_size)
     saving = f"; rank 0's copy for saving in the background {gib(host)} of host memory" if host else ""
     return f"about {gib(sum(parts.values()))} per rank: {shown}{saving}"
+
+
+def describe_faster(model: Glide, config: Config, arithmetic: BatchArithmetic, capacity: float) -> str:
+    """What would train the same in less time on a GPU of that many bytes; empty where nothing is left to set."""
+    train = config.train
+    dials = list(RECOMPUTED)  # from the fastest; a budget is chosen with care, and only `none` is surely faster
+    faster = dials[: dials.index(train.checkpointing) if train.checkpointing in dials else 1]
+    needs = {dial: sum(memory_estimate(model, config, arithmetic, dial).values()) for dial in faster}
+    fitting = [dial for dial, need in needs.items() if need <= ESTIMATED * capacity]
+    advice = [
+        f"train.checkpointing={dial} fits, about {gib(needs[dial])} of {gib(capacity)}" for dial in fitting[:1]
+    ]
+    if not train.compile:
+        advice.append("train.compile=true, minutes at the first start")
+    return "; ".join(advice)
 
 
 def _sets(config: Config) -> str:

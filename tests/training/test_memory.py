@@ -12,7 +12,7 @@ from train_kit import make_config
 from glide_ds.config import load_config
 from glide_ds.model import create_model
 from glide_ds.model.glide import RECOMPUTED
-from glide_ds.training import memory
+from glide_ds.training import memory, preview
 from glide_ds.training.phases import parameter_groups
 from glide_ds.training.run import glide_config
 
@@ -115,6 +115,31 @@ def test_parts_follow_precision_optimizer_ranks_and_accumulation(tmp_path: Path)
         )
         assert recorded["activations"] >= launched["activations"]
         assert recorded["gradients"] >= 4 * count * (1 + (ranks > 1) / ranks)
+
+
+def test_the_header_says_what_would_train_faster(tmp_path: Path):
+    large = {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 64}  # activations are most of it
+
+    def told(capacity: float, **train) -> str:
+        config = make_config(tmp_path, "full", train=train, **large)
+        model = memory.meta_model(glide_config(config), config)
+        return preview.describe_faster(model, config, config.batch_arithmetic(1), capacity)
+
+    config = make_config(tmp_path, "full", **large)
+    model = memory.meta_model(glide_config(config), config)
+    needs = [
+        sum(memory.memory_estimate(model, config, config.batch_arithmetic(1), dial).values())
+        for dial in ("none", "attention")
+    ]
+    ample, tight = (need / preview.ESTIMATED * 1.001 for need in needs)
+    none = f"train.checkpointing=none fits, about {memory.gib(needs[0])} of {memory.gib(ample)}"
+    assert none in told(ample, checkpointing="blocks")
+    assert "train.checkpointing=attention fits" in told(tight, checkpointing="blocks")
+    assert "checkpointing" not in told(tight * 0.99, checkpointing="blocks")
+    assert "checkpointing" not in told(tight, checkpointing="attention")
+    assert "checkpointing=none" in told(ample, checkpointing="budget", activation_gb=0.001)
+    assert "train.compile=true" in told(ample, checkpointing="none")
+    assert not told(ample, checkpointing="none", compile=True)
 
 
 def test_a_small_batch_peaks_in_the_optimizers_step(tmp_path: Path):
