@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -26,5 +27,10 @@ def environment(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": os.environ.get("COMMIT") or commit.stdout.strip(),  # a copy without its history is told
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *(_named(argument) for argument in sys.argv)]),
     }
+
+
+def _named(argument: str) -> str:
+    """A path of this machine says nothing on another: its name is enough."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
