@@ -50,6 +50,22 @@ CASES: dict[str, dict[str, Any]] = {
         "checkpointing": "none",
         "optimizer": "AdamW",
     },
+    "full, AdamW8bit, bf16, nothing computed again": {
+        "phase": "full",
+        "architecture": {**HALF, "image_size": 64},
+        "micro": 4,
+        "checkpointing": "none",
+        "optimizer": "AdamW8bit",
+        "bf16": True,
+    },
+    "adapter_only, AdamW, bf16, nothing computed again": {
+        "phase": "adapter_only",
+        "architecture": {**HALF, "image_size": 64},
+        "micro": 4,
+        "checkpointing": "none",
+        "optimizer": "AdamW",
+        "bf16": True,
+    },
 }
 
 
@@ -84,6 +100,7 @@ def write_config(folder: Path, case: dict[str, Any]) -> Path:
     document["train_batch_size"] = document["train_micro_batch_size_per_gpu"] = case["micro"]
     document["zero_optimization"]["reduce_bucket_size"] = 5_000_000
     document["optimizer"]["type"] = case["optimizer"]
+    document["bf16"] = {"enabled": case.get("bf16", False)}
     block = document["glide_ds"]
     block["run"] = {"dir": str(folder / "run")}
     block["model"] = {
@@ -121,7 +138,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         config = load_config(write_config(Path(folder), case))[0]
         arithmetic = config.batch_arithmetic(1)
         model = meta_model(glide_config(config), config)
-        plan = memory_estimate(model, config, arithmetic, case["checkpointing"])
+        plan = memory_estimate(model, config, arithmetic, case["checkpointing"], cpu=device.type == "cpu")
         del model
         measured = steps(config, device)
     torch.distributed.destroy_process_group()
@@ -173,7 +190,7 @@ def main() -> None:
         result = json.loads(done.stdout.splitlines()[-1])
         results[name] = result | {"ratio": result["planned"] / result["measured"]}
         print(
-            f"{name:<48} plan {result['planned'] / 2**20:7.0f} MiB, measured {result['measured'] / 2**20:7.0f} MiB, "
+            f"{name:<52} plan {result['planned'] / 2**20:7.0f} MiB, measured {result['measured'] / 2**20:7.0f} MiB, "
             f"ratio {results[name]['ratio']:.3f}   ({time.monotonic() - start:.0f} s)",
             flush=True,
         )

@@ -140,7 +140,8 @@ def make_plan(
     arithmetic = config.batch_arithmetic(nodes * gpus)
     glide = glide_config(config)
     model = meta_model(glide, config)
-    found, work, dial = count_activations(model), count_work(model), config.train.checkpointing
+    found, work = count_activations(model, cpu=gpu == "cpu"), count_work(model)
+    dial = config.train.checkpointing
     limit = usable_bytes(gpu, gpus)
     dials = dict.fromkeys([*RECOMPUTED, dial])
     memory = {name: rank_memory(model, config, arithmetic, name, found, gpu) for name in dials}
@@ -172,7 +173,7 @@ def rank_memory(
     model: Glide, config: Config, arithmetic: BatchArithmetic, dial: str, found: Activations, gpu: str
 ) -> dict[str, float]:
     """Bytes per GPU by part, with the frozen encoder and the workspace."""
-    parts = memory_estimate(model, config, arithmetic, dial, found)
+    parts = memory_estimate(model, config, arithmetic, dial, found, cpu=gpu == "cpu")
     towers = CLIP_PARAMETERS.get(config.clip.model, CLIP_PARAMETERS["ViT-L/14"])
     if config.uses_clip:
         parts["CLIP"] = 4 * towers[config.clip.source == "image"]

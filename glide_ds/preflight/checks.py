@@ -143,10 +143,11 @@ def memory(site: Site) -> Finding:
             raise BlockedError("the batch can't be split (see batch)") from None
         site.progress(f"counting phase {config.train.phase}")
         model = meta_model(_glide(config), config)
-        parts = memory_estimate(model, config, arithmetic, config.train.checkpointing)
+        cpu = site.device.type == "cpu"
+        parts = memory_estimate(model, config, arithmetic, config.train.checkpointing, cpu=cpu)
         copy = snapshot_bytes(model, config, site.world_size)
         copies.append(copy)
-        needs[config.train.phase] = sum(parts.values()) + (copy if site.device.type == "cpu" else 0)
+        needs[config.train.phase] = sum(parts.values()) + (copy if cpu else 0)
     phase, need = max(needs.items(), key=lambda item: item[1])
     text = f"phase {phase} takes about {gib(need)} per rank"
     have, host = _memory_per_rank(site), _host_memory()

@@ -100,19 +100,10 @@ def set_recomputation(model: Glide, config: Config, arithmetic: BatchArithmetic)
         model.recompute(config.train.checkpointing)
         return
     twin = meta_model(model.config, config)
-    again = recomputed(count_activations(twin), config, arithmetic, "budget")
+    found = count_activations(twin, cpu=next(model.parameters()).is_cpu)
+    again = recomputed(found, config, arithmetic, "budget")
     for block, planned in zip(model.blocks().values(), twin.blocks().values(), strict=True):
         block.recompute = planned in again
-
-
-def activation_bytes(model: Glide, micro_batch: int, dial: str) -> int:
-    """Bytes that autograd keeps for one micro-batch at that name of RECOMPUTED.
-
-    `model` is on the meta device and in the precision and with the frozen parameters that it trains with.
-    Where blocks are computed again, the largest of them is alive beside what is kept.
-    """
-    found = count_activations(model)
-    return found.most(found.dialled(dial)) * micro_batch
 
 
 def meta_model(glide: GlideConfig, config: Config) -> Glide:
@@ -129,11 +120,18 @@ def weight_bytes(config: Config) -> int:
 
 
 def memory_estimate(
-    model: Glide, config: Config, arithmetic: BatchArithmetic, dial: str, activations: Activations | None = None
+    model: Glide,
+    config: Config,
+    arithmetic: BatchArithmetic,
+    dial: str,
+    activations: Activations | None = None,
+    *,
+    cpu: bool = False,
 ) -> dict[str, float]:
     """Bytes per rank by part at the step's high point, for a `meta_model`. The frozen CLIP encoder is left out.
 
-    `activations` saves counting them again.
+    `activations` saves counting them again. `cpu`: the rank computes on one, where what a GPU's rank keeps in the
+    host's memory counts too.
     """
     world, width = arithmetic.world_size, weight_bytes(config)
     groups: dict[str, int] = {}
@@ -146,16 +144,19 @@ def memory_estimate(
     accumulated = 4.0 * trained / world if arithmetic.accumulation > 1 else 0.0
     gradients = width * trained / world
     static = {
-        "weights": float(width * sum(p.numel() for p in (*model.parameters(), *model.buffers()))),
+        "weights": _module_bytes(model, config),
         "master": 4.0 * trained / world if world > 1 or width < 4 else 0.0,  # see share_weights
         "moments": OPTIMIZER_BYTES[config.deepspeed["optimizer"]["type"]] * trained / world,
     }
     if config.ema.decay:
         static["average"] = 4.0 * trained / world
+    if cpu and (frozen := frozen_masters(model, config)):
+        static["frozen"] = frozen
     bucket_bytes = float(width * bucket * (2 if zero.get("overlap_comm") else 1))
-    activations = activations or count_activations(model)
+    activations = activations or count_activations(model, cpu=cpu)
     again = recomputed(activations, config, arithmetic, dial)
-    flat = 4.0 * max(groups.values(), default=0) / world
+    # Laid flat in the precision they come in, then in fp32.
+    flat = (6.0 if width < 4 and not accumulated else 4.0) * max(groups.values(), default=0) / world
     if config.train.cuda_graph:
         # It keeps the places of all activations and gradients, and what is reduced is a copy.
         recorded = float(width * trained) if world > 1 else 0.0
@@ -172,14 +173,18 @@ def memory_estimate(
     return static | moment
 
 
-def count_activations(model: Glide) -> Activations:
-    """What autograd keeps of one image, for a model on the meta device; what was counted once is read again."""
+def count_activations(model: Glide, *, cpu: bool = False) -> Activations:
+    """What autograd keeps of one image, for a model on the meta device; what was counted once is read again.
+
+    `model` is in the precision and with the frozen parameters that it trains with; `cpu`: on a CPU.
+    """
     modules = dict(model.named_modules())
-    outside, blocks = remembered("activations", model, lambda: _count_activations(model))
+    name = "activations-cpu" if cpu else "activations"
+    outside, blocks = remembered(name, model, lambda: _count_activations(model, cpu))
     return Activations([Kept(modules[name], *sizes) for name, *sizes in blocks], outside)
 
 
-def _count_activations(model: Glide) -> tuple[int, list[tuple[str | int, ...]]]:
+def _count_activations(model: Glide, cpu: bool) -> tuple[int, list[tuple[str | int, ...]]]:
     """Run one image through and note what autograd keeps, and which block keeps it: its name and Kept's figures."""
     names = {module: name for name, module in model.named_modules()}
     found = Activations()
@@ -220,7 +225,7 @@ def _count_activations(model: Glide) -> tuple[int, list[tuple[str | int, ...]]]:
     blocks = [m for m in model.modules() if isinstance(m, Block)]
     hooks = [m.register_forward_pre_hook(enter) for m in blocks]
     hooks += [m.register_forward_hook(leave) for m in blocks]
-    with torch.device("meta"), saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention():
+    with torch.device("meta"), saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention(cpu):
         model(**one_image(model.config))
     for hook in hooks:
         hook.remove()
@@ -228,11 +233,20 @@ def _count_activations(model: Glide) -> tuple[int, list[tuple[str | int, ...]]]:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention as the fused kernels do it: the meta device would take the one that keeps the whole matrix."""
+    """Attention as the fused kernels do it: the meta device would take the one that keeps the whole matrix.
+
+    On a CPU it is always fp32's kernel (Attending.attend).
+    """
+
+    def __init__(self, cpu: bool) -> None:
+        super().__init__()
+        self.cpu = cpu
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)[0]
+            wide = [part.float() for part in args] if self.cpu else args
+            output = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*wide)[0]
+            return output.to(args[0].dtype)
         return func(*args, **(kwargs or {}))
 
 
@@ -277,12 +291,18 @@ def checkpoint_bytes(model: Any, config: Config) -> float:
     The module, in bf16 its frozen weights in fp32 too, master weights, moments, the average.
     """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    module = weight_bytes(config) * sum(p.numel() for p in (*model.parameters(), *model.buffers()))
-    frozen = sum(p.numel() for p in model.parameters()) - trained if weight_bytes(config) == 2 else 0
-    average = 4 if config.ema.decay else 0
-    return float(
-        module + 4 * frozen + (4 + OPTIMIZER_BYTES[config.deepspeed["optimizer"]["type"]] + average) * trained
-    )
+    per_trained = 4 + OPTIMIZER_BYTES[config.deepspeed["optimizer"]["type"]] + (4 if config.ema.decay else 0)
+    return _module_bytes(model, config) + frozen_masters(model, config) + per_trained * trained
+
+
+def frozen_masters(model: Any, config: Config) -> float:
+    """Bytes of the frozen weights in fp32, of which a bf16 module holds what they round to; rank 0's host has them."""
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return 4.0 * frozen if weight_bytes(config) == 2 else 0.0
+
+
+def _module_bytes(model: Any, config: Config) -> float:
+    return float(weight_bytes(config) * sum(p.numel() for p in (*model.parameters(), *model.buffers())))
 
 
 def checkpoints_kept(config: Config) -> int:
@@ -295,11 +315,11 @@ def checkpoints_kept(config: Config) -> int:
 
 
 def snapshot_bytes(model: Any, config: Config, world_size: int) -> float:
-    """Host memory in which rank 0 keeps what a background save writes; the other ranks keep no module."""
+    """Host memory in which rank 0 keeps what a background save writes; the other ranks keep no module.
+
+    The frozen weights in fp32 are written from where they lie.
+    """
     if not config.checkpoint.background:
         return 0.0
-    parameters = list(model.parameters())
-    module = weight_bytes(config) * sum(p.numel() for p in (*parameters, *model.buffers()))
-    if weight_bytes(config) == 2:
-        module += 4 * sum(p.numel() for p in parameters if not p.requires_grad)
-    return module + (checkpoint_bytes(model, config) - module) / world_size
+    module = _module_bytes(model, config)
+    return module + (checkpoint_bytes(model, config) - frozen_masters(model, config) - module) / world_size

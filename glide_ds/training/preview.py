@@ -11,7 +11,14 @@ import torch
 from glide_ds.config import BatchArithmetic, Config
 from glide_ds.model.glide import RECOMPUTED, Glide
 from glide_ds.training.lineage import Start, banner, folder_of
-from glide_ds.training.memory import gib, memory_estimate, meta_model, snapshot_bytes, weight_bytes
+from glide_ds.training.memory import (
+    frozen_masters,
+    gib,
+    memory_estimate,
+    meta_model,
+    snapshot_bytes,
+    weight_bytes,
+)
 from glide_ds.training.phases import count_by_role, trained_roles
 from glide_ds.types import GlideConfig
 
@@ -103,11 +110,17 @@ def describe_rates(config: Config) -> str:
 
 def describe_memory(model: Glide, config: Config, arithmetic: BatchArithmetic) -> str:
     """An estimate per rank, by part."""
-    parts = memory_estimate(model, config, arithmetic, config.train.checkpointing)
+    cpu = not torch.cuda.is_available()
+    parts = memory_estimate(model, config, arithmetic, config.train.checkpointing, cpu=cpu)
     shown = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
-    host = snapshot_bytes(model, config, arithmetic.world_size)
-    saving = f"; rank 0's copy for saving in the background {gib(host)} of host memory" if host else ""
-    return f"about {gib(sum(parts.values()))} per rank: {shown}{saving}"
+    on_host = {
+        "frozen weights in fp32": 0.0 if cpu else frozen_masters(model, config),
+        "copy for saving in the background": snapshot_bytes(model, config, arithmetic.world_size),
+    }
+    host = " and ".join(f"{name} {gib(size)}" for name, size in on_host.items() if size)
+    return f"about {gib(sum(parts.values()))} per rank: {shown}" + (
+        f"; rank 0's {host} of host memory" if host else ""
+    )
 
 
 def describe_faster(model: Glide, config: Config, arithmetic: BatchArithmetic, capacity: float) -> str:

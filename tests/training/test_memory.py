@@ -11,7 +11,7 @@ from train_kit import make_config
 
 from glide_ds.config import load_config
 from glide_ds.model import create_model
-from glide_ds.model.glide import RECOMPUTED
+from glide_ds.model.glide import RECOMPUTED, Glide
 from glide_ds.training import memory, preview
 from glide_ds.training.phases import parameter_groups
 from glide_ds.training.run import glide_config
@@ -23,6 +23,8 @@ def kept_for_real(config) -> int:
     """Bytes that autograd keeps in a forward pass on the CPU, parameters apart, each storage once."""
     model = create_model(glide_config(config))
     parameter_groups(model, config)
+    if memory.weight_bytes(config) == 2:
+        model.bfloat16()
     seen = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept = {}
 
@@ -41,11 +43,18 @@ def kept_for_real(config) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
+def activation_bytes(model: Glide, micro_batch: int, dial: str) -> int:
+    """What autograd keeps of one micro-batch, with the largest block that is computed again alive beside it."""
+    found = memory.count_activations(model)
+    return found.most(found.dialled(dial)) * micro_batch
+
+
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("phase", ["adapter_only", "full"])
-def test_activations_are_those_of_a_real_forward_pass(tmp_path: Path, phase: str):
-    config = make_config(tmp_path, phase)
-    model = memory.meta_model(glide_config(config), config)
-    assert memory.activation_bytes(model, 1, "none") == pytest.approx(kept_for_real(config), rel=0.02)
+def test_activations_are_those_of_a_real_forward_pass(tmp_path: Path, phase: str, bf16: bool):
+    config = make_config(tmp_path, phase, bf16={"enabled": bf16})
+    found = memory.count_activations(memory.meta_model(glide_config(config), config), cpu=True)
+    assert found.kept(frozenset()) == pytest.approx(kept_for_real(config), rel=0.02)
 
 
 def test_each_turn_of_the_dial_keeps_less_and_a_frozen_trunk_least(tmp_path: Path):
@@ -53,17 +62,17 @@ def test_each_turn_of_the_dial_keeps_less_and_a_frozen_trunk_least(tmp_path: Pat
     for phase in ("adapter_only", "full"):
         config = make_config(tmp_path, phase)
         model = memory.meta_model(glide_config(config), config)
-        kept[phase] = [memory.activation_bytes(model, 3, dial) for dial in RECOMPUTED]
+        kept[phase] = [activation_bytes(model, 3, dial) for dial in RECOMPUTED]
         assert kept[phase] == sorted(kept[phase], reverse=True)
         assert kept[phase][0] > 1.5 * kept[phase][-1]
-        assert memory.activation_bytes(model, 6, "none") == 2 * kept[phase][0]
+        assert activation_bytes(model, 6, "none") == 2 * kept[phase][0]
     assert all(frozen < free for frozen, free in zip(kept["adapter_only"], kept["full"], strict=True))
 
 
 def test_a_budget_is_kept_with_as_little_work_as_it_takes(tmp_path: Path):
     micro = 4
     (whole, all_again) = (
-        memory.activation_bytes(memory.meta_model(glide_config(config), config), micro, dial)
+        activation_bytes(memory.meta_model(glide_config(config), config), micro, dial)
         for config in [make_config(tmp_path)]
         for dial in ("none", "blocks")
     )
@@ -150,6 +159,18 @@ def test_a_small_batch_peaks_in_the_optimizers_step(tmp_path: Path):
     trained = sum(p.numel() for p in model.parameters())
     assert parts["activations"] == 0
     assert parts["gradients"] > 4 * trained
+
+
+def test_a_bf16_rank_on_a_cpu_has_the_frozen_weights_in_fp32_too(tmp_path: Path):
+    config = make_config(tmp_path, "adapter_only", bf16={"enabled": True})
+    model = memory.meta_model(glide_config(config), config)
+    gpu, cpu = (
+        memory.memory_estimate(model, config, config.batch_arithmetic(1), "none", cpu=cpu)
+        for cpu in (False, True)
+    )
+    assert "frozen" not in gpu
+    assert cpu["frozen"] == 4 * sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    assert cpu["activations"] > gpu["activations"]  # attention is fp32's
 
 
 def test_a_checkpoint_on_disk_has_the_size_that_was_planned(trained: Path):
