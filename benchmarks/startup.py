@@ -3,8 +3,8 @@
     python benchmarks/startup.py --out benchmarks/results/startup-cpu.json
 
 The tiny phase 3 on two ranks, by deepspeed's launcher, by torchrun and without one (as srun starts ranks) in turns,
-once to warm the caches and then `--rounds` times. The launchers import PyTorch before they start anything, which
-deepspeed's does twice; `train.py` is what this project adds.
+once to warm the caches and then `--rounds` times; bytecode is there since launch/env.sh. The launchers import PyTorch
+before they start anything, which deepspeed's does twice; `train.py` is what this project adds.
 """
 
 from __future__ import annotations

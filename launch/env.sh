@@ -77,9 +77,13 @@ install() {
   if [ -t 2 ]; then "${command[@]}"; else "${command[@]}" 2>&1 | { grep -v '^ [-+~] ' || true; }; fi
 }
 
+# It imports what a launch does, and so leaves its bytecode beside the sources, also where the environment forbids that
+# (container images often do): every process of every launch would compile 1,700 modules anew.
 report() {
-  "$venv/bin/python" - <<'PYTHON'
-import platform, torch, glide_ds
+  env -u PYTHONDONTWRITEBYTECODE DS_ACCELERATOR=cpu "$venv/bin/python" - <<'PYTHON'
+import platform, torch, torch.distributed.run, torch.utils.tensorboard
+import deepspeed.launcher.launch, deepspeed.launcher.runner
+import glide_ds, glide_ds.cli, glide_ds.training.run
 gpus = torch.cuda.device_count()
 device = f"{gpus} x {torch.cuda.get_device_name(0)}" if gpus else "CPU"
 print(f"env: ready: glide_ds {glide_ds.__version__}, Python {platform.python_version()}, torch {torch.__version__}, {device}")

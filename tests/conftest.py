@@ -17,12 +17,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ.setdefault(name, "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Without bytecode this process and each that a test starts compile torch and DeepSpeed anew: 9 s of CPU.
+# Without bytecode this process and each that a test starts compile what they import anew: 9 s of CPU.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 # Counts that an earlier session made; beside the packages, for they are nothing of the user's.
 os.environ.setdefault("GLIDE_DS_CACHE", str(Path(sys.prefix) / ".cache"))
-sys.pycache_prefix = os.environ.setdefault("PYTHONPYCACHEPREFIX", str(Path(sys.prefix) / ".pycache"))
 
 
 @pytest.fixture(scope="session")

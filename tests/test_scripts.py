@@ -61,6 +61,15 @@ case "$1 ${2:-}" in
 esac
 """
 
+IMPORTED = (
+    "torch.distributed.run",
+    "torch.utils.tensorboard",
+    "deepspeed.launcher.launch",
+    "deepspeed.launcher.runner",
+    "glide_ds.cli",
+    "glide_ds.training.run",
+)
+
 
 class Checkout:
     """A project folder with nothing but what env.sh reads, and a PATH on which uv is a stand-in."""
@@ -71,11 +80,15 @@ class Checkout:
         shutil.copy(ROOT / "launch/env.sh", self.path / "launch")
         for name in ("pyproject.toml", "constraints.txt"):
             (self.path / name).write_text(name)
-        # env.sh ends with a look at the real packages; here they are two empty ones.
-        (self.path / "torch.py").write_text(
-            "__version__ = '1'\nclass cuda: device_count = staticmethod(lambda: 0)\n"
-        )
-        (self.path / "glide_ds.py").write_text("__version__ = '1'\n")
+        # env.sh ends with a look at the real packages; here they are empty ones.
+        for module in IMPORTED:
+            file = self.path.joinpath(*module.split(".")).with_suffix(".py")
+            for folder in file.relative_to(self.path).parents[:-1]:
+                (self.path / folder).mkdir(parents=True, exist_ok=True)
+                (self.path / folder / "__init__.py").write_text("__version__ = '1'\n")
+            file.write_text("")
+        with (self.path / "torch" / "__init__.py").open("a") as file:
+            file.write("class cuda: device_count = staticmethod(lambda: 0)\n")
         self.bin = path / "bin"
         self.bin.mkdir()
         for tool in ("bash", "env", "cat", "cut", "sha256sum", "dirname", "grep", "rm", "mkdir", "ln", "flock"):
@@ -122,6 +135,13 @@ class Checkout:
 @pytest.fixture
 def checkout(tmp_path):
     return Checkout(tmp_path)
+
+
+def test_env_leaves_the_bytecode_of_what_a_launch_imports_though_none_is_to_be_written(checkout):
+    assert checkout.run(PYTHONDONTWRITEBYTECODE="1").returncode == 0
+    for module in IMPORTED:
+        *folders, name = module.split(".")
+        assert list(checkout.path.joinpath(*folders, "__pycache__").glob(f"{name}.*.pyc"))
 
 
 def test_env_installs_once_and_then_ends_at_once(checkout):
