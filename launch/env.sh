@@ -80,6 +80,7 @@ install() {
 # It imports what a launch does, and so leaves its bytecode beside the sources, also where the environment forbids that
 # (container images often do): every process of every launch would compile 1,700 modules anew.
 report() {
+  say "compiling what a launch imports (seconds)"
   env -u PYTHONDONTWRITEBYTECODE DS_ACCELERATOR=cpu "$venv/bin/python" - <<'PYTHON'
 import platform, torch, torch.distributed.run, torch.utils.tensorboard
 import deepspeed.launcher.launch, deepspeed.launcher.runner
