@@ -36,6 +36,7 @@ from glide_ds.training.lineage import find_start, folder_of, load_start
 from glide_ds.training.memory import (
     checkpoint_bytes,
     checkpoints_kept,
+    frozen_masters,
     gib,
     memory_estimate,
     meta_model,
@@ -135,7 +136,7 @@ def read_hostfile(path: Path) -> list[tuple[str, int]]:
 
 def memory(site: Site) -> Finding:
     """The estimate of every phase against the smallest GPU, or this machine's free memory shared by its ranks."""
-    needs, copies = {}, []
+    needs, on_host = {}, []
     for config in site.configs:
         try:
             arithmetic = config.batch_arithmetic(site.world_size)
@@ -146,13 +147,13 @@ def memory(site: Site) -> Finding:
         cpu = site.device.type == "cpu"
         parts = memory_estimate(model, config, arithmetic, config.train.checkpointing, cpu=cpu)
         copy = snapshot_bytes(model, config, site.world_size)
-        copies.append(copy)
+        on_host.append(copy + frozen_masters(model, config))
         needs[config.train.phase] = sum(parts.values()) + (copy if cpu else 0)
     phase, need = max(needs.items(), key=lambda item: item[1])
     text = f"phase {phase} takes about {gib(need)} per rank"
     have, host = _memory_per_rank(site), _host_memory()
-    if max(copies) > host and site.device.type != "cpu":
-        fact = f"saving in the background takes {gib(max(copies))} of host memory, but {site.host} has {gib(host)} free"
+    if max(on_host) > host and site.device.type != "cpu":
+        fact = f"rank 0 keeps {gib(max(on_host))} in host memory for its saves, but {site.host} has {gib(host)} free"
         return Finding(text, (Fault(fact, "set checkpoint.background=false, or use more ranks"),))
     if need <= have:
         return Finding(f"{text}, {gib(have)} are free")

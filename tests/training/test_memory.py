@@ -159,6 +159,11 @@ def test_a_small_batch_peaks_in_the_optimizers_step(tmp_path: Path):
     trained = sum(p.numel() for p in model.parameters())
     assert parts["activations"] == 0
     assert parts["gradients"] > 4 * trained
+    # In bf16 the largest group's gradients lie flat twice: as they come, and in fp32.
+    half = make_config(tmp_path, "full", train_batch_size=1, bf16={"enabled": True})
+    model = memory.meta_model(glide_config(half), half)
+    in_bf16 = memory.memory_estimate(model, half, half.batch_arithmetic(1), "blocks")
+    assert in_bf16["gradients"] - 2 * trained == 1.5 * (parts["gradients"] - 4 * trained)
 
 
 def test_a_bf16_rank_on_a_cpu_has_the_frozen_weights_in_fp32_too(tmp_path: Path):
