@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = build_parser(arguments).parse_args(arguments)
     # Here and not above: types imports torch, which takes seconds that --help must not cost.
-    from glide_ds.types import GlideError
+    from glide_ds.errors import GlideError
 
     try:
         return args._handler(args) or 0

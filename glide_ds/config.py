@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from glide_ds.types import Checkpointing, ConfigError, GlideConfig
+from glide_ds.errors import ConfigError
+from glide_ds.types import Checkpointing, GlideConfig
 
 BLOCK = "glide_ds"
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from glide_ds.config import BatchArithmetic, Config, load_config
+from glide_ds.errors import ConfigError, GlideError
 from glide_ds.model.glide import RECOMPUTED, Glide
 from glide_ds.training.command import add_config_arguments
 from glide_ds.training.memory import (
@@ -34,7 +35,6 @@ from glide_ds.training.peak import matrix_peak
 from glide_ds.training.preview import describe_batch
 from glide_ds.training.run import check_pipeline, glide_config, open_source
 from glide_ds.training.work import count_work
-from glide_ds.types import ConfigError, GlideError
 
 
 class Gpu(NamedTuple):

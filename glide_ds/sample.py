@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from glide_ds.config import PRESETS, ClipConfig
 from glide_ds.diffusion import SAMPLERS
+from glide_ds.errors import ConfigError, WeightsError
 from glide_ds.export import assembled, clip_of, find_checkpoint
 from glide_ds.model import create_model
 from glide_ds.model.clip import FrozenClip
@@ -19,7 +20,7 @@ from glide_ds.model.tensor_files import StateFile, sidecar
 from glide_ds.model.weights import load_state, load_weights, stored_config
 from glide_ds.training.logging import grid
 from glide_ds.training.samples import draw
-from glide_ds.types import ConfigError, GlideConfig, WeightsError
+from glide_ds.types import GlideConfig
 
 
 class Loaded(NamedTuple):

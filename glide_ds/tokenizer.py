@@ -16,7 +16,7 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from glide_ds.types import GlideError
+from glide_ds.errors import GlideError
 
 N_VOCAB = 50_257
 END_TOKEN = 50_256  # "<|endoftext|>", which GLIDE uses as padding

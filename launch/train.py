@@ -24,7 +24,7 @@ def main() -> int:
     speaks = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     if speaks:
         print(f"glide_ds: reading {', '.join(args.ds_config)}", flush=True)
-    from glide_ds.types import EXIT_LOST, GlideError  # with torch, so the first line above is out by now
+    from glide_ds.errors import EXIT_LOST, GlideError  # with torch, so the first line above is out by now
 
     try:
         run(args)

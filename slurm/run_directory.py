@@ -13,7 +13,7 @@ def main() -> int:
     add_arguments(parser)
     args = parser.parse_args()
     from glide_ds.config import load_config
-    from glide_ds.types import GlideError
+    from glide_ds.errors import GlideError
 
     try:
         configs = [config for path in args.ds_config for config in load_config(path, args.config, args.set)]

@@ -21,7 +21,8 @@ from glide_ds.config import (
     load_config,
     with_changes,
 )
-from glide_ds.types import ConfigError, GlideConfig
+from glide_ds.errors import ConfigError
+from glide_ds.types import GlideConfig
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "ds_configs").rglob("*.json"))

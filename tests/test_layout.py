@@ -1,4 +1,4 @@
-"""Imports only point left: config, types < {data, model, tokenizer} < diffusion < training < {commands} < cli.
+"""Imports only point left: errors, types < config, tokenizer < {data, model} < diffusion < training < {commands} < cli.
 
 Held over every import statement of every module, relative ones and those inside functions included.
 """
@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 LAYERS = (
-    {"config", "types"},
-    {"data", "model", "tokenizer"},
+    {"errors", "files", "progress", "types"},
+    {"config", "tokenizer"},
+    {"data", "model"},
     {"diffusion"},
     {"training"},
     {"prepare", "export", "sample", "evaluate", "preflight", "plan"},
@@ -20,9 +21,8 @@ LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 # Within a layer only these (importer, imported): errors and contracts; captions become tokens; what export
 # writes sample loads, and what sample draws evaluate judges.
 SIBLINGS = {
-    ("config", "types"),
-    ("data", "tokenizer"),
-    ("model", "tokenizer"),
+    ("types", "errors"),
+    ("files", "errors"),
     ("sample", "export"),
     ("evaluate", "sample"),
 }
@@ -109,7 +109,7 @@ def test_a_wrong_import_is_found(tmp_path, module, statement):
             "from glide_ds import tokenizer\nfrom glide_ds.data.order import Order\nfrom . import shapes",
         ),
         ("training/loop.py", "from glide_ds.data import build_source\nfrom ..model import create_model"),
-        ("config.py", "from glide_ds.types import ConfigError"),
+        ("config.py", "from glide_ds.errors import ConfigError"),
         ("cli.py", "import importlib\nimportlib.import_module('glide_ds.export')\nimport torch"),
     ],
 )

@@ -12,12 +12,12 @@ from train_kit import make_config, write_config
 
 from glide_ds import cli, plan
 from glide_ds.config import load_config
+from glide_ds.errors import ConfigError
 from glide_ds.model.glide import RECOMPUTED
 from glide_ds.model.unet import AttentionBlock
 from glide_ds.training.memory import meta_model
 from glide_ds.training.run import glide_config
 from glide_ds.training.work import count_work, step_work
-from glide_ds.types import ConfigError
 
 # Models on the meta device import half of torch, and count the published model's operations: seconds of CPU.
 slow = pytest.mark.slow

@@ -19,13 +19,13 @@ from glide_ds import cli
 from glide_ds.data import shapes
 from glide_ds.data.clip_store import Encoder, StoreNote, store_path, write_store
 from glide_ds.data.shards import open_shards
+from glide_ds.errors import ConfigError
 from glide_ds.model import create_model
 from glide_ds.preflight.checks import CHECKS, read_hostfile
 from glide_ds.preflight.ranks import judge_clocks, judge_pairs
 from glide_ds.preflight.runner import describe, look, merge
 from glide_ds.preflight.site import Fault, Finding, Site, fault_of
 from glide_ds.training.run import glide_config
-from glide_ds.types import ConfigError
 
 BY_NAME = {check.name: check for check in CHECKS}
 TOGETHER = ("shared", "clocks", "network", "step")  # need a process group

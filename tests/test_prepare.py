@@ -17,8 +17,8 @@ from glide_ds import prepare
 from glide_ds.data.clip_store import ClipStore, Encoder
 from glide_ds.data.shapes import write_shards
 from glide_ds.data.shards import open_shards
+from glide_ds.errors import DataError
 from glide_ds.model.clip import FrozenClip
-from glide_ds.types import DataError
 
 
 def arguments(*words: str) -> argparse.Namespace:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from glide_ds.data.shards import ShardSet, write_atomically
 from glide_ds.data.storage import local_path
-from glide_ds.types import DataError
+from glide_ds.errors import DataError
 
 OPEN_ARRAYS = 256
 Rows = NDArray[np.float16]

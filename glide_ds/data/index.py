@@ -14,7 +14,7 @@ from typing import NamedTuple
 from glide_ds.data.shards import expand, load_index, scan_shard, store_index
 from glide_ds.data.storage import Storage
 from glide_ds.data.workers import end_with
-from glide_ds.types import DataError
+from glide_ds.errors import DataError
 
 SECONDS_BETWEEN_LINES = 2.0
 

@@ -27,7 +27,7 @@ from glide_ds.data.shapes import (
     coverage,
     parse_caption,
 )
-from glide_ds.types import DataError
+from glide_ds.errors import DataError
 
 # Limits, in 1/255 of RGB distance or fractions; noise of std 12 per channel stays far inside each.
 FOREGROUND = 60.0  # a pixel farther than this from the background belongs to an object

@@ -33,7 +33,8 @@ from glide_ds.data.resample import Pixels, resize
 from glide_ds.data.shards import ShardSet, open_shards
 from glide_ds.data.storage import CacheOptions, Storage
 from glide_ds.data.workers import heed_the_trainer
-from glide_ds.types import Batch, ConfigError, DataError
+from glide_ds.errors import ConfigError, DataError
+from glide_ds.types import Batch
 
 SHAPES, SHAPES_HELD_OUT = "builtin:shapes", "builtin:shapes-heldout"
 LOW_RES_FACTOR = 4

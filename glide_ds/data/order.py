@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from glide_ds.types import DataError
+from glide_ds.errors import DataError
 
 Ints = NDArray[np.int64]
 Words = NDArray[np.uint64]

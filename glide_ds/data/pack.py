@@ -30,7 +30,7 @@ from glide_ds.data.decode import IMAGE_EXTENSIONS, DecodeOptions, decode
 from glide_ds.data.index import index_one
 from glide_ds.data.shards import write_atomically
 from glide_ds.data.workers import end_with
-from glide_ds.types import DataError
+from glide_ds.errors import DataError
 
 IMAGE_FIELDS = ("image", "image_path", "path", "file_name", "filename", "file", "jpg")
 TEXT_FIELDS = ("caption", "text", "TEXT", "prompt", "title")

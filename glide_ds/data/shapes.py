@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from glide_ds.types import DataError
+from glide_ds.errors import DataError
 
 # Indices below are for training, from here on held out: no training run ever draws them.
 HELD_OUT = 2**40

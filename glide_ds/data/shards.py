@@ -26,7 +26,7 @@ from braceexpand import braceexpand
 
 from glide_ds.config import cache_dir
 from glide_ds.data.storage import LocalFile, RemoteFile, Stat, Storage, is_remote, local_path
-from glide_ds.types import DataError
+from glide_ds.errors import DataError
 
 BLOCK = 512
 MAGIC = b"glide_ds index 1\n"

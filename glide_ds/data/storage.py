@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from glide_ds.types import DataError
+from glide_ds.errors import DataError
 
 BLOCK_BYTES = 4 << 20
 BLOCKS_IN_MEMORY = 16

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from glide_ds.diffusion.process import Diffusion
+from glide_ds.errors import GlideError
 from glide_ds.model.glide import Glide
 from glide_ds.tokenizer import END_TOKEN
-from glide_ds.types import GlideError
 
 Step = Callable[..., Tensor]  # (diffusion, model output, x_t, t, noise) -> x_{t-1}; options by keyword
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # x_t [B, 3, S, S], t [B] -> model output [B, 6, S, S]

@@ -9,7 +9,7 @@ from itertools import accumulate, repeat
 import numpy as np
 from numpy.typing import NDArray
 
-from glide_ds.types import ConfigError
+from glide_ds.errors import ConfigError
 
 FloatArray = NDArray[np.float64]
 

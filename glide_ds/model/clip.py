@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from glide_ds.errors import ConfigError, WeightsError
 from glide_ds.model.clip_text import TextTower
 from glide_ds.model.tensor_files import State, StateFile, read_state_file, sha256, sidecar
-from glide_ds.types import ConfigError, WeightsError
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from glide_ds.errors import WeightsError
 from glide_ds.model.tensor_files import sha256, sync_directory
-from glide_ds.types import WeightsError
 
 logger = logging.getLogger(__name__)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glide_ds.errors import ConfigError, GlideError
 from glide_ds.model.clip_adapter import ClipAdapter
 from glide_ds.model.dual_attention import DualAttention
 from glide_ds.model.layers import Block, LayerNorm, normal_parameter
@@ -16,7 +17,7 @@ from glide_ds.model.reduced import Reducible
 from glide_ds.model.text import TextEncoding, Transformer
 from glide_ds.model.unet import AttentionBlock, ClipContext, Context, UNet, timestep_embedding
 from glide_ds.tokenizer import N_VOCAB
-from glide_ds.types import ConfigError, GlideConfig, GlideError
+from glide_ds.types import GlideConfig
 
 _NORM_GROUPS = 32
 # What is computed again in the backward pass instead of being kept, by setting of train.checkpointing.

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from glide_ds.types import WeightsError
+from glide_ds.errors import WeightsError
 
 State = dict[str, Tensor]
 PathLike = str | os.PathLike[str]

@@ -10,7 +10,7 @@ def main() -> int:
     parser = argparse.ArgumentParser("python -m glide_ds.preflight")
     add_arguments(parser)
     args = parser.parse_args()
-    from glide_ds.types import GlideError  # with it comes torch
+    from glide_ds.errors import GlideError  # with it comes torch
 
     try:
         return run(args)

@@ -26,6 +26,7 @@ from glide_ds.data.filters import Filtered
 from glide_ds.data.loader import SampleSet, ShardSamples, Tally, open_samples
 from glide_ds.data.shards import expand, open_index
 from glide_ds.data.storage import CacheOptions, Storage, is_remote
+from glide_ds.errors import ConfigError, DataError, GlideError, WeightsError
 from glide_ds.model import create_model
 from glide_ds.model.clip import FrozenClip
 from glide_ds.model.tensor_files import sync_directory
@@ -45,7 +46,7 @@ from glide_ds.training.memory import (
 from glide_ds.training.preview import describe_batch
 from glide_ds.training.run import check_pipeline, glide_config
 from glide_ds.training.stopping import STOP_FILE
-from glide_ds.types import ConfigError, DataError, GlideConfig, GlideError, WeightsError
+from glide_ds.types import GlideConfig
 
 PROBE_BYTES = 32 * 2**20
 WORTHLESS = 0.9  # a larger share of samples that the filter drops is a mistake in the filter

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from glide_ds.config import Config
-from glide_ds.types import GlideError
+from glide_ds.errors import GlideError
 
 SECONDS_BETWEEN_LINES = 5.0
 

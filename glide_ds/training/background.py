@@ -26,10 +26,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from glide_ds.config import CheckpointConfig
+from glide_ds.errors import CheckpointError
 from glide_ds.model.tensor_files import sha256
 from glide_ds.training import checkpoint
 from glide_ds.training.checkpoint import Committed
-from glide_ds.types import CheckpointError
 
 # Numbers the saves of this process, so that the keys of two never meet; all ranks save alike.
 SAVES = itertools.count()

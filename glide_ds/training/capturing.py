@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from glide_ds.config import BatchArithmetic, Config
+from glide_ds.errors import ConfigError
 from glide_ds.model.glide import Glide
 from glide_ds.training.logging import duration
 from glide_ds.training.memory import zeros
-from glide_ds.types import ConfigError
 
 
 def capture(model: Glide, config: Config, arithmetic: BatchArithmetic, device: torch.device) -> None:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from glide_ds.types import ConfigError, GlideError, LostError
+from glide_ds.errors import ConfigError, GlideError, LostError
 
 T = TypeVar("T")
 

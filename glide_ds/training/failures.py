@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from glide_ds.config import BatchArithmetic, Config
-from glide_ds.types import DataError, GlideError
+from glide_ds.errors import DataError, GlideError
 
 # Gloo raises a plain RuntimeError for a closed connection and for a time-out.
 _LOST = re.compile(

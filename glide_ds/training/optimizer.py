@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
-from glide_ds.types import CheckpointError, ConfigError
+from glide_ds.errors import CheckpointError, ConfigError
 
 BLOCK = 256  # elements that share a scale
 MIN_SIZE = 4096  # tensors with fewer elements keep fp32 moments: nothing to save, and often the sensitive ones

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from glide_ds.config import BatchArithmetic, Config, load_config
 from glide_ds.data.loader import Source, build_source
 from glide_ds.diffusion import Diffusion, create_diffusion
+from glide_ds.errors import CheckpointError, ConfigError, DataError, GlideError
 from glide_ds.model import create_model
 from glide_ds.model.clip import FrozenClip, embedding_dim
 from glide_ds.model.glide import Glide
@@ -42,7 +43,7 @@ from glide_ds.training.traffic import Traffic
 from glide_ds.training.validation import Validation
 from glide_ds.training.watchdog import SET_UP, Watch, guarded
 from glide_ds.training.work import step_work
-from glide_ds.types import CheckpointError, ConfigError, DataError, GlideConfig, GlideError
+from glide_ds.types import GlideConfig
 
 
 @dataclass

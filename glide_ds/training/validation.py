@@ -18,6 +18,7 @@ from torch import Tensor
 from glide_ds.config import Config
 from glide_ds.data.loader import SHAPES, SHAPES_HELD_OUT, Source, build_source
 from glide_ds.diffusion import Diffusion
+from glide_ds.errors import ConfigError
 from glide_ds.model.clip import FrozenClip
 from glide_ds.model.glide import Glide
 from glide_ds.tokenizer import encode
@@ -25,7 +26,7 @@ from glide_ds.training.distributed import agreed
 from glide_ds.training.lineage import Start
 from glide_ds.training.logging import finite
 from glide_ds.training.objective import QUARTILES, to_signed
-from glide_ds.types import Batch, ConfigError
+from glide_ds.types import Batch
 
 if TYPE_CHECKING:
     from glide_ds.training.run import PhaseRun

@@ -10,7 +10,7 @@ from data_kit import json_bytes, sample, source, take, write_tar
 
 from glide_ds.config import FilterConfig
 from glide_ds.data.filters import Filtered, check
-from glide_ds.types import ConfigError, DataError
+from glide_ds.errors import ConfigError, DataError
 
 RECORD = {
     "width": 300,

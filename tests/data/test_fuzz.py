@@ -14,7 +14,7 @@ from data_kit import encoded, json_bytes, photo, sample, source, take, write_tar
 
 from glide_ds.data.captions import Cause, Unusable
 from glide_ds.data.shards import open_shards
-from glide_ds.types import DataError
+from glide_ds.errors import DataError
 
 GOOD = 200
 TEXT = b"a caption"

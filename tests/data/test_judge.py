@@ -9,7 +9,7 @@ import pytest
 from glide_ds.data import judge as judging
 from glide_ds.data import shapes
 from glide_ds.data.judge import grade, judge
-from glide_ds.types import DataError
+from glide_ds.errors import DataError
 
 PAIRS = [i for i in range(shapes.HELD_OUT, shapes.HELD_OUT + 70) if shapes.scene(i).relation]
 

@@ -24,7 +24,8 @@ from glide_ds.data import loader
 from glide_ds.data.decode import decode
 from glide_ds.data.handover import Receiver, Sender
 from glide_ds.data.loader import ENOUGH_TO_JUDGE
-from glide_ds.types import Batch, ConfigError, DataError
+from glide_ds.errors import ConfigError, DataError
+from glide_ds.types import Batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 

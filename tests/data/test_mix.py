@@ -12,7 +12,7 @@ from data_kit import json_bytes, sample, source, take, write_tar
 
 from glide_ds.config import DataConfig
 from glide_ds.data.order import MixOrder, Order
-from glide_ds.types import ConfigError
+from glide_ds.errors import ConfigError
 
 
 def test_proportions_coverage_and_epochs() -> None:

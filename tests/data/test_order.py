@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from glide_ds.data.order import Order, micro_slots, permute, uniform
-from glide_ds.types import DataError
+from glide_ds.errors import DataError
 
 SETS = {
     "one": [1],

@@ -11,7 +11,7 @@ from PIL import Image
 
 from glide_ds.data.pack import pack
 from glide_ds.data.shards import open_shards
-from glide_ds.types import DataError
+from glide_ds.errors import DataError
 
 
 @pytest.fixture

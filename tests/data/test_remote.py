@@ -17,7 +17,7 @@ from data_kit import source, take, write_shards
 from glide_ds.data import storage as storage_module
 from glide_ds.data.shards import expand
 from glide_ds.data.storage import CacheOptions, DiskCache, Stat, Storage
-from glide_ds.types import DataError
+from glide_ds.errors import DataError
 
 pytest.importorskip("aiohttp", reason="reading HTTP shards needs aiohttp")
 

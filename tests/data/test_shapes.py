@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from glide_ds.data import shapes
-from glide_ds.types import DataError
+from glide_ds.errors import DataError
 
 SAMPLE = range(1500)
 

@@ -24,7 +24,7 @@ from glide_ds.data.shards import (
     store_index,
 )
 from glide_ds.data.storage import Storage
-from glide_ds.types import DataError
+from glide_ds.errors import DataError
 
 
 def test_patterns(tmp_path: Path) -> None:

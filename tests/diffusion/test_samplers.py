@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from glide_ds.diffusion import SAMPLERS, create_diffusion, sample
 from glide_ds.diffusion.samplers import guide
+from glide_ds.errors import GlideError
 from glide_ds.model.text import TextEncoding
 from glide_ds.tokenizer import encode
-from glide_ds.types import GlideConfig, GlideError
+from glide_ds.types import GlideConfig
 
 
 class Recorder(nn.Module):

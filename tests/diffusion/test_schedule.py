@@ -8,7 +8,7 @@ import pytest
 
 from glide_ds.diffusion import create_diffusion
 from glide_ds.diffusion.schedule import betas_of, kept_timesteps
-from glide_ds.types import ConfigError
+from glide_ds.errors import ConfigError
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden_public.json").read_text())
 TABLES = [

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from glide_ds.data import shapes
+from glide_ds.errors import ConfigError, WeightsError
 from glide_ds.model import clip as clip_module
 from glide_ds.model.clip import BUILTIN, FrozenClip, embedding_dim
 from glide_ds.model.clip_text import QuickGELU, TextTower
 from glide_ds.model.tensor_files import read_state, write_state
-from glide_ds.types import ConfigError, WeightsError
 
 MINI: dict[str, Any] = {
     "embed_dim": 32,

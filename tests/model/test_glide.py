@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny_glide import CLIP_DIM, tiny_config, tiny_embeddings, tiny_inputs, tiny_model
 
+from glide_ds.errors import ConfigError, GlideError
 from glide_ds.model import GlideConfig, create_model
 from glide_ds.tokenizer import N_VOCAB, encode
-from glide_ds.types import ConfigError, GlideError
 
 PUBLISHED = {  # kind: state_dict entries, parameters
     "base": (783, 385_030_726),

@@ -17,6 +17,7 @@ import torch
 from tiny_glide import CLIP_DIM, tiny_config, tiny_model
 from torch import nn
 
+from glide_ds.errors import WeightsError
 from glide_ds.model import GlideConfig, create_model, download, weights
 from glide_ds.model.download import fetch
 from glide_ds.model.tensor_files import (
@@ -29,7 +30,6 @@ from glide_ds.model.tensor_files import (
     write_state,
 )
 from glide_ds.model.weights import infer_config, load_weights, stored_config
-from glide_ds.types import WeightsError
 
 # --- files --------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from test_capturing import keeping_places
 from train_kit import IN_BF16, PARITY, make_config, opened, shake, train_phase
 
 from glide_ds.config import CheckpointConfig
+from glide_ds.errors import DataError, GlideError
 from glide_ds.training import capturing
 from glide_ds.training.background import Saver
 from glide_ds.training.checkpoint import committed, newest_good
@@ -23,7 +24,6 @@ from glide_ds.training.distributed import agreed, read_environment, start_proces
 from glide_ds.training.loop import train
 from glide_ds.training.memory import zeros
 from glide_ds.training.objective import Losses, Meter
-from glide_ds.types import DataError, GlideError
 
 
 def main(folder: Path) -> None:

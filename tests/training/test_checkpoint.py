@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from glide_ds.config import CheckpointConfig
+from glide_ds.errors import CheckpointError
 from glide_ds.training import background, checkpoint
 from glide_ds.training.background import Saver
 from glide_ds.training.checkpoint import (
@@ -31,7 +32,6 @@ from glide_ds.training.checkpoint import (
     verify,
     write_atomically,
 )
-from glide_ds.types import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("group")
 

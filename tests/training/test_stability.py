@@ -23,6 +23,7 @@ from train_kit import (
 )
 
 from glide_ds.config import Config
+from glide_ds.errors import UnstableError
 from glide_ds.training import checkpoint
 from glide_ds.training import run as run_module
 from glide_ds.training.background import Snapshot
@@ -31,7 +32,6 @@ from glide_ds.training.ema import Ema, read_files
 from glide_ds.training.logging import JsonLines, RunLog, finite
 from glide_ds.training.stability import Guard, LossWindow
 from glide_ds.training.watchdog import Watch
-from glide_ds.types import UnstableError
 
 pytestmark = pytest.mark.usefixtures("group")
 CPU = torch.device("cpu")
