@@ -1,0 +1,84 @@
+"""What is said of how far, how fast and how long still."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from glide_ds import progress as module
+from glide_ds.progress import Progress, duration, told
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands where a test puts it."""
+
+    class Clock:
+        now = 100.0
+
+    monkeypatch.setattr(module.time, "monotonic", lambda: Clock.now)
+    return Clock
+
+
+def test_elsewhere_a_line_comes_now_and_then(clock):
+    out = io.StringIO()
+    progress = Progress("indexing", 40, "shards", stream=out)
+    progress.advance(5)
+    assert out.getvalue() == ""
+    clock.now += 10
+    progress.advance(5)
+    progress.advance(5)
+    assert out.getvalue() == "indexing 10/40 shards, 1 shards/s, 30 s left\n"
+
+
+def test_a_resumed_count_does_not_flatter_the_rate(clock):
+    out = io.StringIO()
+    progress = Progress("base.pt", 2_000_000, "B", done=1_000_000, scaled=True, stream=out)
+    clock.now += 10
+    progress.advance(500_000, note="resumed")
+    assert out.getvalue() == "base.pt 1.50M/2.00M B, 50.0k B/s, 10 s left  resumed\n"
+    assert progress.left_s() == 10
+
+
+def test_on_a_terminal_there_is_a_bar_and_lines_stand_above_it():
+    out = Terminal()
+    with Progress("drawing", 2, "steps", stream=out) as progress:
+        progress.advance()
+        progress.line("a line")
+        progress.advance()
+    assert "drawing" in out.getvalue()
+    assert "100%" in out.getvalue()
+    assert "a line\n" in out.getvalue()
+
+
+def test_other_ranks_count_in_silence(clock):
+    out = io.StringIO()
+    progress = Progress("drawing", 2, shown=False, stream=out)
+    clock.now += 100
+    progress.advance()
+    progress.line("a line")
+    assert out.getvalue() == ""
+    assert progress.done == 1
+
+
+def test_items_are_counted_once_they_are_done(clock):
+    out = io.StringIO()
+    seen = []
+    for item in told("drawing", "steps", stream=out)([1, 2, 3]):
+        seen.append(item)
+        clock.now += 6
+    assert seen == [1, 2, 3]
+    assert out.getvalue().splitlines()[0] == "drawing 1/3 steps, 0.167 steps/s, 12 s left"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(42.4, "42 s"), (200, "3 min 20 s"), (3600 * 5 + 720, "5 h 12 min")]
+)
+def test_durations_read_as_people_say_them(seconds, text):
+    assert duration(seconds) == text
