@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple, Self
+
 # Exit codes of a command; any other is a crash. 0: done, or stopped well (RUN/STOPPED.json says which).
 EXIT_MISTAKE = 2  # a GlideError: a person must mend something
 EXIT_UNSTABLE = 3  # the stability guard gave up, with a report: starting again would not help
 EXIT_LOST = 75  # a hang, or a peer that is gone: start the same command again
 
 
+class Fault(NamedTuple):
+    """One thing that is wrong: what is the case, with the values; what follows from it; what a person can do."""
+
+    fact: str
+    consequence: str = ""
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        told = f"{self.fact}, so {self.consequence}" if self.consequence else self.fact
+        return f"{told}; {self.remedy}" if self.remedy else told
+
+
 class GlideError(Exception):
-    """A mistake a person can mend. The message states fact, consequence and remedy, with the values."""
+    """A mistake a person can mend: fact, consequence and remedy as fields. It reads "fact, so consequence; remedy"."""
 
     on_all_ranks = False  # True where every rank raises the same one, so that one of them need say it
     exit_code = EXIT_MISTAKE
+
+    def __init__(self, fact: str, consequence: str = "", remedy: str = "") -> None:
+        super().__init__(fact, consequence, remedy)
+        self.faults: tuple[Fault, ...] = (Fault(fact, consequence, remedy),)
+
+    @classmethod
+    def all_of(cls, faults: Sequence[Fault]) -> Self:
+        """One error of several faults, each on a line of its own."""
+        error = cls(*faults[0])
+        error.faults = tuple(faults)
+        return error
+
+    def __str__(self) -> str:
+        if len(self.faults) == 1:
+            return str(self.faults[0])
+        return "\n".join([f"{len(self.faults)} mistakes:", *(f"- {fault}" for fault in self.faults)])
 
 
 class ConfigError(GlideError):
