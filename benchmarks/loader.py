@@ -44,7 +44,7 @@ from glide_ds.data.borders import content_box
 from glide_ds.data.clip_store import ClipStore, Encoder, StoreNote, store_path, write_store
 from glide_ds.data.decode import REDUCED_SIDE, DecodeOptions, decode, open_pixels
 from glide_ds.data.resample import Box, Pixels, resize
-from glide_ds.data.shards import open_shards, scan_shard
+from glide_ds.data.tars.shards import open_shards, scan_shard
 
 SIDE, BATCH, CONTEXT = 64, 64, 128
 PER_SHARD = 100

@@ -13,8 +13,9 @@ LAYERS = (
     {"config", "tokenizer"},
     {"data", "model"},
     {"diffusion"},
+    {"inference"},
     {"training"},
-    {"prepare", "export", "sample", "evaluate", "preflight", "plan"},
+    {"commands", "prepare", "export", "sample", "evaluate", "preflight", "plan"},
     {"cli"},
 )
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
@@ -25,6 +26,7 @@ SIBLINGS = {
     ("files", "errors"),
     ("sample", "export"),
     ("evaluate", "sample"),
+    ("preflight", "commands"),
 }
 
 

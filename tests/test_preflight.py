@@ -18,7 +18,7 @@ from train_kit import make_config, rewound, without_launcher, write_shard
 from glide_ds import cli
 from glide_ds.data import shapes
 from glide_ds.data.clip_store import Encoder, StoreNote, store_path, write_store
-from glide_ds.data.shards import open_shards
+from glide_ds.data.tars.shards import open_shards
 from glide_ds.errors import ConfigError
 from glide_ds.model import create_model
 from glide_ds.preflight.checks import CHECKS, read_hostfile

@@ -16,7 +16,7 @@ import pytest
 from glide_ds import prepare
 from glide_ds.data.clip_store import ClipStore, Encoder
 from glide_ds.data.shapes import write_shards
-from glide_ds.data.shards import open_shards
+from glide_ds.data.tars.shards import open_shards
 from glide_ds.errors import DataError
 from glide_ds.model.clip import FrozenClip
 

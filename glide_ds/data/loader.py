@@ -30,8 +30,8 @@ from glide_ds.data.decode import DecodeOptions, decode, image_member
 from glide_ds.data.handover import Packed, Receiver, Sender
 from glide_ds.data.order import MixOrder, Order, micro_slots, mix, uniform
 from glide_ds.data.resample import Pixels, resize
-from glide_ds.data.shards import ShardSet, open_shards
-from glide_ds.data.storage import CacheOptions, Storage
+from glide_ds.data.tars.shards import ShardSet, open_shards
+from glide_ds.data.tars.storage import CacheOptions, Storage
 from glide_ds.data.workers import heed_the_trainer
 from glide_ds.errors import ConfigError, DataError
 from glide_ds.types import Batch

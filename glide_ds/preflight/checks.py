@@ -24,8 +24,8 @@ from glide_ds.data.captions import Unusable
 from glide_ds.data.clip_store import ClipStore, Encoder
 from glide_ds.data.filters import Filtered
 from glide_ds.data.loader import SampleSet, ShardSamples, Tally, open_samples
-from glide_ds.data.shards import expand, open_index
-from glide_ds.data.storage import CacheOptions, Storage, is_remote
+from glide_ds.data.tars.shards import expand, open_index
+from glide_ds.data.tars.storage import CacheOptions, Storage, is_remote
 from glide_ds.errors import ConfigError, DataError, GlideError, WeightsError
 from glide_ds.model import create_model
 from glide_ds.model.clip import FrozenClip

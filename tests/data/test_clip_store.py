@@ -13,7 +13,7 @@ from data_kit import write_shards
 from glide_ds.config import ClipConfig, DataConfig
 from glide_ds.data.clip_store import ClipStore, Encoder, StoreNote, store_path, write_store
 from glide_ds.data.loader import build_source
-from glide_ds.data.shards import ShardSet, open_shards
+from glide_ds.data.tars.shards import ShardSet, open_shards
 from glide_ds.errors import DataError
 
 ENCODER = Encoder("ViT-B/32", "openai", "text")

@@ -13,7 +13,7 @@ import pytest
 from data_kit import encoded, json_bytes, photo, sample, source, take, write_tar
 
 from glide_ds.data.captions import Cause, Unusable
-from glide_ds.data.shards import open_shards
+from glide_ds.data.tars.shards import open_shards
 from glide_ds.errors import DataError
 
 GOOD = 200

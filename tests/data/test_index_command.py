@@ -9,7 +9,7 @@ import pytest
 from data_kit import kill_while_writing, write_shards
 
 from glide_ds.data import index
-from glide_ds.data.shards import expand
+from glide_ds.data.tars.shards import expand
 
 
 def arguments(*words: str) -> argparse.Namespace:

@@ -10,7 +10,7 @@ from data_kit import encoded, kill_while_writing, photo
 from PIL import Image
 
 from glide_ds.data.pack import pack
-from glide_ds.data.shards import open_shards
+from glide_ds.data.tars.shards import open_shards
 from glide_ds.errors import DataError
 
 

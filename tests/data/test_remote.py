@@ -14,9 +14,9 @@ import pytest
 import torch
 from data_kit import source, take, write_shards
 
-from glide_ds.data import storage as storage_module
-from glide_ds.data.shards import expand
-from glide_ds.data.storage import CacheOptions, DiskCache, Stat, Storage
+from glide_ds.data.tars import storage as storage_module
+from glide_ds.data.tars.shards import expand
+from glide_ds.data.tars.storage import CacheOptions, DiskCache, Stat, Storage
 from glide_ds.errors import DataError
 
 pytest.importorskip("aiohttp", reason="reading HTTP shards needs aiohttp")
@@ -144,7 +144,7 @@ def test_the_second_cached_epoch_makes_no_request(local: str, server: FlakyServe
 def test_indexes_beside_remote_shards_are_used(
     local: str, server: FlakyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from glide_ds.data.shards import scan_shard
+    from glide_ds.data.tars.shards import scan_shard
 
     monkeypatch.setenv("GLIDE_DS_CACHE", str(tmp_path / "cache"))
     for url in expand(f"{server.url}/s-{{000..002}}.tar"):

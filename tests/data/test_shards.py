@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from data_kit import sample, source, write_shards, write_tar
 
-from glide_ds.data import shards as shards_module
 from glide_ds.data.captions import Cause, Unusable
-from glide_ds.data.shards import (
+from glide_ds.data.tars import shards as shards_module
+from glide_ds.data.tars.shards import (
     BLOCK,
     ShardIndex,
     expand,
@@ -23,7 +23,7 @@ from glide_ds.data.shards import (
     split_name,
     store_index,
 )
-from glide_ds.data.storage import Storage
+from glide_ds.data.tars.storage import Storage
 from glide_ds.errors import DataError
 
 

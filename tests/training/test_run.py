@@ -32,7 +32,7 @@ from train_kit import (
 
 from glide_ds.config import load_config
 from glide_ds.data.clip_store import Encoder, StoreNote, store_path, write_store
-from glide_ds.data.shards import open_shards
+from glide_ds.data.tars.shards import open_shards
 from glide_ds.errors import ConfigError, DataError, GlideError, WeightsError
 from glide_ds.model import GlideConfig, create_model
 from glide_ds.model.dual_attention import DualAttention

@@ -25,7 +25,7 @@ import numpy as np
 from braceexpand import braceexpand
 
 from glide_ds.config import cache_dir
-from glide_ds.data.storage import LocalFile, RemoteFile, Stat, Storage, is_remote, local_path
+from glide_ds.data.tars.storage import LocalFile, RemoteFile, Stat, Storage, is_remote, local_path
 from glide_ds.errors import DataError
 
 BLOCK = 512
