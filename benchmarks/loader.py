@@ -8,7 +8,7 @@ borders, JPEG + txt + json. The stages take turns; a ratio is the median over ro
 Beside it stands the ratio of every stage's fastest round: what else runs on the machine only adds, and more to
 what needs more cache, so where the two differ the machine was not quiet.
 Quality is that of a second set, against full decode, exact trim and Pillow's Lanczos; `variants` are what
-glide_ds/data/decode.py could do instead, timed and judged on it too.
+glide_ds/data/pictures/decode.py could do instead, timed and judged on it too.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from PIL import Image
 from glide_ds import tokenizer
 from glide_ds.config import DataConfig, FilterConfig
 from glide_ds.data import build_source, loader
-from glide_ds.data.borders import content_box
 from glide_ds.data.clip_store import ClipStore, Encoder, StoreNote, store_path, write_store
-from glide_ds.data.decode import REDUCED_SIDE, DecodeOptions, decode, open_pixels
-from glide_ds.data.resample import Box, Pixels, resize
+from glide_ds.data.pictures.borders import content_box
+from glide_ds.data.pictures.decode import REDUCED_SIDE, DecodeOptions, decode, open_pixels
+from glide_ds.data.pictures.resample import Box, Pixels, resize
 from glide_ds.data.tars.shards import open_shards, scan_shard
 
 SIDE, BATCH, CONTEXT = 64, 64, 128
@@ -182,7 +182,7 @@ def rounded(pixels: Pixels, box: Box, rows: int, columns: int) -> Pixels:
     return resize(pixels, (top, bottom, left, right), rows, columns)
 
 
-# What else could be done: attributes of glide_ds.data.decode.
+# What else could be done: attributes of glide_ds.data.pictures.decode.
 VARIANTS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "crop rounded to pixels": {"resize": rounded},
@@ -201,7 +201,7 @@ def judge_variants(
     def run(variant: dict[str, Any], samples: list[Picture]) -> list[Pixels]:
         with ExitStack() as stack:
             for name, value in variant.items():
-                stack.enter_context(mock.patch(f"glide_ds.data.decode.{name}", value))
+                stack.enter_context(mock.patch(f"glide_ds.data.pictures.decode.{name}", value))
             return [decode(data, options) for data, _ in samples]
 
     def judge(variant: dict[str, Any], samples: list[Picture]) -> np.ndarray:

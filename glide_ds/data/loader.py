@@ -26,10 +26,10 @@ from glide_ds.config import ClipConfig, DataConfig, FilterConfig, cache_dir
 from glide_ds.data import filters, shapes
 from glide_ds.data.captions import TEXT_EXTENSIONS, Cause, Unusable, read_caption
 from glide_ds.data.clip_store import ClipStore, Encoder
-from glide_ds.data.decode import DecodeOptions, decode, image_member
 from glide_ds.data.handover import Packed, Receiver, Sender
 from glide_ds.data.order import MixOrder, Order, micro_slots, mix, uniform
-from glide_ds.data.resample import Pixels, resize
+from glide_ds.data.pictures.decode import DecodeOptions, decode, image_member
+from glide_ds.data.pictures.resample import Pixels, resize
 from glide_ds.data.tars.shards import ShardSet, open_shards
 from glide_ds.data.tars.storage import CacheOptions, Storage
 from glide_ds.data.workers import heed_the_trainer

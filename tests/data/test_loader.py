@@ -21,9 +21,9 @@ from PIL import Image
 
 from glide_ds.config import FilterConfig
 from glide_ds.data import loader
-from glide_ds.data.decode import decode
 from glide_ds.data.handover import Receiver, Sender
 from glide_ds.data.loader import ENOUGH_TO_JUDGE
+from glide_ds.data.pictures.decode import decode
 from glide_ds.errors import ConfigError, DataError
 from glide_ds.types import Batch
 

@@ -7,7 +7,7 @@ import pytest
 from data_kit import photo
 from PIL import Image
 
-from glide_ds.data.resample import resize
+from glide_ds.data.pictures.resample import resize
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(64, 64), (17, 90), (200, 150), (1, 1)])

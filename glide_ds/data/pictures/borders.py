@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glide_ds.data.resample import Box, Pixels
+from glide_ds.data.pictures.resample import Box, Pixels
 
 TRIM_TOLERANCE = 12  # of 255: what still counts as one colour along a picture's edge
 RINGING, RINGING_MEAN = 48, 3.0  # of 255: how far JPEG strays beside a strong edge, at most and on average
