@@ -37,7 +37,7 @@ SIZES: dict[str, dict[str, Any]] = {
 EXPORT = """
 import json, sys
 from pathlib import Path
-from glide_ds.export import export, find_checkpoint
+from glide_ds.commands.export import export, find_checkpoint
 def peak():
     line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM"))
     return int(line.split()[1]) * 1024

@@ -27,7 +27,7 @@ class Command(NamedTuple):
 COMMANDS = (
     Command(
         ("train",),
-        "glide_ds.training.command",
+        "glide_ds.commands.train",
         "train one phase or a pipeline of phases; the launchers start launch/train.py",
         "glide-ds train --ds_config ds_configs/tiny/phase1.json --dry_run",
     ),
@@ -39,19 +39,19 @@ COMMANDS = (
     ),
     Command(
         ("prepare", "pack"),
-        "glide_ds.data.pack",
+        "glide_ds.commands.prepare_pack",
         "turn a folder, a jsonl or a parquet of pictures and captions into shards",
         "glide-ds prepare pack photos/ --out shards/",
     ),
     Command(
         ("prepare", "index"),
-        "glide_ds.data.index",
+        "glide_ds.commands.prepare_index",
         "index shards before the first run, and find damaged ones",
         "glide-ds prepare index 's3://bucket/laion/{00000..09999}.tar'",
     ),
     Command(
         ("prepare", "clip"),
-        "glide_ds.prepare",
+        "glide_ds.commands.prepare_clip",
         "compute the CLIP embeddings of shards beforehand, over every process it is launched with",
         "glide-ds prepare clip 'shards/{000000..000009}.tar' --model ViT-L/14 --out clip/",
     ),
@@ -63,25 +63,25 @@ COMMANDS = (
     ),
     Command(
         ("plan",),
-        "glide_ds.plan",
+        "glide_ds.commands.plan",
         "say what a run will take: memory by part, hours, network, loader cores, disk",
         "glide-ds plan --ds_config ds_configs/phase3.json --nodes 16 --gpus 8 --gpu h100",
     ),
     Command(
         ("export",),
-        "glide_ds.export",
+        "glide_ds.commands.export",
         "consolidated fp32 weights of a run, verified; drops into stock GLIDE code",
         "glide-ds export runs/mine --out mine.pt",
     ),
     Command(
         ("sample",),
-        "glide_ds.sample",
+        "glide_ds.commands.sample",
         "draw pictures for prompts",
         'glide-ds sample mine.pt --prompt "a corgi in a top hat" --out corgi.png',
     ),
     Command(
         ("evaluate",),
-        "glide_ds.evaluate",
+        "glide_ds.commands.evaluate",
         "judge pictures of held-out shapes and measure what CLIP contributes",
         "glide-ds evaluate mine.pt --captions 64",
     ),

@@ -11,7 +11,7 @@ import argparse
 import os
 import sys
 
-from glide_ds.training.command import add_arguments, run
+from glide_ds.commands.train import add_arguments, run
 from glide_ds.training.signals import SIGNALS
 
 

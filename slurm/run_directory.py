@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from glide_ds.training.command import add_arguments
+from glide_ds.commands.train import add_arguments
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import open_clip  # noqa: F401 - imported here so that no rank has to
 
-from glide_ds import prepare
+from glide_ds.commands import prepare_clip as prepare
 
 RANKS = 2
 

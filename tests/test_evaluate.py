@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from glide_ds import evaluate
+from glide_ds.commands import evaluate
+from glide_ds.commands.sample import Loaded
 from glide_ds.config import ClipConfig
 from glide_ds.data import shapes
 from glide_ds.model import GlideConfig, create_model
 from glide_ds.model.clip import FrozenClip
-from glide_ds.sample import Loaded
 
 SMALL = GlideConfig(
     image_size=32,

@@ -14,9 +14,9 @@ import pytest
 import torch
 from train_kit import ARCHITECTURE
 
-from glide_ds import export as module
+from glide_ds.commands import export as module
+from glide_ds.commands.export import add_arguments, assembled, compare, export, find_checkpoint
 from glide_ds.errors import CheckpointError, WeightsError
-from glide_ds.export import add_arguments, assembled, compare, export, find_checkpoint
 from glide_ds.model import GlideConfig, create_model
 from glide_ds.model.tensor_files import read_state, sidecar, write_state
 from glide_ds.training.checkpoint import MANIFEST, Committed, committed

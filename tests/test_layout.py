@@ -89,7 +89,7 @@ def test_imports_only_point_left(root):
         ("types.py", "from . import config"),
         ("tokenizer.py", "from glide_ds.data import captions"),
         ("diffusion/losses.py", "from glide_ds.training.loop import train"),
-        ("export.py", "from glide_ds.sample import draw"),
+        ("export.py", "from glide_ds.commands.sample import draw"),
         ("evaluate.py", "if True:\n    import glide_ds.cli"),
         ("config.py", "import launch.train"),
         ("__init__.py", "from glide_ds.types import Batch"),
@@ -112,7 +112,7 @@ def test_a_wrong_import_is_found(tmp_path, module, statement):
         ),
         ("training/loop.py", "from glide_ds.data import build_source\nfrom ..model import create_model"),
         ("config.py", "from glide_ds.errors import ConfigError"),
-        ("cli.py", "import importlib\nimportlib.import_module('glide_ds.export')\nimport torch"),
+        ("cli.py", "import importlib\nimportlib.import_module('glide_ds.commands.export')\nimport torch"),
     ],
 )
 def test_a_right_import_is_left_alone(tmp_path, module, statement):

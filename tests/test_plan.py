@@ -10,7 +10,8 @@ import pytest
 import torch
 from train_kit import make_config, write_config
 
-from glide_ds import cli, plan
+from glide_ds import cli
+from glide_ds.commands import plan
 from glide_ds.config import load_config
 from glide_ds.errors import ConfigError
 from glide_ds.model.glide import RECOMPUTED

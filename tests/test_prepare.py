@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from glide_ds import prepare
+from glide_ds.commands import prepare_clip as prepare
 from glide_ds.data.clip_store import ClipStore, Encoder
 from glide_ds.data.shapes import write_shards
 from glide_ds.data.tars.shards import open_shards

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from train_kit import ARCHITECTURE
 
+from glide_ds.commands.export import export, find_checkpoint
+from glide_ds.commands.sample import add_arguments, load_model, run
 from glide_ds.errors import ConfigError, WeightsError
-from glide_ds.export import export, find_checkpoint
 from glide_ds.model import GlideConfig, create_model
 from glide_ds.model.tensor_files import write_sidecar, write_state
-from glide_ds.sample import add_arguments, load_model, run
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ import argparse
 import os
 from pathlib import Path
 
-from glide_ds.training.command import add_config_arguments
+from glide_ds.commands.train import add_config_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from data_kit import kill_while_writing, write_shards
 
-from glide_ds.data import index
+from glide_ds.commands import prepare_index as index
 from glide_ds.data.tars.shards import expand
 
 

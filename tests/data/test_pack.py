@@ -9,7 +9,7 @@ import pytest
 from data_kit import encoded, kill_while_writing, photo
 from PIL import Image
 
-from glide_ds.data.pack import pack
+from glide_ds.commands.prepare_pack import pack
 from glide_ds.data.tars.shards import open_shards
 from glide_ds.errors import DataError
 
@@ -99,7 +99,7 @@ def test_killed_at_random_instants_it_ends_byte_identical(folder: Path, tmp_path
     for n in range(300):
         (folder / f"q{n:03d}.png").write_bytes(encoded(photo(n)))
         (folder / f"q{n:03d}.txt").write_text(f"more {n}")
-    code = "import sys; from pathlib import Path; from glide_ds.data.pack import pack; "
+    code = "import sys; from pathlib import Path; from glide_ds.commands.prepare_pack import pack; "
     code += "pack(Path(sys.argv[1]), Path(sys.argv[2]), 10, 2)"
     out = tmp_path / "killed"
     kill_while_writing(code, [str(folder), str(out)], out, "*.tar", (1, 9, 18))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from train_kit import IN_BF16, make_config, metrics, opened, shake, state_of
 
+from glide_ds.commands.export import assembled
 from glide_ds.config import Config
-from glide_ds.export import assembled
 from glide_ds.model import create_model
 from glide_ds.training.checkpoint import committed
 from glide_ds.training.elastic import weights

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from elastic_runs import CHAINS, KINDS, STEPS
 from train_kit import make_config, metrics, read_lines, shake
 
-from glide_ds.export import export
+from glide_ds.commands.export import export
 from glide_ds.model import create_model
 from glide_ds.training.checkpoint import Committed, committed
 from glide_ds.training.elastic import own_part

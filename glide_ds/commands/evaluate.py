@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from glide_ds.commands.sample import Loaded, load_model
 from glide_ds.data import judge, shapes
 from glide_ds.diffusion import create_diffusion
 from glide_ds.model.clip import FrozenClip
-from glide_ds.sample import Loaded, load_model
 from glide_ds.training.logging import duration, grid
 from glide_ds.training.samples import draw
 from glide_ds.training.validation import Gain, HeldOut

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from glide_ds.commands.train import add_config_arguments
 from glide_ds.config import BatchArithmetic, Config, load_config
 from glide_ds.errors import ConfigError, GlideError
 from glide_ds.model.glide import RECOMPUTED, Glide
-from glide_ds.training.command import add_config_arguments
 from glide_ds.training.memory import (
     Activations,
     checkpoint_bytes,

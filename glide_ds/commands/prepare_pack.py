@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from glide_ds.commands.prepare_index import index_one
 from glide_ds.data.captions import Unusable, read_caption
-from glide_ds.data.index import index_one
 from glide_ds.data.pictures.decode import IMAGE_EXTENSIONS, DecodeOptions, decode
 from glide_ds.data.tars.shards import write_atomically
 from glide_ds.data.workers import end_with

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from glide_ds.commands.export import assembled, clip_of, find_checkpoint
 from glide_ds.config import PRESETS, ClipConfig
 from glide_ds.diffusion import SAMPLERS
 from glide_ds.errors import ConfigError, WeightsError
-from glide_ds.export import assembled, clip_of, find_checkpoint
 from glide_ds.model import create_model
 from glide_ds.model.clip import FrozenClip
 from glide_ds.model.glide import Glide
