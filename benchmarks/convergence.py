@@ -31,7 +31,7 @@ from glide_ds.diffusion import create_diffusion
 from glide_ds.model.clip import FrozenClip
 from glide_ds.model.glide import Glide
 from glide_ds.tokenizer import encode
-from glide_ds.training.distributed import read_environment, start_process_group
+from glide_ds.training.faults.ranks import read_environment, start_process_group
 from glide_ds.training.loop import train
 from glide_ds.training.objective import to_signed
 from glide_ds.training.run import phase_run

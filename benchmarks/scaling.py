@@ -86,7 +86,7 @@ def run_rank(case: dict[str, Any], updates: int, folder: Path) -> None:
     """One rank of one case; its figures go to FOLDER/rankN.json."""
     counted = count_collectives()
     from glide_ds.config import load_config
-    from glide_ds.training.distributed import read_environment, start_process_group
+    from glide_ds.training.faults.ranks import read_environment, start_process_group
     from glide_ds.training.objective import Objective
     from glide_ds.training.run import phase_run
 

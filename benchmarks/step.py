@@ -48,8 +48,8 @@ from glide_ds.model.clip import FrozenClip
 from glide_ds.model.reduced import can_reduce
 from glide_ds.training.capturing import capture
 from glide_ds.training.compiling import set_compilation
-from glide_ds.training.distributed import read_environment, start_process_group
 from glide_ds.training.engine import build_engine, release
+from glide_ds.training.faults.ranks import read_environment, start_process_group
 from glide_ds.training.memory import set_recomputation
 from glide_ds.training.objective import Objective
 from glide_ds.training.optimizer import AdamW8bit

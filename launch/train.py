@@ -12,7 +12,7 @@ import os
 import sys
 
 from glide_ds.commands.train import add_arguments, run
-from glide_ds.training.signals import SIGNALS
+from glide_ds.training.faults.signals import SIGNALS
 
 
 def main() -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from glide_ds.training.signals import SIGNALS
+from glide_ds.training.faults.signals import SIGNALS
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:

@@ -33,6 +33,7 @@ from glide_ds.model.tensor_files import sync_directory
 from glide_ds.preflight import ranks, step
 from glide_ds.preflight.site import BlockedError, Fault, Finding, Site, fault_of
 from glide_ds.training.checkpoint import MANIFEST, committed, unreadable, verify
+from glide_ds.training.faults.stopping import STOP_FILE
 from glide_ds.training.lineage import find_start, folder_of, load_start
 from glide_ds.training.memory import (
     checkpoint_bytes,
@@ -45,7 +46,6 @@ from glide_ds.training.memory import (
 )
 from glide_ds.training.preview import describe_batch
 from glide_ds.training.run import check_pipeline, glide_config
-from glide_ds.training.stopping import STOP_FILE
 from glide_ds.types import GlideConfig
 
 PROBE_BYTES = 32 * 2**20

@@ -18,7 +18,7 @@ from glide_ds.config import load_config
 from glide_ds.errors import GlideError
 from glide_ds.preflight.checks import CHECKS, Check, hosts, read_hostfile
 from glide_ds.preflight.site import BlockedError, Fault, Finding, Site, fault_of
-from glide_ds.training.distributed import read_environment, start_process_group
+from glide_ds.training.faults.ranks import read_environment, start_process_group
 
 WIDTH = 110
 MARKS = {"ok": "\033[32mok\033[0m  ", "FAIL": "\033[31mFAIL\033[0m", "skip": "skip"}

@@ -25,11 +25,13 @@ from glide_ds.training.background import PEERS_S, Saver
 from glide_ds.training.capturing import capture, forget
 from glide_ds.training.checkpoint import Committed
 from glide_ds.training.compiling import set_compilation
-from glide_ds.training.distributed import agreed, read_environment, start_process_group
 from glide_ds.training.elastic import load_repartitioned
 from glide_ds.training.ema import Ema
 from glide_ds.training.engine import build_engine, release
-from glide_ds.training.failures import explained
+from glide_ds.training.faults.failures import explained
+from glide_ds.training.faults.ranks import agreed, read_environment, start_process_group
+from glide_ds.training.faults.stopping import Stop, Stopper, mark_stopped, start_again
+from glide_ds.training.faults.watchdog import SET_UP, Watch, guarded
 from glide_ds.training.lineage import Start, find_start, folder_of, load_start, record
 from glide_ds.training.logging import RunLog
 from glide_ds.training.loop import train
@@ -38,10 +40,8 @@ from glide_ds.training.objective import phase_seed
 from glide_ds.training.peak import matrix_peak
 from glide_ds.training.phases import PHASES, parameter_groups
 from glide_ds.training.stability import Guard, RolledBack
-from glide_ds.training.stopping import Stop, Stopper, mark_stopped, start_again
 from glide_ds.training.traffic import Traffic
 from glide_ds.training.validation import Validation
-from glide_ds.training.watchdog import SET_UP, Watch, guarded
 from glide_ds.training.work import step_work
 from glide_ds.types import GlideConfig
 

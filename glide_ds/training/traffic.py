@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from glide_ds.training.watchdog import Watch
+from glide_ds.training.faults.watchdog import Watch
 
 # Of deepspeed.comm: what ZeRO and the trainer's clipping call.
 COLLECTIVES = (

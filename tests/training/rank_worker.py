@@ -20,7 +20,7 @@ from glide_ds.errors import DataError, GlideError
 from glide_ds.training import capturing
 from glide_ds.training.background import Saver
 from glide_ds.training.checkpoint import committed, newest_good
-from glide_ds.training.distributed import agreed, read_environment, start_process_group
+from glide_ds.training.faults.ranks import agreed, read_environment, start_process_group
 from glide_ds.training.loop import train
 from glide_ds.training.memory import zeros
 from glide_ds.training.objective import Losses, Meter

@@ -29,9 +29,9 @@ from glide_ds.training import run as run_module
 from glide_ds.training.background import Snapshot
 from glide_ds.training.checkpoint import committed
 from glide_ds.training.ema import Ema, read_files
+from glide_ds.training.faults.watchdog import Watch
 from glide_ds.training.logging import JsonLines, RunLog, finite
 from glide_ds.training.stability import Guard, LossWindow
-from glide_ds.training.watchdog import Watch
 
 pytestmark = pytest.mark.usefixtures("group")
 CPU = torch.device("cpu")

@@ -11,10 +11,10 @@ import pytest
 import torch
 from train_kit import make_config, metrics
 
+from glide_ds.training.faults.signals import REPEAT_S, StopSignals
+from glide_ds.training.faults.stopping import REASONS, Deadline, Stop, mark_stopped
+from glide_ds.training.faults.watchdog import Watch
 from glide_ds.training.run import run_phases
-from glide_ds.training.signals import REPEAT_S, StopSignals
-from glide_ds.training.stopping import REASONS, Deadline, Stop, mark_stopped
-from glide_ds.training.watchdog import Watch
 
 
 def test_only_the_same_signal_again_after_a_while_means_at_once():

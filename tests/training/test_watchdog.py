@@ -9,8 +9,8 @@ import torch
 from train_kit import make_config
 
 from glide_ds.errors import ConfigError
-from glide_ds.training.failures import brief, explanation, is_lost_peer
-from glide_ds.training.watchdog import Post, Watch, describe_hang, hang_limit, late_posts
+from glide_ds.training.faults.failures import brief, explanation, is_lost_peer
+from glide_ds.training.faults.watchdog import Post, Watch, describe_hang, hang_limit, late_posts
 
 
 def test_the_hang_limit_is_half_of_the_timeout_unless_given(tmp_path: Path):

@@ -44,7 +44,7 @@ import torch.distributed as dist
 from glide_ds.config import RunConfig
 from glide_ds.data.workers import stacks_of
 from glide_ds.errors import EXIT_LOST, GlideError
-from glide_ds.training.failures import brief, is_lost_peer
+from glide_ds.training.faults.failures import brief, is_lost_peer
 
 T = TypeVar("T")
 

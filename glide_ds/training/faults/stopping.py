@@ -34,7 +34,7 @@ import torch.distributed as dist
 
 from glide_ds.config import RunConfig
 from glide_ds.training.checkpoint import write_atomically
-from glide_ds.training.signals import SIGNALS
+from glide_ds.training.faults.signals import SIGNALS
 
 STOP_FILE, MARKER = "STOP", "STOPPED.json"
 # By rising weight, where ranks have different ones: a person's own stop file goes before all others.

@@ -1,0 +1,1 @@
+"""What ends a run before its last step: requests, hangs, lost ranks, errors."""
