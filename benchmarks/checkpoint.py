@@ -25,7 +25,7 @@ from machine import environment
 from train_kit import make_config, opened
 
 from glide_ds.config import CheckpointConfig
-from glide_ds.training.background import Saver
+from glide_ds.training.checkpoint.saver import Saver
 from glide_ds.training.loop import save
 from glide_ds.training.run import PhaseRun
 

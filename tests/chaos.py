@@ -24,7 +24,7 @@ from typing import Any
 from forked_run import ForkedRun
 from train_kit import metrics
 
-from glide_ds.training.checkpoint import MANIFEST, Committed, committed, unreadable, verify
+from glide_ds.training.checkpoint.commit import MANIFEST, Committed, committed, unreadable, verify
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from machine import environment

@@ -19,7 +19,15 @@ import glide_ds
 from glide_ds.config import ClipConfig
 from glide_ds.errors import CheckpointError, WeightsError
 from glide_ds.model.tensor_files import sha256, write_sidecar, write_state
-from glide_ds.training.checkpoint import LAST, MANIFEST, MODEL_FILE, Committed, committed, unreadable, verify
+from glide_ds.training.checkpoint.commit import (
+    LAST,
+    MANIFEST,
+    MODEL_FILE,
+    Committed,
+    committed,
+    unreadable,
+    verify,
+)
 from glide_ds.training.elastic import frozen_weights, masters, trained_weights
 from glide_ds.training.ema import has_average, read_files
 from glide_ds.training.phases import PHASES

@@ -32,9 +32,9 @@ from glide_ds.model.clip import FrozenClip
 from glide_ds.model.tensor_files import sync_directory
 from glide_ds.preflight import ranks, step
 from glide_ds.preflight.site import BlockedError, Fault, Finding, Site, fault_of
-from glide_ds.training.checkpoint import MANIFEST, committed, unreadable, verify
+from glide_ds.training.checkpoint.commit import MANIFEST, committed, unreadable, verify
+from glide_ds.training.checkpoint.start import find_start, folder_of, load_start
 from glide_ds.training.faults.stopping import STOP_FILE
-from glide_ds.training.lineage import find_start, folder_of, load_start
 from glide_ds.training.memory import (
     checkpoint_bytes,
     checkpoints_kept,

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from glide_ds.config import Config, with_changes
 from glide_ds.errors import GlideError
 from glide_ds.preflight.site import Fault, Finding, Site
-from glide_ds.training.lineage import find_start
+from glide_ds.training.checkpoint.start import find_start
 from glide_ds.training.loop import train
 from glide_ds.training.memory import gib
 from glide_ds.training.run import phase_run

@@ -18,7 +18,7 @@ import torch
 import glide_ds
 from glide_ds.config import cache_dir
 from glide_ds.model.glide import Glide
-from glide_ds.training.checkpoint import write_atomically
+from glide_ds.training.checkpoint.commit import write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from glide_ds.errors import CheckpointError
-from glide_ds.training.checkpoint import MODEL_FILE, Committed
+from glide_ds.training.checkpoint.commit import MODEL_FILE, Committed
 from glide_ds.training.optimizer import state_dict_to_fp32
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from glide_ds.config import EmaConfig
-from glide_ds.training.checkpoint import Committed
+from glide_ds.training.checkpoint.commit import Committed
 from glide_ds.training.elastic import own_part
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from glide_ds.training.lineage import lineage
+from glide_ds.training.checkpoint.start import lineage
 from glide_ds.training.logging import Clock, merge_reports
 from glide_ds.training.objective import Meter, Objective, hash64, phase_seed
 from glide_ds.training.phases import gate_offset, gates

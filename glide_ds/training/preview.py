@@ -10,7 +10,7 @@ import torch
 
 from glide_ds.config import BatchArithmetic, Config
 from glide_ds.model.glide import RECOMPUTED, Glide
-from glide_ds.training.lineage import Start, banner, folder_of
+from glide_ds.training.checkpoint.start import Start, banner, folder_of
 from glide_ds.training.memory import (
     frozen_masters,
     gib,

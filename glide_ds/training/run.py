@@ -21,9 +21,10 @@ from glide_ds.model.clip import FrozenClip, embedding_dim
 from glide_ds.model.glide import Glide
 from glide_ds.model.reduced import can_reduce
 from glide_ds.training import preview
-from glide_ds.training.background import PEERS_S, Saver
 from glide_ds.training.capturing import capture, forget
-from glide_ds.training.checkpoint import Committed
+from glide_ds.training.checkpoint.commit import Committed
+from glide_ds.training.checkpoint.saver import PEERS_S, Saver
+from glide_ds.training.checkpoint.start import Start, find_start, folder_of, load_start, record
 from glide_ds.training.compiling import set_compilation
 from glide_ds.training.elastic import load_repartitioned
 from glide_ds.training.ema import Ema
@@ -32,7 +33,6 @@ from glide_ds.training.faults.failures import explained
 from glide_ds.training.faults.ranks import agreed, read_environment, start_process_group
 from glide_ds.training.faults.stopping import Stop, Stopper, mark_stopped, start_again
 from glide_ds.training.faults.watchdog import SET_UP, Watch, guarded
-from glide_ds.training.lineage import Start, find_start, folder_of, load_start, record
 from glide_ds.training.logging import RunLog
 from glide_ds.training.loop import train
 from glide_ds.training.memory import set_recomputation, weight_bytes

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from glide_ds.config import Config
 from glide_ds.errors import UnstableError
-from glide_ds.training import checkpoint
-from glide_ds.training.checkpoint import write_atomically
+from glide_ds.training.checkpoint import commit as checkpoint
+from glide_ds.training.checkpoint.commit import write_atomically
+from glide_ds.training.checkpoint.start import Start, folder_of
 from glide_ds.training.engine import cut_rates
-from glide_ds.training.lineage import Start, folder_of
 from glide_ds.training.logging import JsonLines, RunLog, finite
 from glide_ds.training.objective import Meter
 from glide_ds.types import Batch

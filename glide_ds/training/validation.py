@@ -22,8 +22,8 @@ from glide_ds.errors import ConfigError
 from glide_ds.model.clip import FrozenClip
 from glide_ds.model.glide import Glide
 from glide_ds.tokenizer import encode
+from glide_ds.training.checkpoint.start import Start
 from glide_ds.training.faults.ranks import agreed
-from glide_ds.training.lineage import Start
 from glide_ds.training.logging import finite
 from glide_ds.training.objective import QUARTILES, to_signed
 from glide_ds.types import Batch

@@ -12,7 +12,7 @@ from train_kit import IN_BF16, make_config, metrics, opened, shake, state_of
 from glide_ds.commands.export import assembled
 from glide_ds.config import Config
 from glide_ds.model import create_model
-from glide_ds.training.checkpoint import committed
+from glide_ds.training.checkpoint.commit import committed
 from glide_ds.training.elastic import weights
 from glide_ds.training.loop import train
 from glide_ds.training.run import PhaseRun, glide_config

@@ -18,9 +18,9 @@ import torch
 
 from glide_ds.config import CheckpointConfig
 from glide_ds.errors import CheckpointError
-from glide_ds.training import background, checkpoint
-from glide_ds.training.background import Saver
-from glide_ds.training.checkpoint import (
+from glide_ds.training.checkpoint import commit as checkpoint
+from glide_ds.training.checkpoint import saver as background
+from glide_ds.training.checkpoint.commit import (
     BEST,
     LAST,
     MANIFEST,
@@ -32,6 +32,7 @@ from glide_ds.training.checkpoint import (
     verify,
     write_atomically,
 )
+from glide_ds.training.checkpoint.saver import Saver
 
 pytestmark = pytest.mark.usefixtures("group")
 

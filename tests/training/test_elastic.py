@@ -15,7 +15,7 @@ from train_kit import make_config, metrics, read_lines, shake
 
 from glide_ds.commands.export import export
 from glide_ds.model import create_model
-from glide_ds.training.checkpoint import Committed, committed
+from glide_ds.training.checkpoint.commit import Committed, committed
 from glide_ds.training.elastic import own_part
 from glide_ds.training.phases import PHASES
 from glide_ds.training.run import glide_config

@@ -11,7 +11,7 @@ from train_kit import document, make_config, metrics, opened, shake, state_of
 
 from glide_ds.config import Config, EmaConfig
 from glide_ds.training import samples
-from glide_ds.training.checkpoint import committed
+from glide_ds.training.checkpoint.commit import committed
 from glide_ds.training.ema import decay_at, has_average, read_files
 from glide_ds.training.loop import train
 from glide_ds.training.memory import memory_estimate, meta_model

@@ -15,7 +15,7 @@ import torch
 from test_bf16 import check_close_to_start
 from train_kit import IN_BF16, PARITY, make_config, metrics, rewound, shake, trace, train_phase
 
-from glide_ds.training.checkpoint import committed
+from glide_ds.training.checkpoint.commit import committed
 from glide_ds.training.elastic import weights
 
 WORKER = Path(__file__).with_name("rank_worker.py")

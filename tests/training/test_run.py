@@ -40,7 +40,7 @@ from glide_ds.model.tensor_files import write_state
 from glide_ds.model.unet import ResBlock
 from glide_ds.training import run as run_module
 from glide_ds.training import samples
-from glide_ds.training.checkpoint import committed
+from glide_ds.training.checkpoint.commit import committed
 from glide_ds.training.logging import JsonLines, RunLog
 from glide_ds.training.loop import train
 from glide_ds.training.objective import QUARTILES, Objective

@@ -24,10 +24,10 @@ from train_kit import (
 
 from glide_ds.config import Config
 from glide_ds.errors import UnstableError
-from glide_ds.training import checkpoint
 from glide_ds.training import run as run_module
-from glide_ds.training.background import Snapshot
-from glide_ds.training.checkpoint import committed
+from glide_ds.training.checkpoint import commit as checkpoint
+from glide_ds.training.checkpoint.commit import committed
+from glide_ds.training.checkpoint.saver import Snapshot
 from glide_ds.training.ema import Ema, read_files
 from glide_ds.training.faults.watchdog import Watch
 from glide_ds.training.logging import JsonLines, RunLog, finite

@@ -13,7 +13,7 @@ from train_kit import make_config, metrics, opened, shake, train_phase, write_sh
 from glide_ds.data import shapes
 from glide_ds.errors import ConfigError, UnstableError
 from glide_ds.training import loop
-from glide_ds.training.checkpoint import committed
+from glide_ds.training.checkpoint.commit import committed
 from glide_ds.training.loop import train
 from glide_ds.training.objective import Losses, Objective
 from glide_ds.training.validation import held_out_shards, open_held_out

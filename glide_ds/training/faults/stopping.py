@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 
 from glide_ds.config import RunConfig
-from glide_ds.training.checkpoint import write_atomically
+from glide_ds.training.checkpoint.commit import write_atomically
 from glide_ds.training.faults.signals import SIGNALS
 
 STOP_FILE, MARKER = "STOP", "STOPPED.json"

@@ -28,8 +28,8 @@ from torch import Tensor
 from glide_ds.config import CheckpointConfig
 from glide_ds.errors import CheckpointError
 from glide_ds.model.tensor_files import sha256
-from glide_ds.training import checkpoint
-from glide_ds.training.checkpoint import Committed
+from glide_ds.training.checkpoint import commit as checkpoint
+from glide_ds.training.checkpoint.commit import Committed
 
 # Numbers the saves of this process, so that the keys of two never meet; all ranks save alike.
 SAVES = itertools.count()

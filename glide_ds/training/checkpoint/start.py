@@ -17,7 +17,7 @@ from glide_ds.config import Config
 from glide_ds.errors import ConfigError, WeightsError
 from glide_ds.model.tensor_files import StateFile
 from glide_ds.model.weights import load_state, load_weights
-from glide_ds.training.checkpoint import Committed, committed, newest_good, write_atomically
+from glide_ds.training.checkpoint.commit import Committed, committed, newest_good, write_atomically
 from glide_ds.training.elastic import frozen_weights, weights
 from glide_ds.training.memory import weight_bytes
 from glide_ds.training.phases import PHASES

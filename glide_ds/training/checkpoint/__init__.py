@@ -1,0 +1,1 @@
+"""A checkpoint is committed or it is not there: writing, choosing, reading."""
