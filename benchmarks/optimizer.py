@@ -21,7 +21,7 @@ import torch
 from machine import environment
 from torch import Tensor
 
-from glide_ds.training import optimizer as ours
+from glide_ds.training.zero import optimizer as ours
 
 
 def make_variants(size: int, device: str) -> dict[str, torch.optim.Optimizer]:

@@ -48,15 +48,15 @@ from glide_ds.model.clip import FrozenClip
 from glide_ds.model.reduced import can_reduce
 from glide_ds.training.capturing import capture
 from glide_ds.training.compiling import set_compilation
-from glide_ds.training.engine import build_engine, release
 from glide_ds.training.faults.ranks import read_environment, start_process_group
 from glide_ds.training.memory import set_recomputation
 from glide_ds.training.objective import Objective
-from glide_ds.training.optimizer import AdamW8bit
 from glide_ds.training.peak import matrix_peak
 from glide_ds.training.phases import parameter_groups
 from glide_ds.training.run import glide_config, open_source
 from glide_ds.training.work import step_work
+from glide_ds.training.zero.engine import build_engine, release
+from glide_ds.training.zero.optimizer import AdamW8bit
 
 ROOT = Path(__file__).parents[1]
 SIZES: dict[str, dict[str, Any]] = {

@@ -20,7 +20,7 @@ from glide_ds.errors import CheckpointError, WeightsError
 from glide_ds.model import GlideConfig, create_model
 from glide_ds.model.tensor_files import read_state, sidecar, write_state
 from glide_ds.training.checkpoint.commit import MANIFEST, Committed, committed
-from glide_ds.training.ema import read_files
+from glide_ds.training.zero.ema import read_files
 
 PLAIN = GlideConfig(**ARCHITECTURE)
 

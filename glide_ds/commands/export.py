@@ -28,9 +28,9 @@ from glide_ds.training.checkpoint.commit import (
     unreadable,
     verify,
 )
-from glide_ds.training.elastic import frozen_weights, masters, trained_weights
-from glide_ds.training.ema import has_average, read_files
 from glide_ds.training.phases import PHASES
+from glide_ds.training.zero.elastic import frozen_weights, masters, trained_weights
+from glide_ds.training.zero.ema import has_average, read_files
 from glide_ds.types import GlideConfig
 
 State = dict[str, Tensor]

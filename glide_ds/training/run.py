@@ -26,9 +26,6 @@ from glide_ds.training.checkpoint.commit import Committed
 from glide_ds.training.checkpoint.saver import PEERS_S, Saver
 from glide_ds.training.checkpoint.start import Start, find_start, folder_of, load_start, record
 from glide_ds.training.compiling import set_compilation
-from glide_ds.training.elastic import load_repartitioned
-from glide_ds.training.ema import Ema
-from glide_ds.training.engine import build_engine, release
 from glide_ds.training.faults.failures import explained
 from glide_ds.training.faults.ranks import agreed, read_environment, start_process_group
 from glide_ds.training.faults.stopping import Stop, Stopper, mark_stopped, start_again
@@ -43,6 +40,9 @@ from glide_ds.training.stability import Guard, RolledBack
 from glide_ds.training.traffic import Traffic
 from glide_ds.training.validation import Validation
 from glide_ds.training.work import step_work
+from glide_ds.training.zero.elastic import load_repartitioned
+from glide_ds.training.zero.ema import Ema
+from glide_ds.training.zero.engine import build_engine, release
 from glide_ds.types import GlideConfig
 
 

@@ -16,9 +16,9 @@ from train_kit import make_config, metrics, read_lines, shake
 from glide_ds.commands.export import export
 from glide_ds.model import create_model
 from glide_ds.training.checkpoint.commit import Committed, committed
-from glide_ds.training.elastic import own_part
 from glide_ds.training.phases import PHASES
 from glide_ds.training.run import glide_config
+from glide_ds.training.zero.elastic import own_part
 
 SCRIPT = Path(__file__).parents[1] / "elastic_runs.py"
 

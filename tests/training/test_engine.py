@@ -19,11 +19,11 @@ from train_kit import make_config, opened, shake, state_of
 from glide_ds.config import Config
 from glide_ds.model import create_model
 from glide_ds.model.glide import Glide
-from glide_ds.training.engine import ZERO_ATTRIBUTES, lr_ratio
 from glide_ds.training.loop import train
 from glide_ds.training.objective import Losses, Objective
 from glide_ds.training.phases import parameter_groups, role_of
 from glide_ds.training.run import PhaseRun, phase_run
+from glide_ds.training.zero.engine import ZERO_ATTRIBUTES, lr_ratio
 
 pytestmark = pytest.mark.usefixtures("group")
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from glide_ds.errors import CheckpointError, ConfigError
-from glide_ds.training import adamw8bit_cpu
-from glide_ds.training import optimizer as module
-from glide_ds.training.optimizer import MIN_SIZE, MOMENT_KEYS, AdamW8bit, Coefficients, Moments
+from glide_ds.training.zero import adamw8bit_cpu
+from glide_ds.training.zero import optimizer as module
+from glide_ds.training.zero.optimizer import MIN_SIZE, MOMENT_KEYS, AdamW8bit, Coefficients, Moments
 
 RAGGED = 20 * 256 + 77
 GROUP = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "maximize": False}

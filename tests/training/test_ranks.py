@@ -16,7 +16,7 @@ from test_bf16 import check_close_to_start
 from train_kit import IN_BF16, PARITY, make_config, metrics, rewound, shake, trace, train_phase
 
 from glide_ds.training.checkpoint.commit import committed
-from glide_ds.training.elastic import weights
+from glide_ds.training.zero.elastic import weights
 
 WORKER = Path(__file__).with_name("rank_worker.py")
 pytestmark = pytest.mark.slow  # three processes

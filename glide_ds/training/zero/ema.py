@@ -15,7 +15,7 @@ from torch import Tensor
 
 from glide_ds.config import EmaConfig
 from glide_ds.training.checkpoint.commit import Committed
-from glide_ds.training.elastic import own_part
+from glide_ds.training.zero.elastic import own_part
 
 
 class Ema:

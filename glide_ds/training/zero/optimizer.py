@@ -145,7 +145,7 @@ def _step_torch(p: Tensor, g: Tensor, state: Moments, c: Coefficients) -> None:
 
 
 def _step_cpu(p: Tensor, g: Tensor, state: Moments, c: Coefficients) -> None:
-    from glide_ds.training import adamw8bit_cpu
+    from glide_ds.training.zero import adamw8bit_cpu
 
     kernel = adamw8bit_cpu.load()
     if kernel is None:
@@ -155,7 +155,7 @@ def _step_cpu(p: Tensor, g: Tensor, state: Moments, c: Coefficients) -> None:
 
 
 def _step_triton(p: Tensor, g: Tensor, state: Moments, c: Coefficients) -> None:
-    from glide_ds.training.adamw8bit_triton import step_kernel
+    from glide_ds.training.zero.adamw8bit_triton import step_kernel
 
     rows = 8  # blocks per program, one warp each
     with torch.cuda.device_of(p):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from glide_ds.errors import CheckpointError
 from glide_ds.training.checkpoint.commit import MODEL_FILE, Committed
-from glide_ds.training.optimizer import state_dict_to_fp32
+from glide_ds.training.zero.optimizer import state_dict_to_fp32
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
