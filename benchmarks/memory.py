@@ -126,8 +126,8 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     """One case, in this process: planned and measured bytes."""
     from glide_ds.config import load_config
     from glide_ds.training.faults.ranks import read_environment, start_process_group
-    from glide_ds.training.memory import memory_estimate, meta_model
     from glide_ds.training.run import glide_config
+    from glide_ds.training.speed.memory import memory_estimate, meta_model
 
     read_environment()
     device = start_process_group(600)

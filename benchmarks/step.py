@@ -46,15 +46,15 @@ from glide_ds.diffusion import create_diffusion
 from glide_ds.model import create_model
 from glide_ds.model.clip import FrozenClip
 from glide_ds.model.reduced import can_reduce
-from glide_ds.training.capturing import capture
-from glide_ds.training.compiling import set_compilation
 from glide_ds.training.faults.ranks import read_environment, start_process_group
-from glide_ds.training.memory import set_recomputation
 from glide_ds.training.objective import Objective
-from glide_ds.training.peak import matrix_peak
 from glide_ds.training.phases import parameter_groups
 from glide_ds.training.run import glide_config, open_source
-from glide_ds.training.work import step_work
+from glide_ds.training.speed.compiling import set_compilation
+from glide_ds.training.speed.cuda_graph import capture
+from glide_ds.training.speed.flops import step_work
+from glide_ds.training.speed.memory import set_recomputation
+from glide_ds.training.speed.peak import matrix_peak
 from glide_ds.training.zero.engine import build_engine, release
 from glide_ds.training.zero.optimizer import AdamW8bit
 

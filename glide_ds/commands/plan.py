@@ -20,7 +20,10 @@ from glide_ds.commands.train import add_config_arguments
 from glide_ds.config import BatchArithmetic, Config, load_config
 from glide_ds.errors import ConfigError, GlideError
 from glide_ds.model.glide import RECOMPUTED, Glide
-from glide_ds.training.memory import (
+from glide_ds.training.preview import describe_batch
+from glide_ds.training.run import check_pipeline, glide_config, open_source
+from glide_ds.training.speed.flops import count_work
+from glide_ds.training.speed.memory import (
     Activations,
     checkpoint_bytes,
     checkpoints_kept,
@@ -31,10 +34,7 @@ from glide_ds.training.memory import (
     recomputed,
     weight_bytes,
 )
-from glide_ds.training.peak import matrix_peak
-from glide_ds.training.preview import describe_batch
-from glide_ds.training.run import check_pipeline, glide_config, open_source
-from glide_ds.training.work import count_work
+from glide_ds.training.speed.peak import matrix_peak
 
 
 class Gpu(NamedTuple):

@@ -35,7 +35,9 @@ from glide_ds.preflight.site import BlockedError, Fault, Finding, Site, fault_of
 from glide_ds.training.checkpoint.commit import MANIFEST, committed, unreadable, verify
 from glide_ds.training.checkpoint.start import find_start, folder_of, load_start
 from glide_ds.training.faults.stopping import STOP_FILE
-from glide_ds.training.memory import (
+from glide_ds.training.preview import describe_batch
+from glide_ds.training.run import check_pipeline, glide_config
+from glide_ds.training.speed.memory import (
     checkpoint_bytes,
     checkpoints_kept,
     frozen_masters,
@@ -44,8 +46,6 @@ from glide_ds.training.memory import (
     meta_model,
     snapshot_bytes,
 )
-from glide_ds.training.preview import describe_batch
-from glide_ds.training.run import check_pipeline, glide_config
 from glide_ds.types import GlideConfig
 
 PROBE_BYTES = 32 * 2**20

@@ -20,8 +20,8 @@ from glide_ds.errors import GlideError
 from glide_ds.preflight.site import Fault, Finding, Site
 from glide_ds.training.checkpoint.start import find_start
 from glide_ds.training.loop import train
-from glide_ds.training.memory import gib
 from glide_ds.training.run import phase_run
+from glide_ds.training.speed.memory import gib
 
 
 def real_step(site: Site) -> Finding:

@@ -21,25 +21,25 @@ from glide_ds.model.clip import FrozenClip, embedding_dim
 from glide_ds.model.glide import Glide
 from glide_ds.model.reduced import can_reduce
 from glide_ds.training import preview
-from glide_ds.training.capturing import capture, forget
 from glide_ds.training.checkpoint.commit import Committed
 from glide_ds.training.checkpoint.saver import PEERS_S, Saver
 from glide_ds.training.checkpoint.start import Start, find_start, folder_of, load_start, record
-from glide_ds.training.compiling import set_compilation
 from glide_ds.training.faults.failures import explained
 from glide_ds.training.faults.ranks import agreed, read_environment, start_process_group
 from glide_ds.training.faults.stopping import Stop, Stopper, mark_stopped, start_again
 from glide_ds.training.faults.watchdog import SET_UP, Watch, guarded
 from glide_ds.training.logging import RunLog
 from glide_ds.training.loop import train
-from glide_ds.training.memory import set_recomputation, weight_bytes
 from glide_ds.training.objective import phase_seed
-from glide_ds.training.peak import matrix_peak
 from glide_ds.training.phases import PHASES, parameter_groups
+from glide_ds.training.speed.compiling import set_compilation
+from glide_ds.training.speed.cuda_graph import capture, forget
+from glide_ds.training.speed.flops import step_work
+from glide_ds.training.speed.memory import set_recomputation, weight_bytes
+from glide_ds.training.speed.peak import matrix_peak
+from glide_ds.training.speed.traffic import Traffic
 from glide_ds.training.stability import Guard, RolledBack
-from glide_ds.training.traffic import Traffic
 from glide_ds.training.validation import Validation
-from glide_ds.training.work import step_work
 from glide_ds.training.zero.elastic import load_repartitioned
 from glide_ds.training.zero.ema import Ema
 from glide_ds.training.zero.engine import build_engine, release

@@ -13,7 +13,8 @@ from glide_ds.diffusion import create_diffusion
 from glide_ds.model.attention import Attending
 from glide_ds.model.convolution import Conv2d
 from glide_ds.model.glide import Glide
-from glide_ds.training import capturing, compiling
+from glide_ds.training.speed import compiling
+from glide_ds.training.speed import cuda_graph as capturing
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 SMALL = ["small_base", "small_sr", "small_inpaint", "small_srinpaint"]

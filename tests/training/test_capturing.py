@@ -15,9 +15,9 @@ from torch import Tensor
 from train_kit import PARITY, make_config, metrics, opened, shake, state_of, without_launcher, write_config
 
 from glide_ds.errors import ConfigError
-from glide_ds.training import capturing
 from glide_ds.training.loop import train
-from glide_ds.training.memory import zeros
+from glide_ds.training.speed import cuda_graph as capturing
+from glide_ds.training.speed.memory import zeros
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,8 +8,8 @@ import pytest
 from train_kit import ARCHITECTURE, make_config, metrics, opened
 
 from glide_ds.errors import ConfigError
-from glide_ds.training import compiling
 from glide_ds.training.loop import train
+from glide_ds.training.speed import compiling
 
 STEPS = 50
 # Two blocks of each kind: what takes the time here is the C++ compiler.

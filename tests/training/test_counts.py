@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from glide_ds.model.layers import Block
-from glide_ds.training import counts
-from glide_ds.training.counts import remembered
+from glide_ds.training.speed import counts
+from glide_ds.training.speed.counts import remembered
 
 
 class Small(nn.Module):

@@ -13,8 +13,8 @@ from glide_ds.config import Config, EmaConfig
 from glide_ds.training import samples
 from glide_ds.training.checkpoint.commit import committed
 from glide_ds.training.loop import train
-from glide_ds.training.memory import memory_estimate, meta_model
 from glide_ds.training.run import PhaseRun, glide_config
+from glide_ds.training.speed.memory import memory_estimate, meta_model
 from glide_ds.training.zero.ema import decay_at, has_average, read_files
 
 pytestmark = pytest.mark.usefixtures("group")

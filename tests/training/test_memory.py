@@ -12,9 +12,10 @@ from train_kit import make_config
 from glide_ds.config import load_config
 from glide_ds.model import create_model
 from glide_ds.model.glide import RECOMPUTED, Glide
-from glide_ds.training import memory, preview
+from glide_ds.training import preview
 from glide_ds.training.phases import parameter_groups
 from glide_ds.training.run import glide_config
+from glide_ds.training.speed import memory
 
 pytestmark = pytest.mark.slow  # a model on the meta device imports half of torch: seconds of CPU
 

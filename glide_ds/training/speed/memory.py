@@ -20,8 +20,8 @@ from glide_ds.config import BatchArithmetic, Config
 from glide_ds.model import create_model
 from glide_ds.model.glide import RECOMPUTED, Glide
 from glide_ds.model.layers import Block
-from glide_ds.training.counts import remembered
 from glide_ds.training.phases import parameter_groups
+from glide_ds.training.speed.counts import remembered
 from glide_ds.types import GlideConfig
 
 OPTIMIZER_BYTES = {"AdamW": 8.0, "AdamW8bit": 2.1}  # of moments per trained parameter

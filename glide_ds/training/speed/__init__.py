@@ -1,0 +1,1 @@
+"""How the same numbers come sooner or in less memory, and what that takes."""
