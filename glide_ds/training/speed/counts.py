@@ -61,6 +61,6 @@ def _code() -> str:
     package = Path(glide_ds.__file__).parent
     files = [
         *sorted((package / "model").glob("*.py")),
-        *(package / "training" / f"{n}.py" for n in ("memory", "work")),
+        *(package / "training" / "speed" / f"{n}.py" for n in ("memory", "flops")),
     ]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
