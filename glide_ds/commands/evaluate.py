@@ -15,10 +15,10 @@ import torch
 from glide_ds.commands.sample import Loaded, load_model
 from glide_ds.data import judge, shapes
 from glide_ds.diffusion import create_diffusion
+from glide_ds.inference.draw import draw, grid
+from glide_ds.inference.held_out import Gain, HeldOut
 from glide_ds.model.clip import FrozenClip
-from glide_ds.training.logging import duration, grid
-from glide_ds.training.samples import draw
-from glide_ds.training.validation import Gain, HeldOut
+from glide_ds.training.logging import duration
 
 CHUNK = 64  # pictures drawn at once
 

@@ -13,13 +13,12 @@ from glide_ds.commands.export import assembled, clip_of, find_checkpoint
 from glide_ds.config import PRESETS, ClipConfig
 from glide_ds.diffusion import SAMPLERS
 from glide_ds.errors import ConfigError, WeightsError
+from glide_ds.inference.draw import draw, grid
 from glide_ds.model import create_model
 from glide_ds.model.clip import FrozenClip
 from glide_ds.model.glide import Glide
 from glide_ds.model.tensor_files import StateFile, sidecar
 from glide_ds.model.weights import load_state, load_weights, stored_config
-from glide_ds.training.logging import grid
-from glide_ds.training.samples import draw
 from glide_ds.types import GlideConfig
 
 

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+QUARTILES = 4  # of the timesteps, in which losses are told apart
+
 
 class Gaussian(NamedTuple):
     """A diagonal Gaussian over images, both [B, C, S, S]."""

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
 from glide_ds.config import Config
+from glide_ds.inference.draw import grid
 from glide_ds.types import Batch
 
 MUCH_WAITING = 0.2  # of a step's time
@@ -284,34 +284,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, fl
             yield from _flat(value, f"{prefix}{key}/")
         elif isinstance(value, int | float) and math.isfinite(value) and key != "step":
             yield f"{prefix}{key}", value
-
-
-def grid(images: Tensor, captions: Sequence[str], columns: int = 8) -> Image.Image:
-    """Pictures (uint8 [N, S, S, 3]) side by side, each over its caption; small ones are enlarged."""
-    count, side = images.shape[0], images.shape[1]
-    columns = min(columns, count)
-    shown = side * max(1, round(128 / side))
-    font = ImageFont.load_default(10)
-    wrapped = [_wrap(caption, font, shown - 4) for caption in captions]
-    text_height = 12 * max(text.count("\n") + 1 for text in wrapped) + 6
-    rows = -(-count // columns)
-    sheet = Image.new("RGB", (columns * (shown + 4), rows * (shown + text_height)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (pixels, text) in enumerate(zip(images.cpu().numpy(), wrapped, strict=True)):
-        x, y = i % columns * (shown + 4), i // columns * (shown + text_height)
-        sheet.paste(Image.fromarray(pixels).resize((shown, shown), Image.Resampling.NEAREST), (x, y))
-        draw.multiline_text((x + 2, y + shown + 1), text, fill="black", font=font, spacing=2)
-    return sheet
-
-
-def _wrap(text: str, font: Any, width: int, lines: int = 3) -> str:
-    wrapped = [""]
-    for word in text.split():
-        longer = f"{wrapped[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not wrapped[-1]:
-            wrapped[-1] = longer
-        else:
-            wrapped.append(word)
-    if len(wrapped) > lines:
-        wrapped = [*wrapped[: lines - 1], wrapped[lines - 1] + " …"]
-    return "\n".join(wrapped)

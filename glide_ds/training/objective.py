@@ -15,12 +15,12 @@ from torch import Tensor
 
 from glide_ds.config import Config
 from glide_ds.diffusion import Diffusion
-from glide_ds.diffusion.losses import reverse_kl
+from glide_ds.diffusion.losses import QUARTILES, reverse_kl
+from glide_ds.diffusion.pixels import to_signed
 from glide_ds.model.clip import FrozenClip
 from glide_ds.training.phases import PHASES
 from glide_ds.types import Batch, send
 
-QUARTILES = 4
 MAX_INVERSE_SNR = 20.0
 
 
@@ -72,11 +72,6 @@ def draw(
         torch.rand(1, generator=generator, out=dropped[row : row + 1])
         torch.randn(3, side, side, generator=generator, out=noise[row])
     return Draws(*(send(part, device) for part in (t, noise, dropped < drop)))
-
-
-def to_signed(images: Tensor) -> Tensor:
-    """uint8 [B, S, S, 3] to float [B, 3, S, S] in [-1, 1]."""
-    return images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 class Objective:

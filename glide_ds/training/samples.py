@@ -4,62 +4,18 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from glide_ds.config import Config
 from glide_ds.data.loader import build_source
-from glide_ds.diffusion import create_diffusion, sample
-from glide_ds.tokenizer import encode
-from glide_ds.training.objective import to_signed
+from glide_ds.diffusion.pixels import to_signed
+from glide_ds.inference.draw import draw
 
 if TYPE_CHECKING:
     from glide_ds.training.run import PhaseRun
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    """Float [B, 3, S, S] in [-1, 1] to uint8 [B, S, S, 3]."""
-    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-
-
-def draw(
-    model: Any,
-    captions: list[str],
-    *,
-    schedule: str,
-    clip_embedding: Tensor | None = None,
-    guidance: float = 3.0,
-    steps: int | str = 100,
-    sampler: str = "ddpm",
-    seed: int = 0,
-    noise_scale: float = 1.0,
-    low_res: Tensor | None = None,
-    progress: Any = None,
-) -> Tensor:
-    """Draw uint8 [B, S, S, 3] for captions; the same seed gives the same pictures on any device.
-
-    `steps` is a respacing: a number, or a name such as fast27.
-    clip_embedding [B, D] conditions on CLIP; low_res [B, 3, S/4, S/4] is what an upsampler enlarges.
-    """
-    device = next(model.parameters()).device
-    tokens, mask = encode(captions, model.config.text_ctx)
-    images = sample(
-        model,
-        create_diffusion(schedule, respacing=str(steps)),
-        tokens=tokens.to(device),
-        mask=mask.to(device),
-        clip_embedding=clip_embedding,
-        guidance=guidance,
-        sampler=sampler,
-        noise_scale=noise_scale,
-        low_res=low_res,
-        generator=torch.Generator().manual_seed(seed),
-        progress=progress,
-    )
-    return to_bytes(images)
 
 
 class Sampler:

@@ -33,6 +33,7 @@ from train_kit import (
 from glide_ds.config import load_config
 from glide_ds.data.clip_store import Encoder, StoreNote, store_path, write_store
 from glide_ds.data.tars.shards import open_shards
+from glide_ds.diffusion.losses import QUARTILES
 from glide_ds.errors import ConfigError, DataError, GlideError, WeightsError
 from glide_ds.model import GlideConfig, create_model
 from glide_ds.model.dual_attention import DualAttention
@@ -43,7 +44,7 @@ from glide_ds.training import samples
 from glide_ds.training.checkpoint.commit import committed
 from glide_ds.training.logging import JsonLines, RunLog
 from glide_ds.training.loop import train
-from glide_ds.training.objective import QUARTILES, Objective
+from glide_ds.training.objective import Objective
 from glide_ds.training.run import check_pipeline, main
 
 pytestmark = pytest.mark.usefixtures("group")

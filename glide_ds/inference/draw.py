@@ -1,0 +1,82 @@
+"""Captions to pictures, and pictures to a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from glide_ds.diffusion import create_diffusion, sample
+from glide_ds.diffusion.pixels import to_bytes
+from glide_ds.tokenizer import encode
+
+
+def draw(
+    model: Any,
+    captions: list[str],
+    *,
+    schedule: str,
+    clip_embedding: Tensor | None = None,
+    guidance: float = 3.0,
+    steps: int | str = 100,
+    sampler: str = "ddpm",
+    seed: int = 0,
+    noise_scale: float = 1.0,
+    low_res: Tensor | None = None,
+    progress: Any = None,
+) -> Tensor:
+    """Draw uint8 [B, S, S, 3] for captions; the same seed gives the same pictures on any device.
+
+    `steps` is a respacing: a number, or a name such as fast27.
+    clip_embedding [B, D] conditions on CLIP; low_res [B, 3, S/4, S/4] is what an upsampler enlarges.
+    """
+    device = next(model.parameters()).device
+    tokens, mask = encode(captions, model.config.text_ctx)
+    images = sample(
+        model,
+        create_diffusion(schedule, respacing=str(steps)),
+        tokens=tokens.to(device),
+        mask=mask.to(device),
+        clip_embedding=clip_embedding,
+        guidance=guidance,
+        sampler=sampler,
+        noise_scale=noise_scale,
+        low_res=low_res,
+        generator=torch.Generator().manual_seed(seed),
+        progress=progress,
+    )
+    return to_bytes(images)
+
+
+def grid(images: Tensor, captions: Sequence[str], columns: int = 8) -> Image.Image:
+    """Pictures (uint8 [N, S, S, 3]) side by side, each over its caption; small ones are enlarged."""
+    count, side = images.shape[0], images.shape[1]
+    columns = min(columns, count)
+    shown = side * max(1, round(128 / side))
+    font = ImageFont.load_default(10)
+    wrapped = [_wrap(caption, font, shown - 4) for caption in captions]
+    text_height = 12 * max(text.count("\n") + 1 for text in wrapped) + 6
+    rows = -(-count // columns)
+    sheet = Image.new("RGB", (columns * (shown + 4), rows * (shown + text_height)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (pixels, text) in enumerate(zip(images.cpu().numpy(), wrapped, strict=True)):
+        x, y = i % columns * (shown + 4), i // columns * (shown + text_height)
+        sheet.paste(Image.fromarray(pixels).resize((shown, shown), Image.Resampling.NEAREST), (x, y))
+        draw.multiline_text((x + 2, y + shown + 1), text, fill="black", font=font, spacing=2)
+    return sheet
+
+
+def _wrap(text: str, font: Any, width: int, lines: int = 3) -> str:
+    wrapped = [""]
+    for word in text.split():
+        longer = f"{wrapped[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not wrapped[-1]:
+            wrapped[-1] = longer
+        else:
+            wrapped.append(word)
+    if len(wrapped) > lines:
+        wrapped = [*wrapped[: lines - 1], wrapped[lines - 1] + " …"]
+    return "\n".join(wrapped)
