@@ -101,7 +101,8 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     args = parser.parse_args()
-    from glide_ds.training.faults.ranks import read_environment, start_process_group
+    from glide_ds.environment import read_environment
+    from glide_ds.training.zero.group import start_process_group
 
     read_environment()
     start_process_group(600)

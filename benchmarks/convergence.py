@@ -29,12 +29,13 @@ from glide_ds.config import Config, load_config
 from glide_ds.data import shapes
 from glide_ds.diffusion import create_diffusion
 from glide_ds.diffusion.pixels import to_signed
+from glide_ds.environment import read_environment
 from glide_ds.model.clip import FrozenClip
 from glide_ds.model.glide import Glide
 from glide_ds.tokenizer import encode
-from glide_ds.training.faults.ranks import read_environment, start_process_group
 from glide_ds.training.loop import train
 from glide_ds.training.run import phase_run
+from glide_ds.training.zero.group import start_process_group
 
 TINY = Path(__file__).parents[1] / "ds_configs" / "tiny"
 ARCHITECTURE = {

@@ -125,9 +125,10 @@ def write_config(folder: Path, case: dict[str, Any]) -> Path:
 def measure(case: dict[str, Any]) -> dict[str, Any]:
     """One case, in this process: planned and measured bytes."""
     from glide_ds.config import load_config
-    from glide_ds.training.faults.ranks import read_environment, start_process_group
+    from glide_ds.environment import read_environment
     from glide_ds.training.run import glide_config
     from glide_ds.training.speed.memory import memory_estimate, meta_model
+    from glide_ds.training.zero.group import start_process_group
 
     read_environment()
     device = start_process_group(600)

@@ -86,9 +86,10 @@ def run_rank(case: dict[str, Any], updates: int, folder: Path) -> None:
     """One rank of one case; its figures go to FOLDER/rankN.json."""
     counted = count_collectives()
     from glide_ds.config import load_config
-    from glide_ds.training.faults.ranks import read_environment, start_process_group
+    from glide_ds.environment import read_environment
     from glide_ds.training.objective import Objective
     from glide_ds.training.run import phase_run
+    from glide_ds.training.zero.group import start_process_group
 
     rank, world_size = read_environment()
     device = start_process_group(600)

@@ -43,10 +43,10 @@ from yardstick import PlainLoop
 
 from glide_ds.config import Config, load_config
 from glide_ds.diffusion import create_diffusion
+from glide_ds.environment import read_environment
 from glide_ds.model import create_model
 from glide_ds.model.clip import FrozenClip
 from glide_ds.model.reduced import can_reduce
-from glide_ds.training.faults.ranks import read_environment, start_process_group
 from glide_ds.training.objective import Objective
 from glide_ds.training.phases import parameter_groups
 from glide_ds.training.run import glide_config, open_source
@@ -56,6 +56,7 @@ from glide_ds.training.speed.flops import step_work
 from glide_ds.training.speed.memory import set_recomputation
 from glide_ds.training.speed.peak import matrix_peak
 from glide_ds.training.zero.engine import build_engine, release
+from glide_ds.training.zero.group import start_process_group
 from glide_ds.training.zero.optimizer import AdamW8bit
 
 ROOT = Path(__file__).parents[1]

@@ -67,7 +67,8 @@ def group() -> Any:
     """A process group of this one process over gloo, for everything that is collective; returns the device."""
     import torch.distributed as dist
 
-    from glide_ds.training.faults.ranks import read_environment, start_process_group
+    from glide_ds.environment import read_environment
+    from glide_ds.training.zero.group import start_process_group
 
     before = dict(os.environ)
     read_environment()

@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 
 from glide_ds.config import load_config
+from glide_ds.environment import is_launched, ranks_here, read_environment
 from glide_ds.errors import GlideError
 from glide_ds.preflight.checks import CHECKS, Check, hosts, read_hostfile
 from glide_ds.preflight.site import BlockedError, Fault, Finding, Site, fault_of
-from glide_ds.training.faults.ranks import read_environment, start_process_group
+from glide_ds.training.zero.group import start_process_group
 
 WIDTH = 110
 MARKS = {"ok": "\033[32mok\033[0m  ", "FAIL": "\033[31mFAIL\033[0m", "skip": "skip"}
@@ -61,14 +62,13 @@ def missing_folders(folder: Path) -> list[Path]:
 def open_site(args: argparse.Namespace) -> Site:
     """The run that the arguments describe; under a launcher its ranks are the run's."""
     configs = [config for path in args.ds_config for config in load_config(path, args.config, args.set)]
-    launched = "RANK" in os.environ or ("SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ)
-    rank, ranks = read_environment() if launched else (0, 1)
+    rank, ranks = read_environment() if is_launched() else (0, 1)
     nodes, gpus = args.nodes, args.gpus
     if args.hostfile:
         listed = read_hostfile(args.hostfile)
         nodes, gpus = nodes or len(listed), gpus or min(slots for _, slots in listed)
     if nodes is None and ranks > 1:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "0"))) or gpus or ranks
+        here = ranks_here() or gpus or ranks
         nodes, gpus = max(1, ranks // here), gpus or here
     gpus = gpus or max(1, torch.cuda.device_count())
     terminal = sys.stdout.isatty() and not os.environ.get("NO_COLOR")

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from glide_ds.config import BatchArithmetic, Config, load_config
 from glide_ds.data.loader import Source, build_source
 from glide_ds.diffusion import Diffusion, create_diffusion
+from glide_ds.environment import read_environment
 from glide_ds.errors import CheckpointError, ConfigError, DataError, GlideError
 from glide_ds.model import create_model
 from glide_ds.model.clip import FrozenClip, embedding_dim
@@ -25,7 +26,7 @@ from glide_ds.training.checkpoint.commit import Committed
 from glide_ds.training.checkpoint.saver import PEERS_S, Saver
 from glide_ds.training.checkpoint.start import Start, find_start, folder_of, load_start, record
 from glide_ds.training.faults.failures import explained
-from glide_ds.training.faults.ranks import agreed, read_environment, start_process_group
+from glide_ds.training.faults.ranks import agreed
 from glide_ds.training.faults.stopping import Stop, Stopper, mark_stopped, start_again
 from glide_ds.training.faults.watchdog import SET_UP, Watch, guarded
 from glide_ds.training.logging import RunLog
@@ -43,6 +44,7 @@ from glide_ds.training.validation import Validation
 from glide_ds.training.zero.elastic import load_repartitioned
 from glide_ds.training.zero.ema import Ema
 from glide_ds.training.zero.engine import build_engine, release
+from glide_ds.training.zero.group import start_process_group
 from glide_ds.types import GlideConfig
 
 

@@ -16,14 +16,16 @@ from test_capturing import keeping_places
 from train_kit import IN_BF16, PARITY, make_config, opened, shake, train_phase
 
 from glide_ds.config import CheckpointConfig
+from glide_ds.environment import read_environment
 from glide_ds.errors import DataError, GlideError
 from glide_ds.training.checkpoint.commit import committed, newest_good
 from glide_ds.training.checkpoint.saver import Saver
-from glide_ds.training.faults.ranks import agreed, read_environment, start_process_group
+from glide_ds.training.faults.ranks import agreed
 from glide_ds.training.loop import train
 from glide_ds.training.objective import Losses, Meter
 from glide_ds.training.speed import cuda_graph as capturing
 from glide_ds.training.speed.memory import zeros
+from glide_ds.training.zero.group import start_process_group
 
 
 def main(folder: Path) -> None:

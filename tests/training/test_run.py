@@ -337,7 +337,7 @@ def test_precision_and_recomputing_are_set(tmp_path: Path):
 def test_the_timeout_reaches_the_process_group(monkeypatch: pytest.MonkeyPatch):
     import deepspeed
 
-    from glide_ds.training.faults.ranks import start_process_group
+    from glide_ds.training.zero.group import start_process_group
 
     given: dict[str, Any] = {}
     monkeypatch.setattr(deepspeed, "init_distributed", lambda **options: given.update(options))
@@ -649,7 +649,7 @@ def test_nothing_but_bad_samples_is_an_error(tmp_path: Path, start: Callable[...
 
 
 def test_ranks_are_read_from_any_launcher(monkeypatch: pytest.MonkeyPatch):
-    from glide_ds.training.faults.ranks import read_environment
+    from glide_ds.environment import read_environment
 
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID")
     for name in names:

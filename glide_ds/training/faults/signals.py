@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from glide_ds.environment import is_first
+
 REPEAT_S = 2.0
 PR_SET_PDEATHSIG = 1
 LAUNCHED = {"deepspeed": "CROSS_RANK", "torchrun": "TORCHELASTIC_RUN_ID"}  # variables that they give to ranks
@@ -98,7 +100,7 @@ def _caught(number: int, frame: object) -> None:
 
 
 def _say(text: str) -> None:
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+    if is_first():
         print(f"glide_ds: {text}", file=sys.stderr, flush=True)
 
 

@@ -18,11 +18,11 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from glide_ds.config import BatchArithmetic, Config
-from glide_ds.training.faults.ranks import limit_waiting
 from glide_ds.training.speed.compiling import spare_compiler
 from glide_ds.training.speed.memory import weight_bytes
 from glide_ds.training.zero.clipping import RoleClipping
 from glide_ds.training.zero.elastic import own_part
+from glide_ds.training.zero.group import limit_waiting
 from glide_ds.training.zero.optimizer import AdamW, AdamW8bit
 
 ZERO_ATTRIBUTES = (

@@ -1,0 +1,68 @@
+"""The process group: from a launched process to an initialised rank on its device."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from glide_ds.environment import ranks_here
+from glide_ds.errors import LostError
+
+
+def _import_muon() -> None:
+    """Import what DeepSpeed looks up to tell whether an optimizer is Muon, without compiling Muon: 4 s."""
+    from deepspeed.runtime import compiler
+
+    compiled, compiler.compile = compiler.compile, lambda *_, **__: lambda function: function
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = compiled
+
+
+def start_process_group(timeout_s: float) -> torch.device:
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and return this rank's device."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns of what the opening block says
+    import deepspeed
+
+    # Saves DeepSpeed's JIT build of a shared-memory extension: 22-49 s, and a failure without g++.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_muon()
+    local = int(os.environ["LOCAL_RANK"])
+    if on_gpu:
+        torch.cuda.set_device(local)
+    if "OMP_NUM_THREADS" not in os.environ:
+        # The deepspeed launcher leaves it unset, and every rank would then use every core.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (ranks_here() or 1)))
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if on_gpu else "gloo",
+            timeout=datetime.timedelta(seconds=timeout_s),
+            verbose=False,
+        )
+    except dist.DistError as error:
+        raise LostError(
+            f"the {os.environ['WORLD_SIZE']} ranks did not all meet at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']} within run.timeout_s={timeout_s:g} ({str(error).splitlines()[0]}); look for "
+            "a rank that ended before, then start the same command again"
+        ) from error
+    return torch.device("cuda", local) if on_gpu else torch.device("cpu")
+
+
+def limit_waiting(timeout_s: float) -> None:
+    """Give every process group the run's timeout: those that DeepSpeed makes for itself wait for torch's 30 minutes.
+
+    Measured over gloo with the link between two nodes cut: without it a run with run.timeout_s = 20 hung on.
+    """
+    c10d: Any = dist.distributed_c10d
+    set_timeout = getattr(c10d, "set_timeout", None) or c10d._set_pg_timeout  # its name before torch 2.15
+    for group in list(c10d._world.pg_map):
+        set_timeout(datetime.timedelta(seconds=timeout_s), group)
