@@ -13,6 +13,10 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from glide_ds import __version__
+from glide_ds.environment import is_first
+from glide_ds.errors import EXIT_LOST, GlideError
+
+LOCAL_RANK = "--local_rank="  # which the deepspeed launcher puts before all others; LOCAL_RANK says it too
 
 
 class Command(NamedTuple):
@@ -22,6 +26,7 @@ class Command(NamedTuple):
     module: str
     summary: str
     example: str
+    together: bool = False  # launched on several ranks: all raise the same error, and one of them says it
 
 
 COMMANDS = (
@@ -30,6 +35,7 @@ COMMANDS = (
         "glide_ds.commands.train",
         "train one phase or a pipeline of phases; the launchers start launch/train.py",
         "glide-ds train --ds_config ds_configs/tiny/phase1.json --dry_run",
+        together=True,
     ),
     Command(
         ("prepare", "shapes"),
@@ -60,6 +66,7 @@ COMMANDS = (
         "glide_ds.preflight",
         "find the mistake before the GPU hours: files, hosts, memory, disk, network, one real step",
         "glide-ds preflight --ds_config ds_configs/tiny/phase1.json",
+        together=True,
     ),
     Command(
         ("plan",),
@@ -90,16 +97,15 @@ GROUPS = {"prepare": "make shards and what goes with them"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line (default: this process's); the exit code is 2 for a mistake a person can mend."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Run a command line (default: this process's). The exit code is 0, or what the error stands for (errors.py)."""
+    arguments = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith(LOCAL_RANK)]
     args = build_parser(arguments).parse_args(arguments)
-    # Here and not above: types imports torch, which takes seconds that --help must not cost.
-    from glide_ds.errors import GlideError
-
     try:
         return args._handler(args) or 0
     except GlideError as error:
-        print(f"glide-ds: error: {error}", file=sys.stderr)
+        # A rank that is left alone with its error says so itself.
+        if is_first() or not args._together or error.exit_code == EXIT_LOST:
+            print(f"glide-ds: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         print("glide-ds: interrupted", file=sys.stderr)
@@ -120,7 +126,8 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         if tuple(arguments[: len(command.words)]) == command.words:
             module = import_module(command.module)
             module.add_arguments(subparser)
-            subparser.set_defaults(_handler=module.run)  # no argument is named so
+            # No argument is named so.
+            subparser.set_defaults(_handler=module.run, _together=command.together)
     return parser
 
 
@@ -138,7 +145,3 @@ def _add(menu: Any, name: str, summary: str, examples: Sequence[str]) -> argpars
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -44,7 +44,7 @@ preflight() {
   if [ "$GLIDE_PREFLIGHT" != 1 ] || [ "${SLURM_RESTART_COUNT:-0}" != 0 ]; then return; fi
   say "preflight"
   local code=0
-  (on_each_rank "${container[@]}" python -m glide_ds.preflight "$@" \
+  (on_each_rank "${container[@]}" python -m glide_ds preflight "$@" \
     --nodes="${#hosts[@]}" --gpus="$per_node" --hostfile="$folder/hostfile") || code=$?
   case $code in
     0) ;;

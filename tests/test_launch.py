@@ -69,7 +69,9 @@ def test_a_mistake_ends_the_command_with_one_message_and_code_2(root: Path):
     done = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert (
-        done.stderr.strip().splitlines()[-1].startswith("ConfigError: --set trian.steps=2: unknown key 'trian'")
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith("glide-ds: error: --set trian.steps=2: unknown key 'trian'")
     )
     assert "Traceback" not in done.stderr
     assert done.stdout.startswith("glide_ds: reading ds_configs/tiny/phase3.json")

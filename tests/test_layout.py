@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 LAYERS = (
-    {"errors", "files", "progress", "types"},
+    {"environment", "errors", "files", "progress", "types"},
     {"config", "tokenizer"},
     {"data", "model"},
     {"diffusion"},
@@ -17,11 +17,13 @@ LAYERS = (
     {"training"},
     {"commands", "prepare", "export", "sample", "evaluate", "preflight", "plan"},
     {"cli"},
+    {"__main__"},
 )
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 # Within a layer only these (importer, imported): errors and contracts; captions become tokens; what export
 # writes sample loads, and what sample draws evaluate judges.
 SIBLINGS = {
+    ("environment", "errors"),
     ("types", "errors"),
     ("files", "errors"),
     ("sample", "export"),

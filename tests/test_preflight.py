@@ -335,8 +335,8 @@ if rank == 1:
     time.time = lambda: real() + 60
 else:
     sys.argv.pop(1)
-from glide_ds.preflight.__main__ import main
-sys.exit(main())
+from glide_ds.cli import main
+sys.exit(main(["preflight", *sys.argv[1:]]))
 """
 
 

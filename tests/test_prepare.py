@@ -84,7 +84,7 @@ def test_killed_at_any_instant_it_ends_byte_identical(root: Path, tmp_path: Path
 def test_torchrun_gives_each_rank_its_share(root: Path, tmp_path: Path) -> None:
     write_shards(tmp_path / "s", 10, per_shard=2, size=16)
     command = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "glide_ds.cli", "prepare", "clip", str(tmp_path / "s"), "--model", "builtin:tiny"]
+    command += ["-m", "glide_ds", "prepare", "clip", str(tmp_path / "s"), "--model", "builtin:tiny"]
     done = subprocess.run(
         [*command, "--out", str(tmp_path / "c")], cwd=root, capture_output=True, text=True, timeout=300
     )

@@ -1,7 +1,7 @@
 """`glide-ds prepare clip`: CLIP embeddings of whole shards, over every process it is launched with.
 
     glide-ds prepare clip SHARDS --out clip/
-    torchrun --nproc_per_node 8 -m glide_ds.cli prepare clip SHARDS --out clip/
+    torchrun --nproc_per_node 8 -m glide_ds prepare clip SHARDS --out clip/
 
 Process r of R takes shards r, r + R, …; no process waits for another. A shard whose embeddings are there is
 skipped, so the same command again, on any number of processes, resumes.

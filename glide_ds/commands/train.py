@@ -1,9 +1,10 @@
-"""The arguments of training, for launch/train.py and `glide-ds train`."""
+"""`glide-ds train`, which launch/train.py is too."""
 
 from __future__ import annotations
 
 import argparse
 
+from glide_ds.environment import is_first
 from glide_ds.training.faults.signals import SIGNALS
 
 
@@ -30,12 +31,13 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     parser.add_argument("--dry_run", action="store_true", help="say what would happen, and end")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
 
 
 def run(args: argparse.Namespace) -> None:
     if not args.dry_run:
         SIGNALS.install()
+    if is_first():
+        print(f"glide_ds: reading {', '.join(args.ds_config)}", flush=True)
     from glide_ds.training.run import main  # torch and DeepSpeed take seconds to import
 
     main(args.ds_config, args.config, args.set, args.dry_run)

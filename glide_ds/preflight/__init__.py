@@ -1,16 +1,16 @@
 """`glide-ds preflight`: find the mistake before the GPU hours.
 
 Alone it checks files, hosts and arithmetic and takes one real step; launched over ranks, by any launcher that
-starts training (`deepspeed --module glide_ds.preflight …`), it checks the network between them too.
+starts training (`deepspeed --module glide_ds preflight …`), it checks the network between them too.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from glide_ds.commands.train import add_config_arguments
+from glide_ds.environment import is_first
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,12 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hostfile", type=Path, metavar="FILE", help="DeepSpeed's: whether its hosts resolve")
     parser.add_argument("--samples", type=int, default=64, help="pictures to decode")
     parser.add_argument("--no_step", action="store_true", help="leave out the real training step")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
 
 
 def run(args: argparse.Namespace) -> int:
     """Run every check; 0 where all pass, 1 where one fails. Raises GlideError for an unreadable config."""
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+    if is_first():
         print(f"glide_ds: preflight of {', '.join(args.ds_config)}", flush=True)
     from glide_ds.preflight.runner import main  # torch and DeepSpeed take seconds to import
 
