@@ -27,7 +27,7 @@ from train_kit import make_config, opened
 from glide_ds.config import CheckpointConfig
 from glide_ds.training.checkpoint.saver import Saver
 from glide_ds.training.loop import save
-from glide_ds.training.run import PhaseRun
+from glide_ds.training.setup import PhaseRun
 
 WIDE = {"model_channels": 96, "channel_mult": [1, 2, 3, 4], "num_res_blocks": 3, "attention_ds": [2, 4, 8]}
 SIZES: dict[str, dict[str, Any]] = {

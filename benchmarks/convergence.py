@@ -34,7 +34,7 @@ from glide_ds.model.clip import FrozenClip
 from glide_ds.model.glide import Glide
 from glide_ds.tokenizer import encode
 from glide_ds.training.loop import train
-from glide_ds.training.run import phase_run
+from glide_ds.training.setup import phase_run
 from glide_ds.training.zero.group import start_process_group
 
 TINY = Path(__file__).parents[1] / "ds_configs" / "tiny"

@@ -126,7 +126,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     """One case, in this process: planned and measured bytes."""
     from glide_ds.config import load_config
     from glide_ds.environment import read_environment
-    from glide_ds.training.run import glide_config
+    from glide_ds.training.setup import glide_config
     from glide_ds.training.speed.memory import memory_estimate, meta_model
     from glide_ds.training.zero.group import start_process_group
 
@@ -151,7 +151,7 @@ def steps(config: Any, device: Any) -> int:
     import gc
 
     from glide_ds.training.objective import Objective
-    from glide_ds.training.run import phase_run
+    from glide_ds.training.setup import phase_run
 
     gc.collect()
     if device.type == "cuda":

@@ -88,7 +88,7 @@ def run_rank(case: dict[str, Any], updates: int, folder: Path) -> None:
     from glide_ds.config import load_config
     from glide_ds.environment import read_environment
     from glide_ds.training.objective import Objective
-    from glide_ds.training.run import phase_run
+    from glide_ds.training.setup import phase_run
     from glide_ds.training.zero.group import start_process_group
 
     rank, world_size = read_environment()

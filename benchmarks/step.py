@@ -49,7 +49,7 @@ from glide_ds.model.clip import FrozenClip
 from glide_ds.model.reduced import can_reduce
 from glide_ds.training.objective import Objective
 from glide_ds.training.phases import parameter_groups
-from glide_ds.training.run import glide_config, open_source
+from glide_ds.training.setup import glide_config, open_source
 from glide_ds.training.speed.compiling import set_compilation
 from glide_ds.training.speed.cuda_graph import capture
 from glide_ds.training.speed.flops import step_work

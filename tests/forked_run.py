@@ -20,10 +20,11 @@ import imported  # noqa: F401
 from train_kit import document
 
 from glide_ds.training import run as product
+from glide_ds.training import setup
 from glide_ds.training.checkpoint.commit import LAST, Committed, committed
 from glide_ds.training.phases import PHASES
 
-product.PEERS_S = 5.0  # a rank that lost its peer in a save would wait half a minute
+setup.PEERS_S = 5.0  # a rank that lost its peer in a save would wait half a minute
 
 
 class ForkedRun:

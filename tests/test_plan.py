@@ -16,7 +16,7 @@ from glide_ds.config import load_config
 from glide_ds.errors import ConfigError
 from glide_ds.model.glide import RECOMPUTED
 from glide_ds.model.unet import AttentionBlock
-from glide_ds.training.run import glide_config
+from glide_ds.training.setup import glide_config
 from glide_ds.training.speed.flops import count_work, step_work
 from glide_ds.training.speed.memory import meta_model
 

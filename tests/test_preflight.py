@@ -25,7 +25,7 @@ from glide_ds.preflight.checks import CHECKS, read_hostfile
 from glide_ds.preflight.ranks import judge_clocks, judge_pairs
 from glide_ds.preflight.runner import describe, look, merge
 from glide_ds.preflight.site import Fault, Finding, Site, fault_of
-from glide_ds.training.run import glide_config
+from glide_ds.training.setup import glide_config
 
 BY_NAME = {check.name: check for check in CHECKS}
 TOGETHER = ("shared", "clocks", "network", "step")  # need a process group

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from glide_ds.config import Config, load_config
 from glide_ds.training.loop import train
-from glide_ds.training.run import PhaseRun, phase_run
+from glide_ds.training.setup import PhaseRun, phase_run
 from glide_ds.types import Batch
 
 ARCHITECTURE = {
@@ -121,7 +121,7 @@ def opened(config: Config, prepare: Callable[[torch.nn.Module], None] | None = N
     Patches nothing: the model is handed over as the one of the phase before, as in a pipeline.
     """
     from glide_ds.model import create_model
-    from glide_ds.training.run import glide_config
+    from glide_ds.training.setup import glide_config
 
     torch.manual_seed(0)
     model = create_model(glide_config(config))
@@ -192,7 +192,7 @@ def rewound(folder: Path, other: Path, step: int) -> Path:
 
 def batch_ids(config: Config, number: int) -> list[int]:
     """The samples of that global batch."""
-    from glide_ds.training.run import open_source
+    from glide_ds.training.setup import open_source
 
     source = open_source(config, config.batch_arithmetic(1), 0)
     return list(next(source.batches(number)).sample_ids.tolist())

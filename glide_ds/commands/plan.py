@@ -21,7 +21,8 @@ from glide_ds.config import BatchArithmetic, Config, load_config
 from glide_ds.errors import ConfigError, GlideError
 from glide_ds.model.glide import RECOMPUTED, Glide
 from glide_ds.training.preview import describe_batch
-from glide_ds.training.run import check_pipeline, glide_config, open_source
+from glide_ds.training.run import check_pipeline
+from glide_ds.training.setup import glide_config, open_source
 from glide_ds.training.speed.flops import count_work
 from glide_ds.training.speed.memory import (
     Activations,

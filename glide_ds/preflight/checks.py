@@ -36,7 +36,8 @@ from glide_ds.training.checkpoint.commit import MANIFEST, committed, unreadable,
 from glide_ds.training.checkpoint.start import find_start, folder_of, load_start
 from glide_ds.training.faults.stopping import STOP_FILE
 from glide_ds.training.preview import describe_batch
-from glide_ds.training.run import check_pipeline, glide_config
+from glide_ds.training.run import check_pipeline
+from glide_ds.training.setup import glide_config
 from glide_ds.training.speed.memory import (
     checkpoint_bytes,
     checkpoints_kept,

@@ -20,7 +20,7 @@ from glide_ds.errors import GlideError
 from glide_ds.preflight.site import Fault, Finding, Site
 from glide_ds.training.checkpoint.start import find_start
 from glide_ds.training.loop import train
-from glide_ds.training.run import phase_run
+from glide_ds.training.setup import phase_run
 from glide_ds.training.speed.memory import gib
 
 

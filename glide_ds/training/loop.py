@@ -15,7 +15,7 @@ from glide_ds.training.phases import gate_offset, gates
 from glide_ds.training.samples import Sampler
 
 if TYPE_CHECKING:
-    from glide_ds.training.run import PhaseRun
+    from glide_ds.training.setup import PhaseRun
 
 
 def train(run: PhaseRun) -> None:

@@ -15,7 +15,7 @@ from glide_ds.diffusion.pixels import to_signed
 from glide_ds.inference.draw import draw
 
 if TYPE_CHECKING:
-    from glide_ds.training.run import PhaseRun
+    from glide_ds.training.setup import PhaseRun
 
 
 class Sampler:

@@ -32,7 +32,7 @@ from glide_ds.training.zero.engine import cut_rates
 from glide_ds.types import Batch
 
 if TYPE_CHECKING:
-    from glide_ds.training.run import PhaseRun
+    from glide_ds.training.setup import PhaseRun
 
 ROLLBACK_FILE = "rollback.json"
 REPORT_FILE = "stopped-report.json"

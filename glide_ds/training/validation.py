@@ -27,7 +27,7 @@ from glide_ds.training.logging import finite
 from glide_ds.types import Batch
 
 if TYPE_CHECKING:
-    from glide_ds.training.run import PhaseRun
+    from glide_ds.training.setup import PhaseRun
 
 
 class Validation:

@@ -14,7 +14,7 @@ from glide_ds.config import Config
 from glide_ds.model import create_model
 from glide_ds.training.checkpoint.commit import committed
 from glide_ds.training.loop import train
-from glide_ds.training.run import PhaseRun, glide_config
+from glide_ds.training.setup import PhaseRun, glide_config
 from glide_ds.training.zero.elastic import weights
 
 pytestmark = pytest.mark.usefixtures("group")

@@ -17,7 +17,7 @@ from glide_ds.commands.export import export
 from glide_ds.model import create_model
 from glide_ds.training.checkpoint.commit import Committed, committed
 from glide_ds.training.phases import PHASES
-from glide_ds.training.run import glide_config
+from glide_ds.training.setup import glide_config
 from glide_ds.training.zero.elastic import own_part
 
 SCRIPT = Path(__file__).parents[1] / "elastic_runs.py"

@@ -13,7 +13,7 @@ from glide_ds.config import Config, EmaConfig
 from glide_ds.training import samples
 from glide_ds.training.checkpoint.commit import committed
 from glide_ds.training.loop import train
-from glide_ds.training.run import PhaseRun, glide_config
+from glide_ds.training.setup import PhaseRun, glide_config
 from glide_ds.training.speed.memory import memory_estimate, meta_model
 from glide_ds.training.zero.ema import decay_at, has_average, read_files
 

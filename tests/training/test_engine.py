@@ -22,7 +22,7 @@ from glide_ds.model.glide import Glide
 from glide_ds.training.loop import train
 from glide_ds.training.objective import Losses, Objective
 from glide_ds.training.phases import parameter_groups, role_of
-from glide_ds.training.run import PhaseRun, phase_run
+from glide_ds.training.setup import PhaseRun, phase_run
 from glide_ds.training.zero.engine import ZERO_ATTRIBUTES, lr_ratio
 
 pytestmark = pytest.mark.usefixtures("group")

@@ -14,7 +14,7 @@ from glide_ds.model import create_model
 from glide_ds.model.glide import RECOMPUTED, Glide
 from glide_ds.training import preview
 from glide_ds.training.phases import parameter_groups
-from glide_ds.training.run import glide_config
+from glide_ds.training.setup import glide_config
 from glide_ds.training.speed import memory
 
 pytestmark = pytest.mark.slow  # a model on the meta device imports half of torch: seconds of CPU

@@ -39,8 +39,7 @@ from glide_ds.model import GlideConfig, create_model
 from glide_ds.model.dual_attention import DualAttention
 from glide_ds.model.tensor_files import write_state
 from glide_ds.model.unet import ResBlock
-from glide_ds.training import run as run_module
-from glide_ds.training import samples
+from glide_ds.training import samples, setup
 from glide_ds.training.checkpoint.commit import committed
 from glide_ds.training.logging import JsonLines, RunLog
 from glide_ds.training.loop import train
@@ -317,10 +316,10 @@ def test_weights_of_a_file_are_what_training_starts_from(tmp_path: Path, capsys:
 
 
 def test_the_adapter_has_the_width_of_the_encoder(tmp_path: Path):
-    assert run_module.glide_config(make_config(tmp_path, "full")).clip_dim == 64
-    assert run_module.glide_config(make_config(tmp_path, "base")).clip_dim is None
+    assert setup.glide_config(make_config(tmp_path, "full")).clip_dim == 64
+    assert setup.glide_config(make_config(tmp_path, "base")).clip_dim is None
     for name, dim in (("ViT-B/32", 512), ("ViT-L/14", 768)):
-        assert run_module.glide_config(make_config(tmp_path, clip={"model": name})).clip_dim == dim
+        assert setup.glide_config(make_config(tmp_path, clip={"model": name})).clip_dim == dim
 
 
 def test_precision_and_recomputing_are_set(tmp_path: Path):
@@ -690,7 +689,7 @@ def what_is_read(folder: Path, shards: str, batches: int = 2, **options: Any) ->
     """Everything of the first batches that data options decide, or the error that they end in."""
     config = make_config(folder, "base", data={"shards": shards, **options})
     try:
-        source = run_module.open_source(config, config.batch_arithmetic(1), 0)
+        source = setup.open_source(config, config.batch_arithmetic(1), 0)
         stream = source.batches(0)
         read = [next(stream) for _ in range(batches)]
     except DataError as error:

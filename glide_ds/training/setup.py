@@ -1,0 +1,234 @@
+"""One phase made ready to train: everything it works with, and nothing of it left afterwards."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from glide_ds.config import BatchArithmetic, Config
+from glide_ds.data.loader import Source, build_source
+from glide_ds.diffusion import Diffusion, create_diffusion
+from glide_ds.errors import CheckpointError, ConfigError, DataError, GlideError
+from glide_ds.model import create_model
+from glide_ds.model.clip import FrozenClip, embedding_dim
+from glide_ds.model.glide import Glide
+from glide_ds.model.reduced import can_reduce
+from glide_ds.training import preview
+from glide_ds.training.checkpoint.commit import Committed
+from glide_ds.training.checkpoint.saver import PEERS_S, Saver
+from glide_ds.training.checkpoint.start import Start, find_start, folder_of, load_start, record
+from glide_ds.training.faults.ranks import agreed
+from glide_ds.training.faults.stopping import Stopper
+from glide_ds.training.faults.watchdog import SET_UP, Watch
+from glide_ds.training.logging import RunLog
+from glide_ds.training.objective import phase_seed
+from glide_ds.training.phases import parameter_groups
+from glide_ds.training.speed.compiling import set_compilation
+from glide_ds.training.speed.cuda_graph import capture, forget
+from glide_ds.training.speed.flops import step_work
+from glide_ds.training.speed.memory import set_recomputation, weight_bytes
+from glide_ds.training.speed.peak import matrix_peak
+from glide_ds.training.speed.traffic import Traffic
+from glide_ds.training.stability import Guard
+from glide_ds.training.validation import Validation
+from glide_ds.training.zero.elastic import load_repartitioned
+from glide_ds.training.zero.ema import Ema
+from glide_ds.training.zero.engine import build_engine, release
+from glide_ds.types import GlideConfig
+
+
+@dataclass
+class PhaseRun:
+    """One phase, set up: what the training loop works with."""
+
+    config: Config
+    arithmetic: BatchArithmetic
+    device: torch.device
+    model: Glide
+    engine: Any
+    diffusion: Diffusion
+    clip: FrozenClip | None
+    source: Source
+    start: Start
+    log: RunLog
+    watch: Watch
+    stopper: Stopper
+    guard: Guard
+    validation: Validation
+    saver: Saver
+    ema: Ema | None
+    traffic: Traffic
+    peak_images_per_s: (
+        float  # of one rank, if all its time went to products at this machine's rate; 0: not rank 0
+    )
+
+
+@contextmanager
+def phase_run(
+    config: Config, device: torch.device, model: Glide | None = None, watch: Watch | None = None
+) -> Iterator[PhaseRun]:
+    """One phase ready to train, resumed where it was left; on exit nothing of its engine remains."""
+    rank, train_config = dist.get_rank(), config.train
+    arithmetic = config.batch_arithmetic(dist.get_world_size())
+    agreed(lambda: check_writable(folder_of(config, train_config.phase)))
+    start = find_start(config, verify=True)
+    glide = agreed(lambda: glide_config(config))
+    source = agreed(lambda: open_source(config, arithmetic, rank))
+    if rank == 0:
+        print(preview.block(config, arithmetic, start, glide, source.facts()), flush=True)
+    clip = agreed(lambda: _frozen_clip(config, device))
+    torch.manual_seed(train_config.seed)
+    if model is None or model.config != glide:
+        model = create_model(glide)
+    model = model.float().to(device)
+    told = agreed(lambda: load_start(model, config, start))
+    set_ways(model, config, arithmetic, device)
+    engine = build_engine(model, parameter_groups(model, config), config, arithmetic)
+    try:
+        agreed(lambda: set_compilation(model, config, arithmetic.micro_batch, device))
+        if start.resumed:
+            resumed = start.resumed
+            agreed(lambda: _check_data(resumed, source))
+            load_engine(engine, resumed)
+        agreed(lambda: capture(model, config, arithmetic, device))
+        if rank == 0:
+            record(config, start)
+        log = RunLog(config, rank, start.step)
+        ema = Ema(engine, config.ema) if config.ema.decay else None
+        if ema and start.resumed and not ema.load(start.resumed):
+            told.append(
+                f"ema.decay is set and {start.resumed.path} holds no average: it starts at these weights"
+            )
+        for line in told:
+            log.line(line)
+        folder = folder_of(config, train_config.phase)
+        saver = Saver(engine, folder, config.checkpoint, config.run.timeout_s, log.line)
+        guard = Guard(config, engine, start, log, device)
+        diffusion = create_diffusion(config.model.noise_schedule)
+        validation = Validation(config, start, diffusion, clip)
+        peak = peak_rate(glide, config, device) if rank == 0 else 0.0
+        watch, stopper = watch or Watch(), Stopper(config.run, train_config.phase)
+        traffic = Traffic(device, watch).open()
+        try:
+            yield PhaseRun(
+                config=config,
+                arithmetic=arithmetic,
+                device=device,
+                model=model,
+                engine=engine,
+                diffusion=diffusion,
+                clip=clip,
+                source=source,
+                start=start,
+                log=log,
+                watch=watch,
+                stopper=stopper,
+                guard=guard,
+                validation=validation,
+                saver=saver,
+                ema=ema,
+                traffic=traffic,
+                peak_images_per_s=peak,
+            )
+        except GlideError:
+            saver.wait()  # raised by all ranks: all will write their part
+            raise
+        finally:
+            traffic.close()
+            saver.wait(PEERS_S)  # whatever ends the phase, the state that was copied shall be committed
+        stopper.close(train_config.steps)
+        watch.at(SET_UP, 0)
+        guard.close()
+        log.close()
+    finally:
+        forget(model)
+        release(engine)
+
+
+def set_ways(model: Glide, config: Config, arithmetic: BatchArithmetic, device: torch.device) -> None:
+    """How the same numbers are computed: what twice, and in which precision products are taken."""
+    set_recomputation(model, config, arithmetic)
+    tf32 = config.train.tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    model.reduce_products(tf32 and can_reduce(device))
+    # Shapes never change: the fastest algorithm for each is worth a search.
+    torch.backends.cudnn.benchmark = True
+
+
+def peak_rate(glide: GlideConfig, config: Config, device: torch.device) -> float:
+    """Images per second of a rank whose training steps ran at the rate of a matrix product in their precision."""
+    dtype = torch.bfloat16 if weight_bytes(config) == 2 else torch.float32
+    return matrix_peak(device, dtype) / step_work(glide, config)
+
+
+def load_engine(engine: Any, checkpoint: Committed) -> None:
+    """Put the engine into the checkpoint's state: parameters, optimizer, learning rate, counters."""
+    if checkpoint.world_size != dist.get_world_size():
+        load_repartitioned(engine, checkpoint)
+        return
+    path, _ = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
+    if path is None:
+        raise CheckpointError(f"DeepSpeed found nothing to load in {checkpoint.path}; remove that folder")
+
+
+def glide_config(config: Config) -> GlideConfig:
+    """The architecture to build: the configured one, with the CLIP width of the configured encoder."""
+    clip_dim = embedding_dim(config.clip.model, config.clip.weights) if config.uses_clip else None
+    return replace(config.model.architecture, clip_dim=clip_dim)
+
+
+def open_source(config: Config, arithmetic: BatchArithmetic, rank: int) -> Source:
+    """This rank's micro-batches. Every phase sees the data in an order of its own."""
+    architecture = config.model.architecture
+    return build_source(
+        config.data,
+        image_size=architecture.image_size,
+        context_length=architecture.text_ctx,
+        global_batch=arithmetic.global_batch,
+        micro_batch=arithmetic.micro_batch,
+        rank=rank,
+        world_size=arithmetic.world_size,
+        seed=phase_seed(config),
+        low_res=architecture.upsamples,
+        clip=config.clip if config.uses_clip else None,
+    )
+
+
+def _frozen_clip(config: Config, device: torch.device) -> FrozenClip | None:
+    if not config.uses_clip:
+        return None
+    # Sample grids are drawn from captions, so the text tower is needed in any case.
+    towers = "both" if config.clip.source == "image" else "text"
+    return FrozenClip(config.clip.model, config.clip.weights, device, source=towers)
+
+
+def _check_data(resumed: Committed, source: Source) -> None:
+    """Refuse to go on with other data than the checkpoint's: its order would not be the same."""
+    before = resumed.manifest["data_fingerprint"]
+    if source.fingerprint != before:
+        raise DataError(
+            f"data.shards hold other samples than when {resumed.path} was written (fingerprint "
+            f"{source.fingerprint}, then {before}): some would be repeated and others missed. Put the shards "
+            "back, or choose another run.dir and start it from an export of this run"
+        )
+
+
+def check_writable(folder: Path) -> None:
+    """Fail now rather than at the first checkpoint."""
+    probe = folder / f".write-test-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir: {folder} can't be written ({error.strerror}), so no checkpoint could be saved; "
+            "choose another run.dir or mend its permissions"
+        ) from error
