@@ -11,8 +11,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -125,34 +124,6 @@ class Progress:
             self.bar.close()
 
 
-class Clock:
-    """Updates, their time and the wait for data since the last reading; saving and drawing don't count."""
-
-    def __init__(self) -> None:
-        self.steps, self.waited, self.since = 0, 0.0, time.monotonic()
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around the wait for the next batch."""
-        started = time.monotonic()
-        yield
-        self.waited += time.monotonic() - started
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Around what is no training."""
-        started = time.monotonic()
-        yield
-        self.since += time.monotonic() - started
-
-    def read(self) -> tuple[int, float, float]:
-        """(updates, seconds, seconds of waiting for data) since the last reading."""
-        now = time.monotonic()
-        read = self.steps, now - self.since, self.waited
-        self.steps, self.waited, self.since = 0, 0.0, now
-        return read
-
-
 def diagnosis(metrics: Mapping[str, Any]) -> str | None:
     """What keeps the device from training, where something does, and what to do about it."""
     waiting, sending = metrics["data_wait_share"], metrics["communication_share"]
@@ -177,20 +148,6 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def merge_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The ranks' accounts of their data (BatchSource.report) as one: counts added, examples joined."""
-    merged: dict[str, Any] = {}
-    for report in reports:
-        for key, value in report.items():
-            if isinstance(value, Mapping):
-                merged[key] = merge_reports([merged.get(key, {}), value])
-            elif isinstance(value, list):
-                merged[key] = [*merged.get(key, []), *value]
-            else:
-                merged[key] = merged.get(key, 0) + value
-    return merged
 
 
 def describe_report(report: Mapping[str, Any]) -> str:

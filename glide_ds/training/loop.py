@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from glide_ds.training.checkpoint.start import lineage
-from glide_ds.training.logging import Clock, merge_reports
-from glide_ds.training.objective import Meter, Objective, hash64, phase_seed
-from glide_ds.training.phases import gate_offset, gates
+from glide_ds.training.metrics import Clock, Meter, data_report, read_metrics
+from glide_ds.training.objective import Objective, hash64, phase_seed
+from glide_ds.training.phases import gate_offset
 from glide_ds.training.samples import Sampler
 
 if TYPE_CHECKING:
@@ -107,57 +107,3 @@ def save(run: PhaseRun, done: int, first_offset: float) -> None:
     report = data_report(run)
     files = run.ema.files() if run.ema else None
     run.saver.save(done, facts, files, then=lambda: run.log.data_report(report))
-
-
-def data_report(run: PhaseRun) -> dict[str, Any]:
-    """What all ranks read, skipped, filtered and replaced since the start of this process. Collective."""
-    reports = [run.source.report()]
-    if dist.get_world_size() > 1:  # training waits, and a gathering of one takes a millisecond
-        own, reports = reports[0], [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(reports, own)
-    return merge_reports(reports)
-
-
-def read_metrics(run: PhaseRun, done: int, meter: Meter, clock: Clock) -> dict[str, Any]:
-    """One line of metrics.jsonl: this update's losses over all ranks, norms, gates, speed. Collective."""
-    groups = run.engine.optimizer.param_groups
-    rates = {group["role"]: group["lr"] for group in groups}
-    norms = {role: float(norm) for role, norm in run.engine.role_clipping.norms.items()}
-    means = meter.read()
-    open_gates = dict(gates(run.model)) if run.clip is not None else {}
-    steps, seconds, waited = clock.read()
-    images_per_s = steps * run.arithmetic.global_batch / seconds
-    per_rank = images_per_s / run.arithmetic.world_size
-    return {
-        "step": done,
-        "phase": run.config.train.phase,
-        "loss": means.pop("loss"),
-        "grad_norm": sum(norm**2 for norm in norms.values()) ** 0.5,
-        "lr": max(rates.values()),
-        "images_per_s": images_per_s,
-        "images_per_s_per_rank": per_rank,
-        "mfu": per_rank / run.peak_images_per_s if run.peak_images_per_s else 0.0,
-        "data_wait_s": waited / steps,
-        "data_wait_share": waited / seconds,
-        "communication_share": run.traffic.read() / seconds,
-        "samples_seen": done * run.arithmetic.global_batch,
-        "gate_mean": sum(open_gates.values()) / len(open_gates) if open_gates else 0.0,
-        "gate_offset": float(run.model.clip_gate_offset) if open_gates else 0.0,
-        **means,
-        **run.guard.metrics(),
-        **run.validation.metrics(),
-        "lr_by_role": rates,
-        "grad_norm_by_role": norms,
-        "gates": open_gates,
-        "saves_failed": run.saver.failures,
-        "memory_gib": _memory(run.device) / 2**30,
-    }
-
-
-def _memory(device: torch.device) -> int:
-    """This rank's peak so far, in bytes: of the GPU, or of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

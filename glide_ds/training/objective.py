@@ -15,7 +15,7 @@ from torch import Tensor
 
 from glide_ds.config import Config
 from glide_ds.diffusion import Diffusion
-from glide_ds.diffusion.losses import QUARTILES, reverse_kl
+from glide_ds.diffusion.losses import reverse_kl
 from glide_ds.diffusion.pixels import to_signed
 from glide_ds.model.clip import FrozenClip
 from glide_ds.training.phases import PHASES
@@ -156,44 +156,3 @@ class Objective:
         if self.config.clip.source == "image":
             return self.clip.encode_image(batch.images)
         return self.clip.encode_text(batch.captions)
-
-
-class Meter:
-    """Sums of one update over its micro-batches, kept on the device until they are read."""
-
-    def __init__(self, timesteps: int, device: Any) -> None:
-        self.timesteps = timesteps
-        self.parts: list[Tensor] = []  # every sample's loss, by micro-batch
-        self.sums = torch.zeros(2 + 2 * QUARTILES + 3, dtype=torch.float64, device=device)
-
-    def add(self, losses: Losses) -> None:
-        """Add one micro-batch; no sync point."""
-        quartile = losses.timesteps * QUARTILES // self.timesteps
-        count = torch.zeros(QUARTILES, dtype=torch.float64, device=self.sums.device)
-        mse = losses.mse.double()
-        self.parts.append(losses.mse)
-        parts = [
-            mse.sum().view(1),
-            torch.full_like(mse[:1], len(mse)),
-            count.index_add(0, quartile, mse),
-            count.index_add(0, quartile, torch.ones_like(mse)),
-            losses.vb.double().sum().view(1),
-            torch.zeros_like(mse[:1]) if losses.kl is None else losses.kl.double().view(1),
-            torch.full_like(mse[:1], float(losses.kl is not None)),
-        ]
-        self.sums += torch.cat(parts)
-
-    def read(self) -> dict[str, Any]:
-        """Means over all ranks. Collective and a sync point: called by all ranks at log steps."""
-        torch.distributed.all_reduce(self.sums)
-        values = self.sums.tolist()
-        mse, count = values[:2]
-        by_quartile, counts = values[2 : 2 + QUARTILES], values[2 + QUARTILES : 2 + 2 * QUARTILES]
-        vb, kl, kl_count = values[2 + 2 * QUARTILES :]
-        read: dict[str, Any] = {"loss": mse / count, "vb": vb / count}
-        read["loss_by_quartile"] = {
-            f"q{i + 1}": total / n for i, (total, n) in enumerate(zip(by_quartile, counts, strict=True)) if n
-        }
-        if kl_count:
-            read["kl"] = kl / kl_count
-        return read

@@ -27,7 +27,7 @@ from glide_ds.training.checkpoint import commit as checkpoint
 from glide_ds.training.checkpoint.commit import write_atomically
 from glide_ds.training.checkpoint.start import Start, folder_of
 from glide_ds.training.logging import JsonLines, RunLog, finite
-from glide_ds.training.objective import Meter
+from glide_ds.training.metrics import Meter
 from glide_ds.training.zero.engine import cut_rates
 from glide_ds.types import Batch
 

@@ -22,7 +22,8 @@ from glide_ds.training.checkpoint.commit import committed, newest_good
 from glide_ds.training.checkpoint.saver import Saver
 from glide_ds.training.faults.ranks import agreed
 from glide_ds.training.loop import train
-from glide_ds.training.objective import Losses, Meter
+from glide_ds.training.metrics import Meter
+from glide_ds.training.objective import Losses
 from glide_ds.training.speed import cuda_graph as capturing
 from glide_ds.training.speed.memory import zeros
 from glide_ds.training.zero.group import start_process_group

@@ -14,7 +14,8 @@ from glide_ds.diffusion import create_diffusion
 from glide_ds.diffusion.losses import reverse_kl
 from glide_ds.diffusion.pixels import to_signed
 from glide_ds.tokenizer import encode
-from glide_ds.training.objective import Losses, Meter, Objective, draw, hash64, phase_seed
+from glide_ds.training.metrics import Meter
+from glide_ds.training.objective import Losses, Objective, draw, hash64, phase_seed
 from glide_ds.types import Batch
 
 B, SIDE, WIDTH = 4, 16, 8
