@@ -1,30 +1,26 @@
-"""The training loop. Setup lives in run.py, what is computed in objective.py, what is shown in logging.py."""
+"""The training loop. Setup lives in setup.py, what is computed in objective.py, what is shown in logging.py."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from glide_ds.training.checkpoint.start import lineage
-from glide_ds.training.metrics import Clock, Meter, data_report, read_metrics
+from glide_ds.training.metrics import Clock, Meter, data_report
 from glide_ds.training.objective import Objective, hash64, phase_seed
 from glide_ds.training.phases import gate_offset
-from glide_ds.training.samples import Sampler
-
-if TYPE_CHECKING:
-    from glide_ds.training.setup import PhaseRun
+from glide_ds.training.setup import PhaseRun
 
 
 def train(run: PhaseRun) -> None:
     """Take the phase from its start to its last step."""
     config, engine, steps = run.config, run.engine, run.config.train.steps
     objective = Objective(config, run.diffusion, engine, run.clip)
-    sampler, clock, watch = Sampler(run), Clock(), run.watch
+    clock, watch = Clock(), run.watch
     first_offset = _first_gate_offset(run)
-    run.validation.begin(run)
+    run.validation.begin()
     batches = run.source.batches(run.start.step + run.guard.data_offset)
     for step in range(run.start.step, steps):
         if run.stopper.agreed(step):
@@ -52,21 +48,21 @@ def train(run: PhaseRun) -> None:
         clock.steps += 1
         done = step + 1
         last = done == steps
-        skipped = run.guard.settle(run, done, seen)
+        skipped = run.guard.settle(done, seen)
         watch.at("log", done)
         run.log.trace_step(done, seen, timesteps)
         with clock.paused():
-            measured = run.validation.after(run, done)
+            measured = run.validation.after(done)
         recorded = done % config.log.every == 0 or last or done == 1 or skipped or measured
         shown = recorded or step == run.start.step  # a resumed run says at once that it goes on
-        run.log.step(done, read_metrics(run, done, meter, clock) if shown else None, recorded)
+        run.log.step(done, run.readings.read(done, meter, clock) if shown else None, recorded)
         if done % config.checkpoint.every == 0 or last or run.validation.degraded:
             with clock.paused():
                 save(run, done, first_offset)
-            run.validation.check(run, done)
+            run.validation.check(done, run.guard.stop)
         if config.log.samples_every and (done % config.log.samples_every == 0 or last):
             with clock.paused():
-                sampler.draw(done)
+                run.sampler.draw(done)
     watch.at("save", run.saver.step)
     run.saver.finish()
 
@@ -104,6 +100,6 @@ def save(run: PhaseRun, done: int, first_offset: float) -> None:
         "stability": run.guard.facts(),
         **run.validation.facts(),
     }
-    report = data_report(run)
+    report = data_report(run.source)
     files = run.ema.files() if run.ema else None
     run.saver.save(done, facts, files, then=lambda: run.log.data_report(report))

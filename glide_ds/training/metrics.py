@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from glide_ds.config import BatchArithmetic
 from glide_ds.diffusion.losses import QUARTILES
+from glide_ds.model.glide import Glide
 from glide_ds.training.objective import Losses
 from glide_ds.training.phases import gates
+from glide_ds.training.speed.traffic import Traffic
+from glide_ds.training.zero.clipping import RoleClipping
+from glide_ds.types import BatchSource
 
-if TYPE_CHECKING:
-    from glide_ds.training.setup import PhaseRun
+# What an update sums up, and in how many numbers: one tensor, so that one all-reduce does.
+SUMS = {
+    "mse": 1,
+    "samples": 1,
+    "mse_by_quartile": QUARTILES,
+    "samples_by_quartile": QUARTILES,
+    "vb": 1,
+    "kl": 1,
+    "kl_terms": 1,
+}
 
 
 class Meter:
@@ -25,39 +39,48 @@ class Meter:
     def __init__(self, timesteps: int, device: Any) -> None:
         self.timesteps = timesteps
         self.parts: list[Tensor] = []  # every sample's loss, by micro-batch
-        self.sums = torch.zeros(2 + 2 * QUARTILES + 3, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(sum(SUMS.values()), dtype=torch.float64, device=device)
 
     def add(self, losses: Losses) -> None:
         """Add one micro-batch; no sync point."""
         quartile = losses.timesteps * QUARTILES // self.timesteps
-        count = torch.zeros(QUARTILES, dtype=torch.float64, device=self.sums.device)
+        none = torch.zeros(QUARTILES, dtype=torch.float64, device=self.sums.device)
         mse = losses.mse.double()
         self.parts.append(losses.mse)
-        parts = [
-            mse.sum().view(1),
-            torch.full_like(mse[:1], len(mse)),
-            count.index_add(0, quartile, mse),
-            count.index_add(0, quartile, torch.ones_like(mse)),
-            losses.vb.double().sum().view(1),
-            torch.zeros_like(mse[:1]) if losses.kl is None else losses.kl.double().view(1),
-            torch.full_like(mse[:1], float(losses.kl is not None)),
-        ]
-        self.sums += torch.cat(parts)
+        parts = {
+            "mse": mse.sum().view(1),
+            "samples": torch.full_like(mse[:1], len(mse)),
+            "mse_by_quartile": none.index_add(0, quartile, mse),
+            "samples_by_quartile": none.index_add(0, quartile, torch.ones_like(mse)),
+            "vb": losses.vb.double().sum().view(1),
+            "kl": torch.zeros_like(mse[:1]) if losses.kl is None else losses.kl.double().view(1),
+            "kl_terms": torch.full_like(mse[:1], float(losses.kl is not None)),
+        }
+        self.sums += torch.cat([parts[name] for name in SUMS])
+
+    def loss(self) -> Tensor:
+        """The mean loss [] over all ranks, on the device. Collective."""
+        named = _named(self.sums)
+        sums = torch.cat([named["mse"], named["samples"]])
+        dist.all_reduce(sums)
+        return sums[0] / sums[1]
 
     def read(self) -> dict[str, Any]:
         """Means over all ranks. Collective and a sync point: called by all ranks at log steps."""
-        torch.distributed.all_reduce(self.sums)
-        values = self.sums.tolist()
-        mse, count = values[:2]
-        by_quartile, counts = values[2 : 2 + QUARTILES], values[2 + QUARTILES : 2 + 2 * QUARTILES]
-        vb, kl, kl_count = values[2 + 2 * QUARTILES :]
-        read: dict[str, Any] = {"loss": mse / count, "vb": vb / count}
-        read["loss_by_quartile"] = {
-            f"q{i + 1}": total / n for i, (total, n) in enumerate(zip(by_quartile, counts, strict=True)) if n
-        }
-        if kl_count:
-            read["kl"] = kl / kl_count
+        dist.all_reduce(self.sums)
+        sums = {name: part.tolist() for name, part in _named(self.sums.cpu()).items()}
+        (mse,), (samples,), (vb,) = sums["mse"], sums["samples"], sums["vb"]
+        (kl,), (kl_terms,) = sums["kl"], sums["kl_terms"]
+        quartiles = zip(sums["mse_by_quartile"], sums["samples_by_quartile"], strict=True)
+        read: dict[str, Any] = {"loss": mse / samples, "vb": vb / samples}
+        read["loss_by_quartile"] = {f"q{i}": total / n for i, (total, n) in enumerate(quartiles, 1) if n}
+        if kl_terms:
+            read["kl"] = kl / kl_terms
         return read
+
+
+def _named(sums: Tensor) -> dict[str, Tensor]:
+    return dict(zip(SUMS, sums.split(list(SUMS.values())), strict=True))
 
 
 class Clock:
@@ -88,40 +111,54 @@ class Clock:
         return read
 
 
-def read_metrics(run: PhaseRun, done: int, meter: Meter, clock: Clock) -> dict[str, Any]:
-    """One line of metrics.jsonl: this update's losses over all ranks, norms, gates, speed. Collective."""
-    groups = run.engine.optimizer.param_groups
-    rates = {group["role"]: group["lr"] for group in groups}
-    norms = {role: float(norm) for role, norm in run.engine.role_clipping.norms.items()}
-    means = meter.read()
-    open_gates = dict(gates(run.model)) if run.clip is not None else {}
-    steps, seconds, waited = clock.read()
-    images_per_s = steps * run.arithmetic.global_batch / seconds
-    per_rank = images_per_s / run.arithmetic.world_size
-    return {
-        "step": done,
-        "phase": run.config.train.phase,
-        "loss": means.pop("loss"),
-        "grad_norm": sum(norm**2 for norm in norms.values()) ** 0.5,
-        "lr": max(rates.values()),
-        "images_per_s": images_per_s,
-        "images_per_s_per_rank": per_rank,
-        "mfu": per_rank / run.peak_images_per_s if run.peak_images_per_s else 0.0,
-        "data_wait_s": waited / steps,
-        "data_wait_share": waited / seconds,
-        "communication_share": run.traffic.read() / seconds,
-        "samples_seen": done * run.arithmetic.global_batch,
-        "gate_mean": sum(open_gates.values()) / len(open_gates) if open_gates else 0.0,
-        "gate_offset": float(run.model.clip_gate_offset) if open_gates else 0.0,
-        **means,
-        **run.guard.metrics(),
-        **run.validation.metrics(),
-        "lr_by_role": rates,
-        "grad_norm_by_role": norms,
-        "gates": open_gates,
-        "saves_failed": run.saver.failures,
-        "memory_gib": _memory(run.device) / 2**30,
-    }
+@dataclass(frozen=True)
+class Readings:
+    """Reads one line of metrics.jsonl: this update's losses over all ranks, norms, gates, speed."""
+
+    phase: str
+    arithmetic: BatchArithmetic
+    device: torch.device
+    model: Glide
+    groups: Sequence[Mapping[str, Any]]  # the optimizer's
+    clipping: RoleClipping
+    traffic: Traffic
+    peak_images_per_s: (
+        float  # of one rank, if all its time went to products at this machine's rate; 0: not rank 0
+    )
+    others: Sequence[Callable[[], Mapping[str, Any]]]  # what the guard, validation and so on say of the update
+
+    def read(self, done: int, meter: Meter, clock: Clock) -> dict[str, Any]:
+        """After update number `done`. Collective, and a sync point."""
+        rates = {group["role"]: group["lr"] for group in self.groups}
+        norms = {role: float(norm) for role, norm in self.clipping.norms.items()}
+        means = meter.read()
+        open_gates = dict(gates(self.model)) if self.model.config.clip_dim else {}
+        steps, seconds, waited = clock.read()
+        images_per_s = steps * self.arithmetic.global_batch / seconds
+        per_rank = images_per_s / self.arithmetic.world_size
+        told = {name: value for source in self.others for name, value in source().items()}
+        return {
+            "step": done,
+            "phase": self.phase,
+            "loss": means.pop("loss"),
+            "grad_norm": sum(norm**2 for norm in norms.values()) ** 0.5,
+            "lr": max(rates.values()),
+            "images_per_s": images_per_s,
+            "images_per_s_per_rank": per_rank,
+            "mfu": per_rank / self.peak_images_per_s if self.peak_images_per_s else 0.0,
+            "data_wait_s": waited / steps,
+            "data_wait_share": waited / seconds,
+            "communication_share": self.traffic.read() / seconds,
+            "samples_seen": done * self.arithmetic.global_batch,
+            "gate_mean": sum(open_gates.values()) / len(open_gates) if open_gates else 0.0,
+            "gate_offset": float(self.model.clip_gate_offset) if open_gates else 0.0,
+            **means,
+            **told,
+            "lr_by_role": rates,
+            "grad_norm_by_role": norms,
+            "gates": open_gates,
+            "memory_gib": _memory(self.device) / 2**30,
+        }
 
 
 def _memory(device: torch.device) -> int:
@@ -133,9 +170,9 @@ def _memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def data_report(run: PhaseRun) -> dict[str, Any]:
+def data_report(source: BatchSource) -> dict[str, Any]:
     """What all ranks read, skipped, filtered and replaced since the start of this process. Collective."""
-    reports = [run.source.report()]
+    reports = [source.report()]
     if dist.get_world_size() > 1:  # training waits, and a gathering of one takes a millisecond
         own, reports = reports[0], [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(reports, own)

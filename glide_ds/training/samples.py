@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch import Tensor
@@ -13,41 +11,52 @@ from glide_ds.config import Config
 from glide_ds.data.loader import build_source
 from glide_ds.diffusion.pixels import to_signed
 from glide_ds.inference.draw import draw
-
-if TYPE_CHECKING:
-    from glide_ds.training.setup import PhaseRun
+from glide_ds.model.clip import FrozenClip
+from glide_ds.model.glide import Glide
+from glide_ds.training.faults.watchdog import Watch
+from glide_ds.training.logging import RunLog
+from glide_ds.training.zero.ema import Ema, averaged
 
 
 class Sampler:
     """Draws the run's sample grids, on rank 0, by the averaged weights where there are any; the others wait."""
 
-    def __init__(self, run: PhaseRun) -> None:
-        self.run = run
-        self.active = dist.get_rank() == 0 and run.config.log.samples_every > 0
-        self.captions, self.low_res = example_inputs(run.config) if self.active else ([], None)
+    def __init__(
+        self,
+        config: Config,
+        clip: FrozenClip | None,
+        *,
+        model: Glide,
+        ema: Ema | None,
+        log: RunLog,
+        watch: Watch,
+    ) -> None:
+        self.config, self.clip, self.model, self.ema = config, clip, model, ema
+        self.log, self.watch = log, watch
+        self.active = dist.get_rank() == 0 and config.log.samples_every > 0
+        self.captions, self.low_res = example_inputs(config) if self.active else ([], None)
 
     def draw(self, done: int) -> None:
         """Write the grid after update `done`. Collective."""
-        self.run.watch.at("sample", done)
-        with self.run.ema.applied() if self.run.ema else nullcontext():
+        self.watch.at("sample", done)
+        with averaged(self.ema):
             if self.active:
                 self._draw(done)
 
     def _draw(self, done: int) -> None:
-        run, log = self.run, self.run.config.log
-        embedding = None if run.clip is None else run.clip.encode_text(self.captions)
+        options, device = self.config.log, next(self.model.parameters()).device
         images = draw(
-            run.model,
+            self.model,
             self.captions,
-            schedule=run.config.model.noise_schedule,
-            clip_embedding=embedding,
-            guidance=log.guidance,
-            steps=log.sample_steps,
-            seed=run.config.train.seed,
-            low_res=None if self.low_res is None else self.low_res.to(run.device),
-            progress=run.watch.over,
+            schedule=self.config.model.noise_schedule,
+            clip_embedding=None if self.clip is None else self.clip.encode_text(self.captions),
+            guidance=options.guidance,
+            steps=options.sample_steps,
+            seed=self.config.train.seed,
+            low_res=None if self.low_res is None else self.low_res.to(device),
+            progress=self.watch.over,
         )
-        run.log.line(f"drew {run.log.pictures(done, images, self.captions)}")
+        self.log.line(f"drew {self.log.pictures(done, images, self.captions)}")
 
 
 def example_inputs(config: Config) -> tuple[list[str], Tensor | None]:

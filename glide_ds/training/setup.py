@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,7 +14,8 @@ import torch.distributed as dist
 from glide_ds.config import BatchArithmetic, Config
 from glide_ds.data.loader import Source, build_source
 from glide_ds.diffusion import Diffusion, create_diffusion
-from glide_ds.errors import CheckpointError, ConfigError, DataError, GlideError
+from glide_ds.errors import ConfigError, DataError, GlideError
+from glide_ds.files import probe
 from glide_ds.model import create_model
 from glide_ds.model.clip import FrozenClip, embedding_dim
 from glide_ds.model.glide import Glide
@@ -28,8 +28,10 @@ from glide_ds.training.faults.ranks import agreed
 from glide_ds.training.faults.stopping import Stopper
 from glide_ds.training.faults.watchdog import SET_UP, Watch
 from glide_ds.training.logging import RunLog
+from glide_ds.training.metrics import Readings
 from glide_ds.training.objective import phase_seed
 from glide_ds.training.phases import parameter_groups
+from glide_ds.training.samples import Sampler
 from glide_ds.training.speed.compiling import set_compilation
 from glide_ds.training.speed.cuda_graph import capture, forget
 from glide_ds.training.speed.flops import step_work
@@ -38,7 +40,7 @@ from glide_ds.training.speed.peak import matrix_peak
 from glide_ds.training.speed.traffic import Traffic
 from glide_ds.training.stability import Guard
 from glide_ds.training.validation import Validation
-from glide_ds.training.zero.elastic import load_repartitioned
+from glide_ds.training.zero.elastic import load_engine
 from glide_ds.training.zero.ema import Ema
 from glide_ds.training.zero.engine import build_engine, release
 from glide_ds.types import GlideConfig
@@ -65,91 +67,133 @@ class PhaseRun:
     saver: Saver
     ema: Ema | None
     traffic: Traffic
-    peak_images_per_s: (
-        float  # of one rank, if all its time went to products at this machine's rate; 0: not rank 0
-    )
+    readings: Readings
+    sampler: Sampler
+
+
+class Ground(NamedTuple):
+    """What a phase stands on, found and checked before its model is made."""
+
+    start: Start
+    glide: GlideConfig
+    source: Source
+    clip: FrozenClip | None
 
 
 @contextmanager
 def phase_run(
     config: Config, device: torch.device, model: Glide | None = None, watch: Watch | None = None
 ) -> Iterator[PhaseRun]:
-    """One phase ready to train, resumed where it was left; on exit nothing of its engine remains."""
-    rank, train_config = dist.get_rank(), config.train
+    """One phase ready to train, resumed where it was left; on exit nothing of its engine remains.
+
+    `model` is used again where its architecture is the same. Collective.
+    """
     arithmetic = config.batch_arithmetic(dist.get_world_size())
-    agreed(lambda: check_writable(folder_of(config, train_config.phase)))
+    ground = find_ground(config, arithmetic, device)
+    torch.manual_seed(config.train.seed)
+    if model is None or model.config != ground.glide:
+        model = create_model(ground.glide)
+    model = model.float().to(device)
+    told = agreed(lambda: load_start(model, config, ground.start))
+    set_ways(model, config, arithmetic, device)
+    engine = build_engine(model, parameter_groups(model, config), config, arithmetic)
+    try:
+        agreed(lambda: set_compilation(model, config, arithmetic.micro_batch, device))
+        if resumed := ground.start.resumed:
+            agreed(lambda: _check_data(resumed, ground.source))
+            load_engine(engine, resumed)
+        agreed(lambda: capture(model, config, arithmetic, device))
+        if dist.get_rank() == 0:
+            record(config, ground.start)
+        with closing(RunLog(config, dist.get_rank(), ground.start.step)) as log:
+            for line in told:
+                log.line(line)
+            run = assemble(config, arithmetic, device, model, engine, ground, log, watch or Watch())
+            run.traffic.open()
+            try:
+                yield run
+            except GlideError:
+                run.saver.wait()  # raised by all ranks: all will write their part
+                raise
+            finally:
+                run.traffic.close()
+                run.saver.wait(PEERS_S)  # whatever ends the phase, the state that was copied shall be committed
+                run.guard.close()
+            run.stopper.close(config.train.steps)
+            run.watch.at(SET_UP, 0)
+    finally:
+        forget(model)
+        release(engine)
+
+
+def find_ground(config: Config, arithmetic: BatchArithmetic, device: torch.device) -> Ground:
+    """Find what the phase stands on, and say what will happen. Collective; raises GlideError on all ranks alike."""
+    rank = dist.get_rank()
+    agreed(lambda: check_writable(folder_of(config, config.train.phase)))
     start = find_start(config, verify=True)
     glide = agreed(lambda: glide_config(config))
     source = agreed(lambda: open_source(config, arithmetic, rank))
     if rank == 0:
         print(preview.block(config, arithmetic, start, glide, source.facts()), flush=True)
-    clip = agreed(lambda: _frozen_clip(config, device))
-    torch.manual_seed(train_config.seed)
-    if model is None or model.config != glide:
-        model = create_model(glide)
-    model = model.float().to(device)
-    told = agreed(lambda: load_start(model, config, start))
-    set_ways(model, config, arithmetic, device)
-    engine = build_engine(model, parameter_groups(model, config), config, arithmetic)
-    try:
-        agreed(lambda: set_compilation(model, config, arithmetic.micro_batch, device))
-        if start.resumed:
-            resumed = start.resumed
-            agreed(lambda: _check_data(resumed, source))
-            load_engine(engine, resumed)
-        agreed(lambda: capture(model, config, arithmetic, device))
-        if rank == 0:
-            record(config, start)
-        log = RunLog(config, rank, start.step)
-        ema = Ema(engine, config.ema) if config.ema.decay else None
-        if ema and start.resumed and not ema.load(start.resumed):
-            told.append(
-                f"ema.decay is set and {start.resumed.path} holds no average: it starts at these weights"
-            )
-        for line in told:
-            log.line(line)
-        folder = folder_of(config, train_config.phase)
-        saver = Saver(engine, folder, config.checkpoint, config.run.timeout_s, log.line)
-        guard = Guard(config, engine, start, log, device)
-        diffusion = create_diffusion(config.model.noise_schedule)
-        validation = Validation(config, start, diffusion, clip)
-        peak = peak_rate(glide, config, device) if rank == 0 else 0.0
-        watch, stopper = watch or Watch(), Stopper(config.run, train_config.phase)
-        traffic = Traffic(device, watch).open()
-        try:
-            yield PhaseRun(
-                config=config,
-                arithmetic=arithmetic,
-                device=device,
-                model=model,
-                engine=engine,
-                diffusion=diffusion,
-                clip=clip,
-                source=source,
-                start=start,
-                log=log,
-                watch=watch,
-                stopper=stopper,
-                guard=guard,
-                validation=validation,
-                saver=saver,
-                ema=ema,
-                traffic=traffic,
-                peak_images_per_s=peak,
-            )
-        except GlideError:
-            saver.wait()  # raised by all ranks: all will write their part
-            raise
-        finally:
-            traffic.close()
-            saver.wait(PEERS_S)  # whatever ends the phase, the state that was copied shall be committed
-        stopper.close(train_config.steps)
-        watch.at(SET_UP, 0)
-        guard.close()
-        log.close()
-    finally:
-        forget(model)
-        release(engine)
+    return Ground(start, glide, source, agreed(lambda: _frozen_clip(config, device)))
+
+
+def assemble(
+    config: Config,
+    arithmetic: BatchArithmetic,
+    device: torch.device,
+    model: Glide,
+    engine: Any,
+    ground: Ground,
+    log: RunLog,
+    watch: Watch,
+) -> PhaseRun:
+    """Everything around the engine, each part given what it uses. Collective."""
+    start, glide, source, clip = ground
+    diffusion = create_diffusion(config.model.noise_schedule)
+    ema = Ema(engine, config.ema) if config.ema.decay else None
+    if ema and start.resumed and not ema.load(start.resumed):
+        log.line(f"ema.decay is set and {start.resumed.path} holds no average: it starts at these weights")
+    saver = Saver(
+        engine, folder_of(config, config.train.phase), config.checkpoint, config.run.timeout_s, log.line
+    )
+    guard = Guard(config, engine, start, log, device, saver.wait)
+    measured: dict[str, Any] = {"model": model, "ema": ema, "log": log, "watch": watch}
+    validation = Validation(config, start, diffusion, clip, **measured)
+    stopper = Stopper(config.run, config.train.phase)
+    traffic = Traffic(device, watch)
+    readings = Readings(
+        phase=config.train.phase,
+        arithmetic=arithmetic,
+        device=device,
+        model=model,
+        groups=engine.optimizer.param_groups,
+        clipping=engine.role_clipping,
+        traffic=traffic,
+        peak_images_per_s=peak_rate(glide, config, device) if dist.get_rank() == 0 else 0.0,
+        others=(guard.metrics, validation.metrics, saver.metrics),
+    )
+    return PhaseRun(
+        config=config,
+        arithmetic=arithmetic,
+        device=device,
+        model=model,
+        engine=engine,
+        diffusion=diffusion,
+        clip=clip,
+        source=source,
+        start=start,
+        log=log,
+        watch=watch,
+        stopper=stopper,
+        guard=guard,
+        validation=validation,
+        saver=saver,
+        ema=ema,
+        traffic=traffic,
+        readings=readings,
+        sampler=Sampler(config, clip, **measured),
+    )
 
 
 def set_ways(model: Glide, config: Config, arithmetic: BatchArithmetic, device: torch.device) -> None:
@@ -166,16 +210,6 @@ def peak_rate(glide: GlideConfig, config: Config, device: torch.device) -> float
     """Images per second of a rank whose training steps ran at the rate of a matrix product in their precision."""
     dtype = torch.bfloat16 if weight_bytes(config) == 2 else torch.float32
     return matrix_peak(device, dtype) / step_work(glide, config)
-
-
-def load_engine(engine: Any, checkpoint: Committed) -> None:
-    """Put the engine into the checkpoint's state: parameters, optimizer, learning rate, counters."""
-    if checkpoint.world_size != dist.get_world_size():
-        load_repartitioned(engine, checkpoint)
-        return
-    path, _ = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
-    if path is None:
-        raise CheckpointError(f"DeepSpeed found nothing to load in {checkpoint.path}; remove that folder")
 
 
 def glide_config(config: Config) -> GlideConfig:
@@ -222,13 +256,11 @@ def _check_data(resumed: Committed, source: Source) -> None:
 
 def check_writable(folder: Path) -> None:
     """Fail now rather than at the first checkpoint."""
-    probe = folder / f".write-test-{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
+        probe(folder)
     except OSError as error:
         raise ConfigError(
-            f"run.dir: {folder} can't be written ({error.strerror}), so no checkpoint could be saved; "
-            "choose another run.dir or mend its permissions"
+            f"run.dir: {folder} can't be written ({error.strerror})",
+            "no checkpoint could be saved",
+            "choose another run.dir or mend its permissions",
         ) from error

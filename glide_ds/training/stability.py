@@ -12,10 +12,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -30,9 +30,6 @@ from glide_ds.training.logging import JsonLines, RunLog, finite
 from glide_ds.training.metrics import Meter
 from glide_ds.training.zero.engine import cut_rates
 from glide_ds.types import Batch
-
-if TYPE_CHECKING:
-    from glide_ds.training.setup import PhaseRun
 
 ROLLBACK_FILE = "rollback.json"
 REPORT_FILE = "stopped-report.json"
@@ -93,10 +90,22 @@ class LossWindow:
 
 
 class Guard:
-    """Skips bad updates, counts and reports them, and rolls the run back where there are too many."""
+    """Skips bad updates, counts and reports them, and rolls the run back where there are too many.
 
-    def __init__(self, config: Config, engine: Any, start: Start, log: RunLog, device: torch.device) -> None:
+    `settle_saves` waits for the save under way: it would become the newest checkpoint after a rollback.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        engine: Any,
+        start: Start,
+        log: RunLog,
+        device: torch.device,
+        settle_saves: Callable[[], None],
+    ) -> None:
         self.config, self.options, self.engine, self.log = config, config.stability, engine, log
+        self.settle_saves = settle_saves
         self.run_dir, self.folder = Path(config.run.dir), folder_of(config, config.train.phase)
         manifest = start.resumed.manifest if start.resumed else {}
         saved = Stability(**manifest.get("stability", {}))
@@ -128,7 +137,7 @@ class Guard:
         if self.options.spike_factor:
             self.engine.role_clipping.judge = self._judge
 
-    def settle(self, run: PhaseRun, done: int, batches: Sequence[Batch]) -> bool:
+    def settle(self, done: int, batches: Sequence[Batch]) -> bool:
         """After update number `done`: whether it was skipped. Collective where it was.
 
         Raises RolledBack, or UnstableError where that was done often enough.
@@ -141,7 +150,7 @@ class Guard:
         self.state.recent = (*recent, done)
         self._record(done, batches)
         if self.options.skip_limit and len(self.state.recent) >= self.options.skip_limit:
-            run.saver.wait()  # what is being written would become the newest checkpoint afterwards
+            self.settle_saves()
             self._roll_back(done)
         return True
 
@@ -181,9 +190,7 @@ class Guard:
     def _judge(self, norm: Tensor) -> Tensor:
         """The gradient norm [], or infinity where the update is to be skipped. On the device throughout."""
         assert self.meter is not None
-        sums = self.meter.sums[:2].clone()
-        dist.all_reduce(sums)
-        loss = sums[0] / sums[1]
+        loss = self.meter.loss()
         self.limit = self.window.limit()
         accepted = loss.isfinite() & norm.isfinite() & (loss <= self.limit)
         self.window.add(loss, accepted)

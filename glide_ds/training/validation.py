@@ -6,10 +6,9 @@ B samples, S image side, D CLIP width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -21,20 +20,35 @@ from glide_ds.diffusion import Diffusion
 from glide_ds.errors import ConfigError
 from glide_ds.inference.held_out import CHUNK, Figures, HeldOut
 from glide_ds.model.clip import FrozenClip
+from glide_ds.model.glide import Glide
 from glide_ds.training.checkpoint.start import Start
 from glide_ds.training.faults.ranks import agreed
-from glide_ds.training.logging import finite
+from glide_ds.training.faults.watchdog import Watch
+from glide_ds.training.logging import RunLog, finite
+from glide_ds.training.zero.ema import Ema, averaged
 from glide_ds.types import Batch
-
-if TYPE_CHECKING:
-    from glide_ds.training.setup import PhaseRun
 
 
 class Validation:
-    """Measures a phase every `validation.every` updates, and knows what the pretrained model could do."""
+    """Measures a phase every `validation.every` updates, and knows what the pretrained model could do.
 
-    def __init__(self, config: Config, start: Start, diffusion: Diffusion, clip: FrozenClip | None) -> None:
-        self.config, self.options = config, config.validation
+    It measures by the averaged weights where there are any.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        start: Start,
+        diffusion: Diffusion,
+        clip: FrozenClip | None,
+        *,
+        model: Glide,
+        ema: Ema | None,
+        log: RunLog,
+        watch: Watch,
+    ) -> None:
+        self.config, self.options, self.start = config, config.validation, start
+        self.model, self.ema, self.log, self.watch = model, ema, log, watch
         self.held_out: HeldOut | None = None
         self.latest: dict[str, Any] | None = None  # the figures of the last update, where it was validated
         # The pretrained model's loss with CLIP off, measured at the beginning of the run's first phase.
@@ -51,28 +65,29 @@ class Validation:
         if told and told["identity"] == self.identity:
             self.baseline = told["baseline"]
 
-    def begin(self, run: PhaseRun) -> None:
+    def begin(self) -> None:
         """Measure the baseline where no phase before has done it. Collective."""
+        if self.held_out is None and self.options.every:
+            self.log.line("validation is off: data.shards is not built in; name some in validation.shards")
         if self.held_out is None or self.baseline is not None:
-            if self.options.every and self.held_out is None:
-                run.log.line("validation is off: data.shards is not built in; name some in validation.shards")
             return
-        run.watch.at("validate", run.start.step)
-        run.model.eval()
-        self.baseline = self.held_out.loss_clip_off(run.model)
-        run.log.line(f"validation before training: loss {self.baseline:.4f} with CLIP off")
+        self.watch.at("validate", self.start.step)
+        self.model.eval()
+        self.baseline = self.held_out.loss_clip_off(self.model)
+        when = f"at step {self.start.step}, first measured there," if self.start.resumed else "before training:"
+        self.log.line(f"validation {when} loss {self.baseline:.4f} with CLIP off")
 
-    def after(self, run: PhaseRun, done: int) -> bool:
+    def after(self, done: int) -> bool:
         """Measure after update number `done`, where it is time, and say whether it was. Collective."""
         self.latest = None
         if self.held_out is None or (done % self.options.every and done != self.config.train.steps):
             return False
-        run.watch.at("validate", done)
-        run.model.eval()
-        with averaged(run):
-            figures = self.held_out.measure(run.model)
+        self.watch.at("validate", done)
+        self.model.eval()
+        with averaged(self.ema):
+            figures = self.held_out.measure(self.model)
         self.latest = asdict(figures) | {"loss_clip_off_start": self.baseline}
-        run.log.line(f"validation at step {done}: {self._describe(figures)}")
+        self.log.line(f"validation at step {done}: {self._describe(figures)}")
         return True
 
     @property
@@ -83,17 +98,17 @@ class Validation:
             return False
         return not self.latest["loss_clip_off"] <= self.baseline * (1 + limit)  # NaN is worse, too
 
-    def check(self, run: PhaseRun, done: int) -> None:
-        """Stop the run where the pretrained ability is lost: UnstableError on all ranks."""
+    def check(self, done: int, stop: Callable[..., NoReturn]) -> None:
+        """Have `stop` (see Guard.stop) end the run where the pretrained ability is lost."""
         if not self.degraded:
             return
         assert self.latest is not None
         assert self.baseline is not None
         worse = self.latest["loss_clip_off"] / self.baseline - 1
-        run.guard.stop(
+        stop(
             done,
             f"the validation loss with CLIP off is {self.latest['loss_clip_off']:.4g}, {worse:.1%} above the "
-            f"{self.baseline:.4g} before training, more than validation.max_degradation = "
+            f"{self.baseline:.4g} at first, more than validation.max_degradation = "
             f"{self.options.max_degradation:g} allows: the pretrained ability is being lost",
             "Lower the learning rate of unet and text (train.lr_scale) or raise train.kl_weight in a new run.dir; "
             "or raise validation.max_degradation, or set it to 0, and start again to go on",
@@ -122,11 +137,6 @@ class Validation:
                 f"without caption {figures.gain_without_caption.over_shuffled:+.1%}"
             )
         return told
-
-
-def averaged(run: PhaseRun) -> Any:
-    """A context with the averaged weights in the module, where the run keeps an average."""
-    return run.ema.applied() if run.ema else nullcontext()
 
 
 def held_out_shards(config: Config) -> str | tuple[str, ...] | None:

@@ -39,6 +39,7 @@ from glide_ds.model import GlideConfig, create_model
 from glide_ds.model.dual_attention import DualAttention
 from glide_ds.model.tensor_files import write_state
 from glide_ds.model.unet import ResBlock
+from glide_ds.training import run as run_module
 from glide_ds.training import samples, setup
 from glide_ds.training.checkpoint.commit import committed
 from glide_ds.training.logging import JsonLines, RunLog

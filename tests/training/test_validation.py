@@ -147,6 +147,6 @@ def test_real_shards_without_held_out_ones_are_not_validated_and_told_so(
     shard = write_shard(tmp_path / "a.tar", [_member(n) for n in range(4)])
     config = make_config(tmp_path, validation={"every": 1}, data={"shards": shard})
     with opened(config) as run:
-        run.validation.begin(run)
+        run.validation.begin()
         assert run.validation.held_out is None
     assert "validation is off: data.shards is not built in" in capsys.readouterr().out

@@ -132,6 +132,10 @@ class Saver:
             error.on_all_ranks = True
             raise error
 
+    def metrics(self) -> dict[str, int]:
+        """What a line of metrics.jsonl says of it."""
+        return {"saves_failed": self.failures}
+
     def _write(
         self, number: int, manifest: dict[str, Any], started: float, stall: float, then: Callable[[], None]
     ) -> None:

@@ -34,13 +34,12 @@ class Traffic:
         self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.originals: dict[str, Callable[..., Any]] = {}
 
-    def open(self) -> Traffic:
+    def open(self) -> None:
         import deepspeed.comm as comm
 
         for name in COLLECTIVES:
             self.originals[name] = getattr(comm, name)
             setattr(comm, name, self._timed(name, self.originals[name]))
-        return self
 
     def close(self) -> None:
         import deepspeed.comm as comm

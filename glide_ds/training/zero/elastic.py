@@ -22,6 +22,16 @@ from glide_ds.training.zero.optimizer import state_dict_to_fp32
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def load_engine(engine: Any, checkpoint: Committed) -> None:
+    """Put the engine into the checkpoint's state: parameters, optimizer, learning rate, counters."""
+    if checkpoint.world_size != dist.get_world_size():
+        load_repartitioned(engine, checkpoint)
+        return
+    path, _ = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
+    if path is None:
+        raise CheckpointError(f"DeepSpeed found nothing to load in {checkpoint.path}", "", "remove that folder")
+
+
 def load_repartitioned(engine: Any, checkpoint: Committed) -> None:
     """Put the engine into the state of a checkpoint that another number of ranks wrote.
 

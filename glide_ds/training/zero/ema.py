@@ -6,7 +6,7 @@ Polyak & Juditsky 1992; the warm-up of the decay is TensorFlow's ExponentialMovi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -73,6 +73,11 @@ class Ema:
             own.copy_(own_part([file["parts"][i] for file in files], total, own.numel()))
         self.updates = files[0]["updates"]
         return True
+
+
+def averaged(ema: Ema | None) -> AbstractContextManager[None]:
+    """The averaged weights in the module, where an average is kept."""
+    return ema.applied() if ema else nullcontext()
 
 
 def decay_at(config: EmaConfig, update: int) -> float:
