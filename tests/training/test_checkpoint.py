@@ -246,7 +246,7 @@ def test_a_later_save_makes_up_for_one_that_failed(tmp_path: Path, monkeypatch: 
 
 def test_a_snapshot_that_can_not_be_taken_is_told_by_the_thread(tmp_path: Path):
     made = saver(tmp_path)
-    made.engine.weights = torch.empty(4, device="meta")  # no data to copy
+    made.snapshot.engine.weights = torch.empty(4, device="meta")  # no data to copy
     made.save(4, {})
     with pytest.raises(CheckpointError, match=r"rank 0: .*meta"):
         made.finish()
@@ -263,9 +263,9 @@ def test_what_is_written_is_the_state_at_the_save(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(torch, "save", slow)
     for step in (1, 2):
         gate.clear()
-        made.engine.weights.fill_(step)
+        made.snapshot.engine.weights.fill_(step)
         made.save(step, {})
-        made.engine.weights.fill_(-1)
+        made.snapshot.engine.weights.fill_(-1)
         assert committed(tmp_path)[:1] == [] if step == 1 else committed(tmp_path)[0].step == 1
         gate.set()
         made.finish()

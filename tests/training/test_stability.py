@@ -27,11 +27,11 @@ from glide_ds.errors import UnstableError
 from glide_ds.training import run as run_module
 from glide_ds.training.checkpoint import commit as checkpoint
 from glide_ds.training.checkpoint.commit import committed
-from glide_ds.training.checkpoint.saver import Snapshot
 from glide_ds.training.faults.watchdog import Watch
 from glide_ds.training.logging import JsonLines, RunLog, finite
 from glide_ds.training.stability import Guard, LossWindow
 from glide_ds.training.zero.ema import Ema, read_files
+from glide_ds.training.zero.snapshot import Snapshot
 
 pytestmark = pytest.mark.usefixtures("group")
 CPU = torch.device("cpu")

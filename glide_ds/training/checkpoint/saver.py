@@ -8,11 +8,8 @@ commits once it has all, and every rank reads the outcome.
 
 from __future__ import annotations
 
-import copy
-import functools
 import itertools
 import json
-import os
 import shutil
 import threading
 import time
@@ -21,28 +18,19 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from glide_ds.config import CheckpointConfig
 from glide_ds.errors import CheckpointError
-from glide_ds.model.tensor_files import sha256
 from glide_ds.training.checkpoint import commit as checkpoint
 from glide_ds.training.checkpoint.commit import Committed
+from glide_ds.training.faults.ranks import attempt
+from glide_ds.training.zero.group import own_store
+from glide_ds.training.zero.snapshot import Snapshot
 
 # Numbers the saves of this process, so that the keys of two never meet; all ranks save alike.
 SAVES = itertools.count()
 PEERS_S = 30.0  # for a save under way when an error ends the phase: its peers may be gone
-
-
-@functools.lru_cache(maxsize=1)
-def own_connection(store: Any) -> Any:
-    """A connection to the process group's store beside the group's, where waiting would block whatever else uses it.
-
-    One for all savers of a process: every 25th that is opened takes torch 5 s.
-    """
-    return store.clone()
 
 
 class Saver:
@@ -60,26 +48,15 @@ class Saver:
         timeout_s: float,
         say: Callable[[str], None] = print,
     ) -> None:
-        self.engine, self.folder, self.config, self.say = engine, folder, config, say
+        self.folder, self.config, self.say = folder, config, say
         self.patience = timedelta(seconds=timeout_s)  # for the slowest rank's writing
-        self.store = own_connection(dist.distributed_c10d._get_default_store())
-        self.snapshot = Snapshot()
+        self.store = own_store()
+        self.snapshot = Snapshot(engine)
         self.thread: threading.Thread | None = None
         self.step = 0  # of the last save
         self.failure: str | None = None  # of the last save
         self.failures = 0
         self.stale: list[str] = []  # the last save's keys in the store
-        # DeepSpeed would copy its own export script into every checkpoint while training waits, and list the
-        # module's names and shapes anew: a third of the stall of a small model's save.
-        engine._copy_recovery_script = lambda folder: None
-        for name in ("_get_buffer_names", "_get_zero_param_shapes", "_get_shared_params"):
-            if hasattr(engine, name):
-                setattr(engine, name, functools.cache(getattr(engine, name)))
-        if hasattr(engine, "_get_zero_frozen_param_attributes"):
-            frozen = engine._get_zero_frozen_param_attributes(lambda parameter: parameter)
-            engine._get_zero_frozen_param_attributes = lambda attribute: {
-                name: attribute(engine.frozen.get(name, parameter)) for name, parameter in frozen.items()
-            }
 
     def save(
         self,
@@ -96,7 +73,7 @@ class Saver:
         """
         self.wait()
         self.step, started = step, time.monotonic()
-        self.snapshot.take(self.engine, self.folder, f"step-{step:08d}", files or {})
+        self.snapshot.take(self.folder, f"step-{step:08d}", files or {})
         stall = time.monotonic() - started
         manifest = {"step": step, "world_size": dist.get_world_size(), **facts}
         self.failure = f"rank {dist.get_rank()}'s writing thread died"  # until it says otherwise
@@ -197,107 +174,3 @@ class Saver:
             self.say(f"committed {target} in {seconds:.1f} s{waited}")
         else:
             self.say(f"!! CHECKPOINT NOT SAVED: {self.failure}; the previous checkpoint stands")
-
-
-Copies = dict[tuple[int, torch.dtype], Tensor]  # of storages, by address and the type they are read as
-
-
-class Snapshot:
-    """A copy of the engine's state in host memory. Takes the place of DeepSpeed's checkpoint engine meanwhile.
-
-    The buffers are kept for the next save: page-locked, where the state comes from a GPU.
-    """
-
-    def __init__(self) -> None:
-        self.files: dict[str, Any] = {}
-        self.failure: str | None = None
-        self.buffers: dict[tuple[str, int], Tensor] = {}
-        self.constant: set[int] = set()  # storages that need no copy
-        self.from_gpu = False  # some of the copies arrive later than they are ordered
-
-    def take(self, engine: Any, folder: Path, tag: str, files: Mapping[str, Any]) -> None:
-        """Copy what DeepSpeed saves of `engine` on this rank, and `files`. Collective."""
-        self.files, self.failure = {}, None
-        self.constant = {tensor.untyped_storage()._cdata for tensor in engine.frozen.values()}
-        theirs, engine.checkpoint_engine = engine.checkpoint_engine, self
-        try:
-            engine.save_checkpoint(str(folder), tag=tag, client_state={}, save_latest=False)
-        finally:
-            engine.checkpoint_engine = theirs
-        for name, state in files.items():
-            self.save(state, name)
-        if self.from_gpu:
-            torch.cuda.current_stream().synchronize()
-
-    def write(self, target: Path) -> dict[str, dict[str, Any]]:
-        """Write the files below `target`, onto the disk. Returns size and hash of each."""
-        target.mkdir(exist_ok=True)
-        written = {}
-        for name, state in self.files.items():
-            path = target / name
-            torch.save(state, path)
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            written[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
-        return written
-
-    # What DeepSpeed calls on a checkpoint engine.
-
-    def save(self, state_dict: Mapping[str, Any], path: str) -> None:
-        name = Path(path).name
-        copies: Copies = {}
-        # An error here would leave the other ranks waiting in DeepSpeed's barrier: it is told by the thread.
-        self.failure = self.failure or attempt(
-            lambda: self.files.update({name: self._copied(state_dict, name, copies)})
-        )
-
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Nothing: the thread makes the folder."""
-
-    def create(self, info: Any) -> None:
-        """Nothing to prepare."""
-
-    def commit(self, info: Any) -> bool:
-        return True  # rank 0's thread commits
-
-    def is_decoupled(self) -> bool:
-        return False
-
-    def _copied(self, value: Any, name: str, copies: Copies) -> Any:
-        """`value` with new containers, and every tensor a view of a host copy of its storage."""
-        if isinstance(value, Tensor):
-            return self._host(value, name, copies)
-        if isinstance(value, dict):
-            twin = copy.copy(value)  # an OrderedDict of a module carries its versions along
-            for key, inner in value.items():
-                twin[key] = self._copied(inner, name, copies)
-            return twin
-        if type(value) in (list, tuple):
-            return type(value)(self._copied(inner, name, copies) for inner in value)
-        return value
-
-    def _host(self, tensor: Tensor, name: str, copies: Copies) -> Tensor:
-        """ZeRO's parameters are views of one flat buffer: storages are copied, each once."""
-        storage = tensor.untyped_storage()
-        if storage._cdata in self.constant:
-            return tensor
-        whole = copies.get((storage._cdata, tensor.dtype))
-        if whole is None:
-            key, size, pinned = (name, len(copies)), storage.nbytes(), tensor.is_cuda
-            buffer = self.buffers.get(key)
-            if buffer is None or buffer.numel() != size:
-                buffer = self.buffers[key] = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-            self.from_gpu |= tensor.is_cuda
-            source = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-            whole = buffer.copy_(source, non_blocking=True).view(tensor.dtype)
-            copies[storage._cdata, tensor.dtype] = whole
-        return whole.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
-
-
-def attempt(action: Callable[[], object]) -> str | None:
-    """What went wrong, for where an error has to be told to other ranks first."""
-    try:
-        action()
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        return f"{type(error).__name__}: {error}"
-    return None

@@ -32,3 +32,12 @@ def agreed(action: Callable[[], T]) -> T:
             first.on_all_ranks = True
             raise first
     return value  # type: ignore[return-value]
+
+
+def attempt(action: Callable[[], object]) -> str | None:
+    """What went wrong, for where an error has to be told to other ranks first."""
+    try:
+        action()
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        return f"{type(error).__name__}: {error}"
+    return None

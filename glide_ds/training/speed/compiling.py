@@ -6,7 +6,6 @@ Everything between two blocks is a matter of bytes, not of time. What was compil
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim import Optimizer
 
 from glide_ds.config import Config
 from glide_ds.errors import ConfigError
@@ -24,7 +22,6 @@ from glide_ds.training.speed.memory import zeros
 
 FORMS = 1024  # of one block's code, by size, phase, precision; torch's own limit of 8 guards against mistakes
 TELL_S = 5.0
-STAYS_OUT = (Optimizer.add_param_group, Optimizer.zero_grad, Optimizer.state_dict, Optimizer.load_state_dict)
 
 
 def set_compilation(model: Glide, config: Config, micro_batch: int, device: torch.device) -> None:
@@ -54,13 +51,6 @@ def set_compilation(model: Glide, config: Config, micro_batch: int, device: torc
     for block, call in zip(blocks, compiled, strict=True):
         block.compiled = call
     progress.end()
-
-
-def spare_compiler() -> None:
-    """Have torch not import its compiler, 4 s, to keep optimizers out of its graphs: those are of blocks only."""
-    for function in STAYS_OUT:
-        direct = inspect.unwrap(function)
-        vars(direct).setdefault("__dynamo_disable", direct)
 
 
 class Progress:

@@ -188,16 +188,16 @@ def _count_activations(model: Glide, cpu: bool) -> tuple[int, list[tuple[str | i
     """Run one image through and note what autograd keeps, and which block keeps it: its name and Kept's figures."""
     names = {module: name for name, module in model.named_modules()}
     found = Activations()
-    seen: dict[int, torch.UntypedStorage] = {}  # alive, so that no number is used twice
+    seen: dict[int, torch.UntypedStorage] = {}  # alive, so that no id is used twice
     for tensor in (*model.parameters(), *model.buffers()):
-        seen[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        seen[id(tensor.untyped_storage())] = tensor.untyped_storage()
     current: list[Kept] = []
 
     def new_bytes(tensor: torch.Tensor) -> int:
         storage = tensor.untyped_storage()
-        if storage._cdata in seen:
+        if id(storage) in seen:
             return 0
-        seen[storage._cdata] = storage
+        seen[id(storage)] = storage
         return storage.nbytes()
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

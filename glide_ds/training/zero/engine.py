@@ -8,6 +8,7 @@ they change.
 from __future__ import annotations
 
 import gc
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -15,10 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from glide_ds.config import BatchArithmetic, Config
-from glide_ds.training.speed.compiling import spare_compiler
 from glide_ds.training.speed.memory import weight_bytes
 from glide_ds.training.zero.clipping import RoleClipping
 from glide_ds.training.zero.elastic import own_part
@@ -38,6 +39,8 @@ ZERO_ATTRIBUTES = (
     "set_full_hp_grad",
     "load_hp_checkpoint_state",
 )
+# What torch would keep its compiler from, by importing it.
+STAYS_OUT = (Optimizer.add_param_group, Optimizer.zero_grad, Optimizer.state_dict, Optimizer.load_state_dict)
 ENGINE_HOOKS = ("module_forward_pre_hook", "module_forward_post_hook")
 
 
@@ -87,6 +90,13 @@ def build_engine(
         if weight_bytes(config) == 4:
             share_weights(engine.optimizer)
     return engine
+
+
+def spare_compiler() -> None:
+    """Have torch not import its compiler, 4 s, to keep optimizers out of its graphs: those are of blocks only."""
+    for function in STAYS_OUT:
+        direct = inspect.unwrap(function)
+        vars(direct).setdefault("__dynamo_disable", direct)
 
 
 def deepspeed_config(config: Config, arithmetic: BatchArithmetic) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import logging
 import os
 from typing import Any
@@ -66,3 +67,16 @@ def limit_waiting(timeout_s: float) -> None:
     set_timeout = getattr(c10d, "set_timeout", None) or c10d._set_pg_timeout  # its name before torch 2.15
     for group in list(c10d._world.pg_map):
         set_timeout(datetime.timedelta(seconds=timeout_s), group)
+
+
+def own_store() -> dist.Store:
+    """A connection to the process group's store beside the group's, where waiting would block whatever else uses it."""
+    c10d: Any = dist.distributed_c10d
+    return _clone(c10d._get_default_store())
+
+
+@functools.lru_cache(maxsize=1)
+def _clone(store: Any) -> dist.Store:
+    """One for all savers of a process: every 25th that is opened takes torch 5 s."""
+    cloned: dist.Store = store.clone()
+    return cloned
