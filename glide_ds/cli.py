@@ -101,10 +101,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith(LOCAL_RANK)]
     args = build_parser(arguments).parse_args(arguments)
     try:
-        return args._handler(args) or 0
+        return args.handler(args) or 0
     except GlideError as error:
         # A rank that is left alone with its error says so itself.
-        if is_first() or not args._together or error.exit_code == EXIT_LOST:
+        if is_first() or not args.together or error.exit_code == EXIT_LOST:
             print(f"glide-ds: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
@@ -127,7 +127,7 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
             module = import_module(command.module)
             module.add_arguments(subparser)
             # No argument is named so.
-            subparser.set_defaults(_handler=module.run, _together=command.together)
+            subparser.set_defaults(handler=module.run, together=command.together)
     return parser
 
 

@@ -34,7 +34,7 @@ def test_every_example_is_shown_and_parses(command, capsys):
     assert command.example in capsys.readouterr().out
     program, *arguments = shlex.split(command.example)
     assert program == "glide-ds"
-    assert callable(cli.build_parser(arguments).parse_args(arguments)._handler)
+    assert callable(cli.build_parser(arguments).parse_args(arguments).handler)
 
 
 def test_a_group_shows_the_examples_of_all_its_commands(capsys):
