@@ -5,6 +5,9 @@ B samples, S image side, T caption tokens, W text width, D CLIP embedding width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -113,6 +116,21 @@ class Glide(UNet):
         for module in self.modules():
             if isinstance(module, Reducible):
                 module.reduced = reduced
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """Within, passes go as they are written: neither compiled nor recorded."""
+        recorded = self.__dict__.pop("forward", None)
+        compiled = {block: block.compiled for block in self.blocks().values()}
+        for block in compiled:
+            block.compiled = None
+        try:
+            yield
+        finally:
+            for block, call in compiled.items():
+                block.compiled = call
+            if recorded is not None:
+                self.__dict__["forward"] = recorded
 
     def recompute(self, dial: str) -> None:
         """Choose the blocks that are computed again in the backward pass, by a name of RECOMPUTED."""

@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from glide_ds.training.checkpoint.start import lineage
 from glide_ds.training.metrics import Clock, Meter, data_report
-from glide_ds.training.objective import Objective, hash64, phase_seed
-from glide_ds.training.phases import gate_offset
+from glide_ds.training.objective import Objective
+from glide_ds.training.phases import gate_offset, hash64, phase_seed
 from glide_ds.training.setup import PhaseRun
 
 

@@ -5,9 +5,8 @@ B samples of the micro-batch, S image side, T diffusion steps, D CLIP width.
 
 from __future__ import annotations
 
-import hashlib
-import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from glide_ds.diffusion import Diffusion
 from glide_ds.diffusion.losses import reverse_kl
 from glide_ds.diffusion.pixels import to_signed
 from glide_ds.model.clip import FrozenClip
-from glide_ds.training.phases import PHASES
+from glide_ds.training.phases import hash64, phase_seed
 from glide_ds.types import Batch, send
 
 MAX_INVERSE_SNR = 20.0
@@ -42,17 +41,6 @@ class Losses(NamedTuple):
     timesteps: Tensor  # int64 [B]
 
 
-def hash64(*parts: int) -> int:
-    """A well-mixed non-negative 63-bit seed from whole numbers."""
-    digest = hashlib.blake2b(struct.pack(f"<{len(parts)}q", *parts), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def phase_seed(config: Config) -> int:
-    """Of everything random in a phase, so that no phase sees another's noise and order of data again."""
-    return hash64(config.train.seed, list(PHASES).index(config.train.phase))
-
-
 def draw(
     seed: int, step: int, slots: Sequence[int], side: int, timesteps: int, drop: float, device: Any
 ) -> Draws:
@@ -74,12 +62,30 @@ def draw(
     return Draws(*(send(part, device) for part in (t, noise, dropped < drop)))
 
 
+class Randomness:
+    """The state of torch's generators, of which dropout draws, to draw the same again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.devices = [device] if device.type == "cuda" else []
+        self.states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self.devices)]
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Within, the generators start from that state; afterwards they go on where they were."""
+        with torch.random.fork_rng(self.devices):
+            torch.set_rng_state(self.states[0])
+            for device, state in zip(self.devices, self.states[1:], strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
+
+
 class Objective:
     """The training loss of one phase: eps-MSE, or hybrid, with the KL to the CLIP-off pass every N steps.
 
     Hybrid: L = mse + w·vb (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 16, w in `train.vb_weight`
     times T). KL: between the reverse-process Gaussians with CLIP on and off, the latter without
-    gradient, averaged per element: it keeps the pretrained model's behaviour (diffusion/losses.py).
+    gradient and with the same dropout masks, averaged per element: it keeps the pretrained model's
+    behaviour (diffusion/losses.py).
     """
 
     def __init__(self, config: Config, diffusion: Diffusion, engine: Any, clip: FrozenClip | None) -> None:
@@ -105,14 +111,18 @@ class Objective:
         if self.clip is not None:
             clip = {"clip_embedding": self.embed(batch), "clip_drop": batch.drop_clip | draws.drop_clip}
         times = diffusion.model_timesteps(draws.timesteps)
-        output = self.engine(x_t, times, **inputs, **clip)
+        has_kl = self.clip is not None and train.kl_weight > 0 and step % train.kl_every == 0
+        masks = Randomness(x_t.device) if has_kl else None
+        # Compiled and recorded passes draw dropout masks of their own, and the KL term needs the same twice.
+        with self.engine.module.plain() if masks else nullcontext():
+            output = self.engine(x_t, times, **inputs, **clip)
         losses = diffusion.losses(output, x0, x_t, draws.timesteps, draws.noise)
         total = (losses["mse"] * self.weight(draws.timesteps)).mean()
         if train.loss == "hybrid":
             total = total + train.vb_weight * diffusion.num_timesteps * losses["vb"].mean()
         kl = None
-        if self.clip is not None and train.kl_weight > 0 and step % train.kl_every == 0:
-            with torch.no_grad():
+        if masks:
+            with torch.no_grad(), masks.again(), self.engine.module.plain():
                 off = self.engine.module(x_t, times, **inputs)
             kl = reverse_kl(
                 diffusion.p_mean_variance(output, x_t, draws.timesteps, clip_x0=False).gaussian,

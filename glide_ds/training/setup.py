@@ -29,8 +29,7 @@ from glide_ds.training.faults.stopping import Stopper
 from glide_ds.training.faults.watchdog import SET_UP, Watch
 from glide_ds.training.logging import RunLog
 from glide_ds.training.metrics import Readings
-from glide_ds.training.objective import phase_seed
-from glide_ds.training.phases import parameter_groups
+from glide_ds.training.phases import parameter_groups, phase_seed
 from glide_ds.training.samples import Sampler
 from glide_ds.training.speed.compiling import set_compilation
 from glide_ds.training.speed.cuda_graph import capture, forget

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from train_kit import make_config
+from train_kit import ARCHITECTURE, DOCUMENT, make_config, shake
 
 from glide_ds.diffusion import create_diffusion
 from glide_ds.diffusion.losses import reverse_kl
 from glide_ds.diffusion.pixels import to_signed
+from glide_ds.model import create_model
+from glide_ds.model.glide import Glide
 from glide_ds.tokenizer import encode
 from glide_ds.training.metrics import Meter
-from glide_ds.training.objective import Losses, Objective, draw, hash64, phase_seed
-from glide_ds.types import Batch
+from glide_ds.training.objective import Losses, Objective, draw
+from glide_ds.training.phases import hash64, phase_seed
+from glide_ds.types import Batch, GlideConfig
 
 B, SIDE, WIDTH = 4, 16, 8
 
@@ -29,6 +33,9 @@ class Echo:
         self.weight = torch.tensor(0.3, requires_grad=True)
         self.calls: list[dict[str, Any]] = []
 
+    def plain(self) -> Any:
+        return nullcontext()
+
     def __call__(self, x: Tensor, t: Tensor, **inputs: Any) -> Tensor:
         self.calls.append({"x": x, "t": t, "grad": torch.is_grad_enabled(), **inputs})
         out = self.weight * x + t[:, None, None, None] / 1000
@@ -36,6 +43,16 @@ class Echo:
             kept = inputs["clip_embedding"].mean(1) * ~inputs["clip_drop"]
             out = out + self.weight * kept[:, None, None, None]
         return torch.cat([out, out], 1)
+
+
+class Bare:
+    """A plain module where Objective expects an engine."""
+
+    def __init__(self, module: Glide) -> None:
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.module(*args, **kwargs)
 
 
 class Encoder:
@@ -125,6 +142,9 @@ def test_seed_and_phase_decide_the_numbers(tmp_path: Path):
         for seed in (0, 1)
     }
     assert len(set(seeds.values())) == len(seeds)
+    # Of runs from before phases were told by their names: theirs stay.
+    assert seeds["base", 0] == hash64(0, 0)
+    assert seeds["full", 1] == hash64(1, 3)
     assert hash64(1, 2) != hash64(2, 1)
     assert all(0 <= hash64(i) < 2**63 for i in range(50))
 
@@ -189,6 +209,59 @@ def test_the_kl_is_to_the_clip_off_pass_which_gets_no_gradient(tmp_path: Path):
         for total, weight in ((losses.total, model.weight), (heavier(batch(), 0).total, other.weight))
     ]
     assert not torch.isclose(*gradients)
+
+
+def dropping(folder: Path, phase: str = "adapter_only", **train: Any) -> tuple[Objective, Glide]:
+    """The objective over a real model with the published dropout, KL at every second step; its adapter adds nothing."""
+    sections: dict[str, Any] = {"train": {"kl_weight": 1.0, "kl_every": 2, **train}}
+    model_config = {"architecture": {**ARCHITECTURE, "dropout": 0.1}}
+    config = make_config(folder, phase, model={**DOCUMENT["glide_ds"]["model"], **model_config}, **sections)
+    torch.manual_seed(0)
+    model = create_model(GlideConfig(**{**ARCHITECTURE, "dropout": 0.1}, clip_dim=WIDTH)).train()
+    fresh = {name: tensor.clone() for name, tensor in model.state_dict().items() if "clip" in name}
+    shake(model)
+    model.load_state_dict(fresh, strict=False)
+    made = Objective(config, create_diffusion(config.model.noise_schedule), Bare(model), Encoder())  # type: ignore[arg-type]
+    return made, model
+
+
+@pytest.mark.parametrize("dial", ["none", "blocks"])
+def test_an_adapter_that_adds_nothing_has_no_kl_whatever_dropout_does(tmp_path: Path, dial: str):
+    made, model = dropping(tmp_path)
+    model.recompute(dial)
+    torch.manual_seed(1)
+    losses = made(batch(), 0)
+    assert losses.kl == 0
+    losses.total.backward()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "clip_kv" in name:
+                parameter.add_(0.1)
+        model.clip_gate_offset.fill_(10.0)
+    assert made(batch(), 2).kl > 0
+
+
+def test_the_kl_term_moves_nobodys_dropout(tmp_path: Path):
+    """What is drawn after a step with the term is what is drawn after one without."""
+    after = []
+    for every in (2, 3):
+        made, _ = dropping(tmp_path, kl_every=every)
+        torch.manual_seed(1)
+        assert (made(batch(), 2).kl is not None) == (every == 2)
+        after.append(torch.rand(1))
+    assert torch.equal(*after)
+
+
+def test_the_kl_term_compares_passes_that_are_not_compiled(tmp_path: Path):
+    """A compiled pass draws masks of its own."""
+    made, model = dropping(tmp_path)
+    ran: list[str] = []
+    for name, block in model.blocks().items():
+        block.compiled = lambda *inputs, name=name, block=block: (ran.append(name), block(*inputs))[1]
+    assert made(batch(), 0).kl == 0
+    assert ran == []
+    assert made(batch(), 1).kl is None
+    assert len(ran) == len(model.blocks())
 
 
 def test_without_clip_there_is_neither_embedding_nor_kl(tmp_path: Path):
