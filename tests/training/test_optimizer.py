@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from glide_ds.errors import CheckpointError, ConfigError
-from glide_ds.training.zero import adamw8bit_cpu
 from glide_ds.training.zero import optimizer as module
 from glide_ds.training.zero.optimizer import MIN_SIZE, MOMENT_KEYS, AdamW8bit, Coefficients, Moments
 
@@ -133,46 +132,13 @@ def assert_same_step(step: Any, size: int, device: str = "cpu") -> None:
         assert (off > 0).float().mean() < 1e-3
 
 
-@pytest.fixture
-def c_kernel() -> None:
-    if adamw8bit_cpu.load() is None:
-        pytest.skip("no C compiler with OpenMP on this machine")
-
-
-@pytest.mark.usefixtures("c_kernel")
-@pytest.mark.parametrize("size", [RAGGED, 40 * 256, 100])
-def test_c_kernel_steps_like_the_reference(size: int):
-    assert_same_step(module._step_cpu, size)
-
-
-@pytest.mark.usefixtures("c_kernel")
-def test_c_kernel_does_not_depend_on_the_number_of_threads():
-    threads, results = torch.get_num_threads(), []
-    try:
-        for n in (1, 2):
-            torch.set_num_threads(n)
-            p, g, state = random_state(RAGGED)
-            module._step_cpu(p, g, state, Coefficients.at(GROUP, 5))
-            results.append((p, *state))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(map(torch.equal, *results))
-
-
-def test_without_a_compiler_it_warns_and_steps_the_same(monkeypatch, caplog):
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CC", raising=False)
-    adamw8bit_cpu.load.cache_clear()
-    try:
-        with caplog.at_level(logging.WARNING):
-            p, g, state = random_state(RAGGED)
-            module._step_cpu(p, g, state, Coefficients.at(GROUP, 5))
-    finally:
-        adamw8bit_cpu.load.cache_clear()
-    assert "no C compiler" in caplog.text
-    expected, g, state = random_state(RAGGED)
-    module._step_torch(expected, g, state, Coefficients.at(GROUP, 5))
-    assert torch.equal(p, expected)
+def test_without_a_kernel_it_says_how_slow_it_is(caplog):
+    module._implementation.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        optimizer = AdamW8bit([torch.nn.Parameter(torch.ones(8192))])
+        optimizer.param_groups[0]["params"][0].grad = torch.ones(8192)
+        optimizer.step()
+    assert "no kernel for 'cpu' here" in caplog.text
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
