@@ -25,8 +25,9 @@ def read_environment() -> tuple[int, int]:
     missing = [n for n in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
     if missing:
         raise ConfigError(
-            f"RANK={os.environ['RANK']} is set but {', '.join(missing)} is not, so the ranks can't find each "
-            "other; start with deepspeed, torchrun or srun, or set all of them"
+            f"RANK={os.environ['RANK']} is set but {', '.join(missing)} is not",
+            "the ranks can't find each other",
+            "start with deepspeed, torchrun or srun, or set all of them",
         )
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 

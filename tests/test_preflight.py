@@ -19,12 +19,12 @@ from glide_ds import cli
 from glide_ds.data import shapes
 from glide_ds.data.clip_store import Encoder, StoreNote, store_path, write_store
 from glide_ds.data.tars.shards import open_shards
-from glide_ds.errors import ConfigError
+from glide_ds.errors import ConfigError, Fault
 from glide_ds.model import create_model
 from glide_ds.preflight.checks import CHECKS, read_hostfile
 from glide_ds.preflight.ranks import judge_clocks, judge_pairs
 from glide_ds.preflight.runner import describe, look, merge
-from glide_ds.preflight.site import Fault, Finding, Site, fault_of
+from glide_ds.preflight.site import Finding, Site, faults_of
 from glide_ds.training.setup import glide_config
 
 BY_NAME = {check.name: check for check in CHECKS}
@@ -253,9 +253,9 @@ def test_a_slow_pair_is_named():
 
 
 def test_ranks_findings_become_one():
-    shared = Fault("no disk", "free some")
+    shared = Fault("no disk", remedy="free some")
     merged = merge(
-        [Finding("mine"), Finding("", (shared,)), Finding("", (shared, Fault("no card", "add one")))]
+        [Finding("mine"), Finding("", (shared,)), Finding("", (shared, Fault("no card", remedy="add one")))]
     )
     assert merged.text == "mine"
     assert [f.fact for f in merged.faults] == ["rank 1: no disk", "rank 2: no card"]
@@ -265,7 +265,9 @@ def test_ranks_findings_become_one():
 
 
 def test_the_remedy_stands_under_the_fact_and_colour_is_for_terminals():
-    finding = Finding("", (Fault("the disk is full", "free space"), Fault("so is the tape", "rewind")))
+    finding = Finding(
+        "", (Fault("the disk is full", remedy="free space"), Fault("so is the tape", remedy="rewind"))
+    )
     plain = describe("disk", finding, 1.25, terminal=False)
     assert [line.strip() for line in plain.splitlines()] == [
         "FAIL disk      1.2 s  the disk is full",
@@ -277,16 +279,11 @@ def test_the_remedy_stands_under_the_fact_and_colour_is_for_terminals():
     assert describe("disk", Finding("enough"), 0.0, terminal=False) == "  ok   disk      0.0 s  enough"
 
 
-@pytest.mark.parametrize(
-    ("message", "fact", "remedy"),
-    [
-        ("x = 3 is odd; give 2", "x = 3 is odd", "give 2"),
-        ("a.tar is cut off. Fetch it again, or stop.", "a.tar is cut off", "Fetch it again, or stop"),
-        ("no", "no", ""),
-    ],
-)
-def test_an_error_message_is_split_into_fact_and_remedy(message: str, fact: str, remedy: str):
-    assert fault_of(ConfigError(message)) == Fault(fact, remedy)
+def test_an_error_s_faults_are_its_own_and_any_other_s_its_message():
+    error = ConfigError.all_of([Fault("x = 3 is odd; so", "nothing fits", "give 2"), Fault("y = 3")])
+    assert faults_of(error) == error.faults
+    (fault,) = faults_of(OSError("disk; full"))
+    assert fault.fact == "disk; full"
 
 
 @pytest.mark.parametrize(

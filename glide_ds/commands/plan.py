@@ -256,7 +256,9 @@ def _measured(gpu: str, bf16: bool, paths: Sequence[Path]) -> Iterator[tuple[flo
             ]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
-                f"--results {path} is no result of benchmarks/step.py ({error!r}); give another"
+                f"--results {path} is no result of benchmarks/step.py ({error!r})",
+                "",
+                "give another",
             ) from error
         if all(word in device for word in gpu.split("-")):
             yield from ((rate, path) for rate in rates)

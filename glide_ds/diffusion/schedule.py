@@ -38,7 +38,11 @@ SCHEDULES: dict[str, Callable[[int], FloatArray]] = {
 def betas_of(schedule: str, steps: int) -> FloatArray:
     """The betas of a named schedule, float64 [steps]."""
     if schedule not in SCHEDULES:
-        raise ConfigError(f"noise schedule {schedule!r} does not exist; choose one of {', '.join(SCHEDULES)}")
+        raise ConfigError(
+            f"noise schedule {schedule!r} does not exist",
+            "",
+            f"choose one of {', '.join(SCHEDULES)}",
+        )
     return SCHEDULES[schedule](steps)
 
 
@@ -60,8 +64,9 @@ def kept_timesteps(steps: int, respacing: str | int | None) -> list[int]:
     counts = text.split(",")
     if not all(count.strip().isdecimal() and int(count) for count in counts):
         raise ConfigError(
-            f"respacing {respacing!r} is not understood; write a number such as 100, counts per section such "
-            "as 10,10,3,2,2, ddim50 or fast27"
+            f"respacing {respacing!r} is not understood",
+            "",
+            "write a number such as 100, counts per section such as 10,10,3,2,2, ddim50 or fast27",
         )
     return _sectioned(steps, [int(count) for count in counts])
 
@@ -72,8 +77,9 @@ def _strided(steps: int, count: int) -> list[int]:
         if len(kept) == count:
             return list(kept)
     raise ConfigError(
-        f"no integer stride through {steps} timesteps gives exactly {count}; write {count} without ddim to "
-        "space them evenly"
+        f"no integer stride through {steps} timesteps gives exactly {count}",
+        "",
+        f"write {count} without ddim to space them evenly",
     )
 
 
@@ -84,8 +90,9 @@ def _sectioned(steps: int, counts: list[int]) -> list[int]:
         size = steps // len(counts) + (place < steps % len(counts))
         if size < count:
             raise ConfigError(
-                f"section {place + 1} of the respacing has {size} timesteps and cannot give {count}; "
-                "ask for fewer"
+                f"section {place + 1} of the respacing has {size} timesteps and cannot give {count}",
+                "",
+                "ask for fewer",
             )
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
         # Summed, not multiplied: the rounding of exact halves then equals the published samplers'.

@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,12 +27,12 @@ from glide_ds.data.filters import Filtered
 from glide_ds.data.loader import SampleSet, ShardSamples, Tally, open_samples
 from glide_ds.data.tars.shards import expand, open_index
 from glide_ds.data.tars.storage import CacheOptions, Storage, is_remote
-from glide_ds.errors import ConfigError, DataError, GlideError, WeightsError
+from glide_ds.errors import ConfigError, DataError, Fault, GlideError, WeightsError
 from glide_ds.model import create_model
 from glide_ds.model.clip import FrozenClip
 from glide_ds.model.tensor_files import sync_directory
 from glide_ds.preflight import ranks, step
-from glide_ds.preflight.site import BlockedError, Fault, Finding, Site, fault_of
+from glide_ds.preflight.site import BlockedError, Finding, Site, faults_of
 from glide_ds.training.checkpoint.commit import MANIFEST, committed, unreadable, verify
 from glide_ds.training.checkpoint.start import find_start, folder_of, load_start
 from glide_ds.training.faults.stopping import STOP_FILE
@@ -70,12 +71,13 @@ def pipeline(site: Site) -> Finding:
 
 
 def batch(site: Site) -> Finding:
-    texts, faults = [], []
+    texts: list[str] = []
+    faults: list[Fault] = []
     for config in site.configs:
         try:
             texts.append(describe_batch(config, config.batch_arithmetic(site.world_size)))
         except ConfigError as error:
-            faults.append(fault_of(error))
+            faults += faults_of(error)
     return Finding("; ".join(dict.fromkeys(texts)), _distinct(faults))
 
 
@@ -110,7 +112,7 @@ def hosts(site: Site) -> Finding:
             faults.append(
                 Fault(
                     f"{origin} names the host {name!r}, which {site.host} can't look up ({error.strerror})",
-                    "correct the name, or add it to DNS or /etc/hosts on every node",
+                    remedy="correct the name, or add it to DNS or /etc/hosts on every node",
                 )
             )
     return Finding(f"{', '.join(names)} resolve" if names else "one machine: no name to look up", tuple(faults))
@@ -121,18 +123,28 @@ def read_hostfile(path: Path) -> list[tuple[str, int]]:
     try:
         lines = [line.split("#")[0].split() for line in path.read_text().splitlines()]
     except OSError as error:
-        raise ConfigError(f"--hostfile {path} can't be read ({error.strerror}); correct the path") from error
+        raise ConfigError(
+            f"--hostfile {path} can't be read ({error.strerror})",
+            "",
+            "correct the path",
+        ) from error
     found = []
     for words in filter(None, lines):
         name, *rest = words
         slots = rest[0].removeprefix("slots=") if len(rest) == 1 and rest[0].startswith("slots=") else ""
         if not slots.isdigit():
             raise ConfigError(
-                f"--hostfile {path} has the line {' '.join(words)!r}, which DeepSpeed can't read; write 'HOST slots=N'"
+                f"--hostfile {path} has the line {' '.join(words)!r}, which DeepSpeed can't read",
+                "",
+                "write 'HOST slots=N'",
             )
         found.append((name, int(slots)))
     if not found:
-        raise ConfigError(f"--hostfile {path} names no host; write one line 'HOST slots=N' per node")
+        raise ConfigError(
+            f"--hostfile {path} names no host",
+            "",
+            "write one line 'HOST slots=N' per node",
+        )
     return found
 
 
@@ -156,12 +168,12 @@ def memory(site: Site) -> Finding:
     have, host = _memory_per_rank(site), _host_memory()
     if max(on_host) > host and site.device.type != "cpu":
         fact = f"rank 0 keeps {gib(max(on_host))} in host memory for its saves, but {site.host} has {gib(host)} free"
-        return Finding(text, (Fault(fact, "set checkpoint.background=false, or use more ranks"),))
+        return Finding(text, (Fault(fact, remedy="set checkpoint.background=false, or use more ranks"),))
     if need <= have:
         return Finding(f"{text}, {gib(have)} are free")
     fault = Fault(
         f"{text}, but {site.host} has {gib(have)} free for each",
-        "lower train_micro_batch_size_per_gpu, set train.checkpointing, or use the optimizer AdamW8bit; "
+        remedy="lower train_micro_batch_size_per_gpu, set train.checkpointing, or use the optimizer AdamW8bit; "
         "`glide-ds plan` shows what each would give",
     )
     return Finding(text, (fault,))
@@ -192,24 +204,26 @@ def shards(site: Site) -> Finding:
         faults += missing
         storage = _storage(data)
 
-        def look(url: str, data: DataConfig = data, storage: Storage = storage) -> tuple[int, str]:
+        def look(
+            url: str, data: DataConfig = data, storage: Storage = storage
+        ) -> tuple[int, tuple[Fault, ...]]:
             try:
                 head = open_index(url, storage, data.index_dir)[0].head
             except (DataError, OSError, EOFError) as error:
-                return 0, str(error)
+                return 0, faults_of(error)
             if head.damage and data.damaged_shards != "salvage":
-                return 0, (
-                    f"shard {url} is damaged: {'; '.join(head.damage)}. Fetch it again, or set "
-                    "data.damaged_shards=salvage to train on the members that are whole"
+                fact = f"shard {url} is damaged: {'; '.join(head.damage)}"
+                remedy = (
+                    "fetch it again, or set data.damaged_shards=salvage to train on the members that are whole"
                 )
-            return head.samples, ""
+                return 0, (Fault(fact, "samples would be missing", remedy),)
+            return head.samples, ()
 
         with ThreadPoolExecutor(8) as pool:
-            for found, fault in pool.map(look, urls):
+            for found, more in pool.map(look, urls):
                 count, samples = count + 1, samples + found
                 site.progress(f"{count} of {len(urls)} shards")
-                if fault:
-                    faults.append(fault_of(DataError(fault)))
+                faults += more
     text = (
         f"{count:,} shards whole, {samples:,} samples"
         if count
@@ -236,13 +250,13 @@ def _built_in(patterns: str | tuple[str, ...]) -> bool:
 def _existing(patterns: str | tuple[str, ...]) -> tuple[list[str], list[Fault]]:
     """The shards that are there, so that one missing shard does not hide what ails the others."""
     urls: list[str] = []
-    faults = []
+    faults: list[Fault] = []
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         try:
             urls += expand(pattern)
         except DataError as error:
-            faults.append(fault_of(error))
-            if "unbalanced" not in str(error):
+            faults += faults_of(error)
+            with suppress(ValueError):  # unbalanced braces, as the fault says
                 urls += [url for url in braceexpand(pattern) if is_remote(url) or os.path.isfile(url)]
     return urls, faults
 
@@ -296,14 +310,14 @@ def _decode(opened: SampleSet, data: DataConfig, site: Site) -> tuple[str, list[
             Fault(
                 f"{tally.bad} of {tally.read} samples are unusable, more than data.max_bad_fraction="
                 f"{data.max_bad_fraction}: {tally.describe()}. For example {shown}",
-                "mend the data, or raise data.max_bad_fraction",
+                remedy="mend the data, or raise data.max_bad_fraction",
             )
         )
     if tally.filtered.total() > WORTHLESS * tally.read:
         faults.append(
             Fault(
                 f"data.filter drops {tally.filtered.total()} of {tally.read} samples: {tally.describe()}",
-                "loosen data.filter, or check that the records carry the fields that it reads",
+                remedy="loosen data.filter, or check that the records carry the fields that it reads",
             )
         )
     return text, faults
@@ -326,8 +340,9 @@ def clip(site: Site) -> Finding:
         return Finding(f"{text}; the shards can't be opened (see shards), so the store is not checked")
     if not isinstance(opened, ShardSamples):
         raise DataError(
-            f"data.clip_store={config.data.clip_store} can't go with {config.data.shards}, which has no shards; "
-            "unset it"
+            f"data.clip_store={config.data.clip_store} can't go with {config.data.shards}, which has no shards",
+            "",
+            "unset it",
         )
     encoder = Encoder(config.clip.model, config.clip.weights, config.clip.source)
     store = ClipStore(config.data.clip_store, opened.shards, encoder)
@@ -340,12 +355,13 @@ def clip(site: Site) -> Finding:
 
 def resume(site: Site) -> Finding:
     """What the same command would go on from; every file of its newest checkpoint is read."""
-    texts, faults = [], []
+    texts: list[str] = []
+    faults: list[Fault] = []
     for config in site.configs:
         try:
             find_start(config, [c.train.phase for c in site.configs], verify=False)
         except ConfigError as error:
-            faults.append(fault_of(error))
+            faults += faults_of(error)
         except WeightsError:
             pass  # `weights` says it
         phase, damaged = config.train.phase, []
@@ -361,13 +377,13 @@ def resume(site: Site) -> Finding:
             Fault(
                 f"the checkpoint {path} is damaged: {'; '.join(problems[:3])}; the run would fall back to an older "
                 "one",
-                f"put the file back, or remove {path} to accept that",
+                remedy=f"put the file back, or remove {path} to accept that",
             )
             for path, problems in damaged
         ]
     stop = Path(site.config.run.dir) / STOP_FILE
     if stop.exists():
-        faults.append(Fault(f"{stop} is there: the run would stop at its first step", f"remove {stop}"))
+        faults.append(Fault(f"{stop} is there: the run would stop at its first step", remedy=f"remove {stop}"))
     return Finding("; ".join(texts) or "nothing yet: the run starts from its beginning", tuple(faults))
 
 
@@ -399,7 +415,7 @@ def disk(site: Site) -> Finding:
     text = f"checkpoints take up to {gib(need)} ({', '.join(sizes)}), {gib(free + held)} are free in {folder}"
     if need <= free + held:
         return Finding(text)
-    return Finding(text, (Fault(text, "free space, choose another run.dir, or lower checkpoint.keep"),))
+    return Finding(text, (Fault(text, remedy="free space, choose another run.dir, or lower checkpoint.keep"),))
 
 
 def existing_parent(folder: Path) -> Path:
@@ -429,7 +445,9 @@ def write(site: Site) -> Finding:
         sync_directory(probe)
     except OSError as error:
         fact = f"run.dir {folder} can't hold checkpoints on {site.host}: {error.strerror} ({error.filename})"
-        return Finding(fact, (Fault(fact, "choose another run.dir, mend its permissions, or free space"),))
+        return Finding(
+            fact, (Fault(fact, remedy="choose another run.dir, mend its permissions, or free space"),)
+        )
     finally:
         shutil.rmtree(probe, ignore_errors=True)
     seconds = time.monotonic() - started

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from glide_ds.preflight.site import Fault, Finding, Site
+from glide_ds.errors import Fault
+from glide_ds.preflight.site import Finding, Site
 
 MAX_SKEW_S = 2.0  # more, and file times, logs and requeue deadlines contradict each other
 MESSAGE_BYTES = {"cuda": 64 * 2**20, "cpu": 16 * 2**20}
@@ -38,7 +39,9 @@ def shared_folder(site: Site) -> Finding:
     if seen:
         return Finding(f"{site.config.run.dir} is one folder for all ranks")
     fact = f"{probe[0].parent.absolute()} is not the folder that rank 0 writes to, so no checkpoint could be committed"
-    return Finding(fact, (Fault(fact, "give run.dir an absolute path on a file system that all nodes share"),))
+    return Finding(
+        fact, (Fault(fact, remedy="give run.dir an absolute path on a file system that all nodes share"),)
+    )
 
 
 def _appears(path: Path, patience_s: float = 3.0) -> bool:
@@ -66,7 +69,8 @@ def judge_clocks(now: Sequence[tuple[str, float]]) -> Finding:
     worst = max(abs(skew) for skew in skews.values())
     faults = tuple(
         Fault(
-            f"the clock of {host} is {skew:+.1f} s from that of {now[0][0]}", "start NTP or chrony on that node"
+            f"the clock of {host} is {skew:+.1f} s from that of {now[0][0]}",
+            remedy="start NTP or chrony on that node",
         )
         for host, skew in skews.items()
         if abs(skew) > MAX_SKEW_S
@@ -95,7 +99,7 @@ def network(site: Site) -> Finding:
         faults.append(
             Fault(
                 f"the all-reduce gave rank {site.rank} on {site.host} {wrong} of {numbers} wrong sums",
-                "take that node out of the job and have its network card and cables tested",
+                remedy="take that node out of the job and have its network card and cables tested",
             )
         )
     speeds = _pairs(site)
@@ -144,7 +148,7 @@ def judge_pairs(speeds: dict[tuple[str, str], float]) -> tuple[str, tuple[Fault,
     faults = tuple(
         Fault(
             f"between {a} and {b} only {speed / 1e9:.2f} GB/s pass, the median pair has {median / 1e9:.2f}",
-            "leave one of the two nodes out, or set GLOO_SOCKET_IFNAME / NCCL_SOCKET_IFNAME to the fast network",
+            remedy="leave one of the two nodes out, or set GLOO_SOCKET_IFNAME / NCCL_SOCKET_IFNAME to the fast network",
         )
         for (a, b), speed in speeds.items()
         if speed < SLOW * median

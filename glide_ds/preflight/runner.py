@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 from glide_ds.config import load_config
 from glide_ds.environment import is_launched, ranks_here, read_environment
-from glide_ds.errors import GlideError
+from glide_ds.errors import Fault, GlideError
 from glide_ds.preflight.checks import CHECKS, Check, hosts, read_hostfile
-from glide_ds.preflight.site import BlockedError, Fault, Finding, Site, fault_of
+from glide_ds.preflight.site import BlockedError, Finding, Site, faults_of
 from glide_ds.training.zero.group import start_process_group
 
 WIDTH = 110
@@ -99,7 +99,7 @@ def look(check: Check, site: Site) -> Finding:
     except BlockedError as reason:
         return Finding(str(reason), skipped=True)
     except (GlideError, OSError, RuntimeError) as error:  # RuntimeError: torch's, such as out of memory
-        return Finding("", (fault_of(error),))
+        return Finding("", faults_of(error))
 
 
 def merge(findings: list[Finding]) -> Finding:
@@ -108,7 +108,7 @@ def merge(findings: list[Finding]) -> Finding:
     for rank, finding in enumerate(findings):
         for fault in finding.faults:
             faults.setdefault(fault, rank)
-    told = tuple(Fault(f"rank {rank}: {f.fact}" if rank else f.fact, f.remedy) for f, rank in faults.items())
+    told = tuple(f._replace(fact=f"rank {rank}: {f.fact}") if rank else f for f, rank in faults.items())
     return Finding(findings[0].text, told, findings[0].skipped)
 
 
@@ -116,7 +116,7 @@ def describe(name: str, finding: Finding, seconds: float, terminal: bool) -> str
     """A line for the check, and below it each fault with its remedy."""
     state = "FAIL" if finding.faults else "skip" if finding.skipped else "ok"
     mark = MARKS[state] if terminal else f"{state:<4}"
-    texts = [fault.fact for fault in finding.faults] or [finding.text]
+    texts = [str(fault._replace(remedy="")) for fault in finding.faults] or [finding.text]
     lines = []
     for number, text in enumerate(texts):
         first = f"{name:<8}{seconds:5.1f} s  " if number == 0 else " " * 17

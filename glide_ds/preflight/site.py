@@ -13,16 +13,9 @@ from typing import NamedTuple
 import torch
 
 from glide_ds.config import Config
-from glide_ds.errors import GlideError
+from glide_ds.errors import Fault, GlideError
 
 SECONDS_BETWEEN_LINES = 5.0
-
-
-class Fault(NamedTuple):
-    """What is wrong, and what mends it."""
-
-    fact: str
-    remedy: str
 
 
 class Finding(NamedTuple):
@@ -37,13 +30,11 @@ class BlockedError(Exception):
     """A check can't look before what another one found is mended; the message names that one."""
 
 
-def fault_of(error: Exception) -> Fault:
-    """An error's message as fact and remedy: by convention its last clause says what to do."""
-    if not isinstance(error, GlideError):
-        return Fault(f"{error}", "check the path, its permissions and the free space")
-    message = str(error).rstrip(".")
-    cut = max(message.rfind("; "), message.rfind(". "), message.rfind(": "))
-    return Fault(message[:cut], message[cut + 2 :]) if cut > 0 else Fault(message, "")
+def faults_of(error: Exception) -> tuple[Fault, ...]:
+    """What an error says is wrong."""
+    if isinstance(error, GlideError):
+        return error.faults
+    return (Fault(str(error), remedy="check the path, its permissions and the free space"),)
 
 
 @dataclass

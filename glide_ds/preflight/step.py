@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from glide_ds.config import Config, with_changes
-from glide_ds.errors import GlideError
-from glide_ds.preflight.site import Fault, Finding, Site
+from glide_ds.errors import Fault, GlideError
+from glide_ds.preflight.site import Finding, Site
 from glide_ds.training.checkpoint.start import find_start
 from glide_ds.training.loop import train
 from glide_ds.training.setup import phase_run
@@ -43,8 +43,9 @@ def real_step(site: Site) -> Finding:
         trained = time.monotonic()
         if not torch.isfinite(before):
             raise GlideError(
-                "after one step the weights are not finite, so the run would train nothing; lower optimizer.params.lr, "
-                "or check model.weights"
+                "after one step the weights are not finite",
+                "the run would train nothing",
+                "lower optimizer.params.lr, or check model.weights",
             )
         with _quiet(), phase_run(config, site.device) as run:
             after, resumed = fingerprint(run.model), run.start.step
@@ -52,7 +53,9 @@ def real_step(site: Site) -> Finding:
         lines = (folder / "metrics.jsonl").read_text().splitlines() if site.rank == 0 else []
     if resumed != 1 or before != after:
         fact = f"the checkpoint of one step loads as step {resumed}, weights {float(before)} → {float(after)}"
-        return Finding(fact, (Fault(fact, "run the tests (launch/test.sh): this build loses what it trains"),))
+        return Finding(
+            fact, (Fault(fact, remedy="run the tests (launch/test.sh): this build loses what it trains"),)
+        )
     loss = f"loss {json.loads(lines[-1])['loss']:.3f}, " if lines else ""
     peak = f", peak {gib(torch.cuda.max_memory_allocated())}" if site.device.type == "cuda" else ""
     return Finding(

@@ -81,15 +81,18 @@ def check_pipeline(configs: Sequence[Config]) -> None:
         phase = PHASES[config.train.phase]
         if config.run.dir != configs[0].run.dir:
             raise ConfigError(
-                f"phase {phase.name!r} has run.dir = {config.run.dir!r} and {configs[0].train.phase!r} has "
-                f"{configs[0].run.dir!r}: it would not find its parent; "
-                "give both the same, for example with --set run.dir=…"
+                f"phase {phase.name!r} has run.dir = {config.run.dir!r} and {configs[0].train.phase!r} "
+                f"has {configs[0].run.dir!r}",
+                "it would not find its parent",
+                "give both the same, for example with --set run.dir=…",
             )
         late = [name for name in seen if phase.name in PHASES[name].parents]
         if phase.name in seen or late:
             raise ConfigError(
-                f"phase {phase.name!r} comes after {', '.join(seen)}: the order is "
-                f"{' → '.join(PHASES)} and each phase once; reorder the --ds_config files"
+                f"phase {phase.name!r} comes after {', '.join(seen)}: the order is {' → '.join(PHASES)} "
+                "and each phase once",
+                "",
+                "reorder the --ds_config files",
             )
         seen.append(phase.name)
 

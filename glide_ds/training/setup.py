@@ -248,8 +248,9 @@ def _check_data(resumed: Committed, source: Source) -> None:
     if source.fingerprint != before:
         raise DataError(
             f"data.shards hold other samples than when {resumed.path} was written (fingerprint "
-            f"{source.fingerprint}, then {before}): some would be repeated and others missed. Put the shards "
-            "back, or choose another run.dir and start it from an export of this run"
+            f"{source.fingerprint}, then {before})",
+            "some would be repeated and others missed",
+            "put the shards back, or choose another run.dir and start it from an export of this run",
         )
 
 

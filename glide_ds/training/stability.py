@@ -177,9 +177,8 @@ class Guard:
                 "last_skipped": _tail(self.run_dir / SKIPPED_FILE, REPORTED),
             }
             write_atomically(path, json.dumps(finite(report), indent=1) + "\n")
-        error = UnstableError(
-            f"step {done} of phase {self.log.phase!r}: {reason}. {remedy}. The report: {path}"
-        )
+        fact = f"step {done} of phase {self.log.phase!r}: {reason}"
+        error = UnstableError(fact, "", f"{remedy}; the report: {path}")
         error.on_all_ranks = True
         raise error
 
@@ -233,7 +232,7 @@ class Guard:
             self.stop(
                 done,
                 f"{count}, and stability.max_rollbacks = {options.max_rollbacks} rollbacks are used up",
-                f"Look at the samples in {self.run_dir / SKIPPED_FILE}, mend the data or lower the learning rate, "
+                f"look at the samples in {self.run_dir / SKIPPED_FILE}, mend the data or lower the learning rate, "
                 f"and start again; the last checkpoint in {self.folder} stands",
             )
         target = checkpoint.rewind(self.folder, state.recent[0])

@@ -110,7 +110,7 @@ class Validation:
             f"the validation loss with CLIP off is {self.latest['loss_clip_off']:.4g}, {worse:.1%} above the "
             f"{self.baseline:.4g} at first, more than validation.max_degradation = "
             f"{self.options.max_degradation:g} allows: the pretrained ability is being lost",
-            "Lower the learning rate of unet and text (train.lr_scale) or raise train.kl_weight in a new run.dir; "
+            "lower the learning rate of unet and text (train.lr_scale) or raise train.kl_weight in a new run.dir; "
             "or raise validation.max_degradation, or set it to 0, and start again to go on",
             validation=self.latest,
         )
@@ -167,7 +167,9 @@ def open_held_out(config: Config, shards: str | tuple[str, ...]) -> Source:
     held = source.facts()["samples"]
     if held < samples:
         raise ConfigError(
-            f"validation.samples = {samples}, but validation.shards hold {held}; set validation.samples={held}"
+            f"validation.samples = {samples}, but validation.shards hold {held}",
+            "",
+            f"set validation.samples={held}",
         )
     return source
 
@@ -176,7 +178,11 @@ def load_held_out(config: Config, source: Source, diffusion: Diffusion, clip: Fr
     """This rank's part of the held-out samples: every W-th of them, by number. Collective."""
     count, world = config.validation.samples, dist.get_world_size()
     if count < world:
-        raise ConfigError(f"validation.samples = {count} are fewer than {world} ranks; give at least {world}")
+        raise ConfigError(
+            f"validation.samples = {count} are fewer than {world} ranks",
+            "",
+            f"give at least {world}",
+        )
     rows = torch.arange(dist.get_rank(), count, world)
     batches = agreed(lambda: [source.one(row) for row in rows.tolist()])
     embedding = None

@@ -503,7 +503,7 @@ def test_a_phase_without_its_parent_is_refused_on_real_data(
 ):
     path = write_config(tmp_path, phase, data={"shards": photos}, model={"weights": "openai"})
     message = fails(WeightsError, start, path)
-    assert "Train adapter_only first" in message
+    assert "train adapter_only first" in message
     assert str(tmp_path / "run") in message
     write_state(tmp_path / "base.pt", create_model(GlideConfig(**ARCHITECTURE)).state_dict())
     message = fails(WeightsError, start, path, sets=(f"model.weights={tmp_path}/base.pt",))

@@ -103,8 +103,9 @@ class Saver:
         if first:
             self.failure = None
             error = CheckpointError(
-                f"{first}; the previous checkpoint stands. Check free disk space and permissions, then start the "
-                "same command again"
+                f"{first}; the previous checkpoint stands",
+                "",
+                "check free disk space and permissions, then start the same command again",
             )
             error.on_all_ranks = True
             raise error

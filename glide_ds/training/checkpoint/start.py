@@ -120,19 +120,23 @@ def _given_weights(config: Config) -> str:
     real_data = any(not pattern.startswith(BUILTIN_DATA) for pattern in shards)
     if weights == "auto" and real_data:
         raise WeightsError(
-            f"data.shards = {shards} is real data and phase {phase.name!r} has no weights to start "
-            "from: GLIDE from random weights would cost months; give model.weights=/path/base.pt, "
-            "model.weights=openai to download the published ones, or model.weights=random if that is meant"
+            f"data.shards = {shards} is real data and phase {phase.name!r} has no weights to start from",
+            "GLIDE would be trained from random weights, which costs months",
+            "give model.weights=/path/base.pt, model.weights=openai to download the published ones, or "
+            "model.weights=random if that is meant",
         )
     if phase.needs_adapter and real_data and weights in ("auto", "openai", "builtin:tiny"):
         raise WeightsError(
-            f"phase {phase.name!r} continues {' or '.join(phase.parents)}, and {config.run.dir} holds no committed "
-            f"checkpoint of it; {weights!r} brings no trained adapter. Train {phase.parents[-1]} first (the same "
-            "run.dir), or give model.weights=/path/of/an/export.pt"
+            f"phase {phase.name!r} continues {' or '.join(phase.parents)}, and {config.run.dir} holds no "
+            f"committed checkpoint of it",
+            f"there is no adapter to continue: {weights!r} brings no trained one",
+            f"train {phase.parents[-1]} first (the same run.dir), or give model.weights=/path/of/an/export.pt",
         )
     if weights not in (*NAMED_WEIGHTS, "auto") and not Path(weights).is_file():
         raise WeightsError(
-            f"model.weights = {weights!r} is neither a file nor one of {', '.join(NAMED_WEIGHTS)}; correct the path"
+            f"model.weights = {weights!r} is neither a file nor one of {', '.join(NAMED_WEIGHTS)}",
+            "",
+            "correct the path",
         )
     return "random" if weights == "auto" else weights
 
@@ -152,8 +156,10 @@ def load_start(model: nn.Module, config: Config, start: Start) -> list[str]:
         has_adapter = any("clip" in name for name in report.loaded)
         if phase.needs_adapter and Path(start.weights).is_file() and not has_adapter:
             raise WeightsError(
-                f"phase {phase.name!r} continues a trained adapter and model.weights = {start.weights!r} holds none; "
-                f"train {phase.parents[-1]} from it first, or give an export of that phase"
+                f"phase {phase.name!r} continues a trained adapter and model.weights = {start.weights!r} "
+                "holds none",
+                "",
+                f"train {phase.parents[-1]} from it first, or give an export of that phase",
             )
     return [report.paragraph()]
 
@@ -210,8 +216,9 @@ def _read(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
         raise ConfigError(
-            f"{path} can't be read ({error}), so it is unknown what this run directory belongs to; "
-            "restore it, or choose another run.dir"
+            f"{path} can't be read ({error})",
+            "it is unknown what this run directory belongs to",
+            "restore it, or choose another run.dir",
         ) from error
 
 
@@ -233,8 +240,9 @@ def _check_recorded(config: Config, phase: str) -> None:
     if changed:
         raise ConfigError(
             f"run.dir = {config.run.dir!r} holds checkpoints of phase {phase!r} of another configuration "
-            f"({'; '.join(changed[:5])}{'; …' if len(changed) > 5 else ''}): going on would mix two runs. "
-            "Choose another run.dir, or put the values back"
+            f"({'; '.join(changed[:5])}{('; …' if len(changed) > 5 else '')})",
+            "going on would mix two runs",
+            "choose another run.dir, or put the values back",
         )
 
 

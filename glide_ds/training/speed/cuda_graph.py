@@ -35,8 +35,9 @@ def capture(model: Glide, config: Config, arithmetic: BatchArithmetic, device: t
         return
     if device.type != "cuda":
         raise ConfigError(
-            "train.cuda_graph=true, and PyTorch sees no GPU here: there is nothing to record; start on a machine "
-            "with one, or set train.cuda_graph=false"
+            "train.cuda_graph=true, and PyTorch sees no GPU here",
+            "there is nothing to record",
+            "start on a machine with one, or set train.cuda_graph=false",
         )
     started = time.monotonic()
     record(model, zeros(model.config, config, arithmetic.micro_batch, device), arithmetic.accumulation)

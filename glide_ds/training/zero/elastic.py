@@ -53,8 +53,10 @@ def load_repartitioned(engine: Any, checkpoint: Committed) -> None:
             or sum(m.numel() for m in masters) < total
         ):
             raise CheckpointError(
-                f"{checkpoint.path} holds other parameter groups than this phase trains (group {i}: {total:,} "
-                "values wanted); it belongs to another configuration: choose another run.dir"
+                f"{checkpoint.path} holds other parameter groups than this phase trains (group {i}: "
+                f"{total:,} values wanted)",
+                "it belongs to another configuration",
+                "choose another run.dir",
             )
         master.data.copy_(own_part(masters, total, master.numel()))
         if i in bases[0]["state"]:

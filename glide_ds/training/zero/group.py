@@ -51,9 +51,11 @@ def start_process_group(timeout_s: float) -> torch.device:
         )
     except dist.DistError as error:
         raise LostError(
-            f"the {os.environ['WORLD_SIZE']} ranks did not all meet at {os.environ['MASTER_ADDR']}:"
-            f"{os.environ['MASTER_PORT']} within run.timeout_s={timeout_s:g} ({str(error).splitlines()[0]}); look for "
-            "a rank that ended before, then start the same command again"
+            f"the {os.environ['WORLD_SIZE']} ranks did not all meet at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within run.timeout_s={timeout_s:g} "
+            f"({str(error).splitlines()[0]})",
+            "",
+            "look for a rank that ended before, then start the same command again",
         ) from error
     return torch.device("cuda", local) if on_gpu else torch.device("cpu")
 

@@ -199,7 +199,11 @@ class AdamW8bit(Optimizer):
         for name, (value, end) in limits.items():
             if not (value >= 0 and (end is None or value < end)):
                 allowed = "at least 0" if end is None else f"in [0, {end})"
-                raise ConfigError(f"AdamW8bit's {name} is {value}; it must be {allowed}")
+                raise ConfigError(
+                    f"AdamW8bit's {name} is {value}",
+                    "",
+                    f"it must be {allowed}",
+                )
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "maximize": maximize, "quantize": quantize})
 
@@ -224,7 +228,11 @@ class AdamW8bit(Optimizer):
     def _prepare(self, p: Tensor, group: dict[str, Any]) -> None:
         """Create the state at the first step; quantise moments that were put there as fp32."""
         if p.grad is not None and p.grad.is_sparse:
-            raise ConfigError("AdamW8bit takes no sparse gradients; build the embedding with sparse=False")
+            raise ConfigError(
+                "AdamW8bit takes no sparse gradients",
+                "",
+                "build the embedding with sparse=False",
+            )
         state = self.state[p]
         if "step" not in state:
             state["step"] = torch.tensor(0.0)
@@ -334,15 +342,18 @@ def _fitted(saved: dict[str, Any], p: Tensor, quantized: bool) -> dict[str, Any]
     moments = {key: value for key, value in saved.items() if key in sizes}
     if "step" not in saved or set(moments) not in ({*MOMENT_KEYS}, {"exp_avg", "exp_avg_sq"}):
         raise CheckpointError(
-            f"the optimizer state holds {sorted(saved)}: it is not AdamW's or AdamW8bit's; load the one this "
-            "optimizer wrote, or start the optimizer afresh"
+            f"the optimizer state holds {sorted(saved)}: it is not AdamW's or AdamW8bit's",
+            "",
+            "load the one this optimizer wrote, or start the optimizer afresh",
         )
     for key, value in moments.items():
         if value.numel() != sizes[key]:
             raise CheckpointError(
-                f"the optimizer state's {key} has {value.numel()} elements where a parameter of {p.numel()} "
-                f"needs {sizes[key]}: it belongs to another model or world size; convert it with "
-                "state_dict_to_fp32 and DeepSpeed's universal checkpoint, or start the optimizer afresh"
+                f"the optimizer state's {key} has {value.numel()} elements where a parameter of "
+                f"{p.numel()} needs {sizes[key]}",
+                "it belongs to another model or world size",
+                "convert it with state_dict_to_fp32 and DeepSpeed's universal checkpoint, or start the "
+                "optimizer afresh",
             )
     state = {key: value.detach().to(p.device, copy=True) for key, value in moments.items()}
     if not quantized:
