@@ -102,6 +102,12 @@ def test_a_result_of_the_same_device_replaces_the_assumption(tmp_path: Path):
     assert "of the fp32 matrix rate measured here" in plan.rate_of(config, "cpu", [])[1]
 
 
+def test_a_cpu_s_rate_is_this_machine_s_unless_a_result_is_named(tmp_path: Path):
+    """Whatever results other machines have left in the checkout."""
+    made = plan.make_plan(make_config(tmp_path), 1, 1, "cpu")
+    assert "measured here" in made.rate_source
+
+
 def test_a_file_that_is_no_result_is_named(tmp_path: Path):
     path = tmp_path / "step-x.json"
     path.write_text("[]")

@@ -1,7 +1,7 @@
 """`glide-ds plan`: what a run will take, before any GPU is: memory, speed, hours, network, loader cores, disk.
 
 Counts are exact: parameters, activations and operations come from the model on the meta device. Rates are
-published peaks times a utilisation, which a result of benchmarks/step.py on the same device replaces.
+published peaks times a utilisation; a result of benchmarks/step.py on such a device, where one is named, goes first.
 """
 
 from __future__ import annotations
@@ -111,7 +111,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", choices=GPUS, default="h100")
     parser.add_argument("--network", type=float, default=12.5, help="GB/s per GPU between nodes, one way")
     parser.add_argument(
-        "--results", type=Path, nargs="*", help="of benchmarks/step.py; default: benchmarks/results/step-*.json"
+        "--results",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="of benchmarks/step.py on such a device: its rate counts",
     )
 
 
@@ -135,7 +139,7 @@ def make_plan(
     gpus: int,
     gpu: str,
     network_gb_s: float = 12.5,
-    results: Sequence[Path] | None = None,
+    results: Sequence[Path] = (),
 ) -> Plan:
     """Plan one phase. Raises ConfigError where the batch can't be split over nodes x gpus ranks."""
     arithmetic = config.batch_arithmetic(nodes * gpus)
@@ -221,10 +225,10 @@ def communication(model: Any, config: Config, arithmetic: BatchArithmetic) -> di
     return {"gradients": once * arithmetic.accumulation, "weights": once}
 
 
-def rate_of(config: Config, gpu: str, results: Sequence[Path] | None) -> tuple[float, str]:
+def rate_of(config: Config, gpu: str, results: Sequence[Path]) -> tuple[float, str]:
     """Operations per second of one GPU in training, and where the figure comes from."""
     bf16 = weight_bytes(config) == 2
-    measured = list(_measured(gpu, bf16, _result_files() if results is None else results))
+    measured = list(_measured(gpu, bf16, results))
     if measured:
         rate, path = max(measured)
         return rate, f"{rate / 1e12:,.3g} TFLOP/s, as {path} measured"
@@ -235,10 +239,6 @@ def rate_of(config: Config, gpu: str, results: Sequence[Path] | None) -> tuple[f
         peak = matrix_peak(torch.device("cpu"), torch.bfloat16 if bf16 else torch.float32)
         name = f"{'bf16' if bf16 else 'fp32'} matrix rate measured here, {peak / 1e9:.0f} GFLOP/s"
     return peak * UTILISATION, f"{UTILISATION:.0%} of the {name}, assumed: run benchmarks/step.py there"
-
-
-def _result_files() -> list[Path]:
-    return sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("step-*.json"))
 
 
 def _measured(gpu: str, bf16: bool, paths: Sequence[Path]) -> Iterator[tuple[float, Path]]:
