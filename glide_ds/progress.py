@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 LINE_S = 5.0  # between two lines where there is no bar
+IN_PLACE_S = 0.1
 
 
 class Progress:
@@ -114,6 +115,23 @@ class Progress:
         if self.scaled:
             return str(tqdm.format_sizeof(value))
         return f"{value:,}" if isinstance(value, int) else f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+class Status:
+    """What is being done now, where nothing can be counted: in place on a terminal, elsewhere a line now and then."""
+
+    def __init__(self, *, shown: bool = True, in_place: bool = False, stream: TextIO | None = None) -> None:
+        self.shown, self.in_place, self.stream = shown, in_place, stream or sys.stdout
+        self.told = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """Told if it is time; the next thing said takes its place."""
+        now = time.monotonic()
+        if not self.shown or now - self.told < (IN_PLACE_S if self.in_place else LINE_S):
+            return
+        self.told = now
+        self.stream.write(f"\r  …    {text:<90.90}" if self.in_place else f"  …    {text}\n")
+        self.stream.flush()
 
 
 def told(what: str, unit: str = "", **options: Any) -> Callable[[Iterable[T]], Iterator[T]]:

@@ -7,7 +7,7 @@ import io
 import pytest
 
 from glide_ds import progress as module
-from glide_ds.progress import Progress, duration, told
+from glide_ds.progress import Progress, Status, duration, told
 
 
 class Terminal(io.StringIO):
@@ -82,3 +82,14 @@ def test_items_are_counted_once_they_are_done(clock):
 )
 def test_durations_read_as_people_say_them(seconds, text):
     assert duration(seconds) == text
+
+
+def test_what_is_being_done_is_said_now_and_then(clock):
+    out, place = io.StringIO(), io.StringIO()
+    plain, in_place = Status(stream=out), Status(in_place=True, stream=place)
+    for text in ("one", "two", "three"):
+        plain.say(text)
+        in_place.say(text)
+        clock.now += 3
+    assert out.getvalue() == "  …    three\n"
+    assert place.getvalue().split("\r") == ["", f"  …    {'two':<90}", f"  …    {'three':<90}"]

@@ -18,7 +18,7 @@ from glide_ds.diffusion import create_diffusion
 from glide_ds.inference.draw import draw, grid
 from glide_ds.inference.held_out import Gain, HeldOut
 from glide_ds.model.clip import FrozenClip
-from glide_ds.training.logging import duration
+from glide_ds.progress import duration
 
 CHUNK = 64  # pictures drawn at once
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import socket
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +12,7 @@ import torch
 
 from glide_ds.config import Config
 from glide_ds.errors import Fault, GlideError
-
-SECONDS_BETWEEN_LINES = 5.0
+from glide_ds.progress import Status
 
 
 class Finding(NamedTuple):
@@ -53,7 +50,10 @@ class Site:
         default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu")
     )
     terminal: bool = False
-    _said: float = field(default_factory=time.monotonic)
+    status: Status = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.status = Status(shown=self.rank == 0, in_place=self.terminal)
 
     @property
     def config(self) -> Config:
@@ -70,10 +70,5 @@ class Site:
         return socket.gethostname()
 
     def progress(self, text: str) -> None:
-        """Say where a long check is: on a terminal in place, elsewhere as a line every few seconds."""
-        now = time.monotonic()
-        if self.rank or now - self._said < (0.1 if self.terminal else SECONDS_BETWEEN_LINES):
-            return
-        self._said = now
-        sys.stdout.write(f"\r  …    {text:<90.90}" if self.terminal else f"  …    {text}\n")
-        sys.stdout.flush()
+        """Say where a long check is."""
+        self.status.say(text)

@@ -9,18 +9,16 @@ from __future__ import annotations
 import functools
 import json
 import math
-import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from glide_ds.config import Config
 from glide_ds.inference.draw import grid
+from glide_ds.progress import Progress, duration
 from glide_ds.types import Batch
 
 MUCH_WAITING = 0.2  # of a step's time
@@ -72,35 +70,27 @@ def finite(values: Any) -> Any:
     return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
-class Progress:
-    """Step, loss, images/s and time left: a bar on a terminal, plain lines elsewhere."""
+class StepProgress:
+    """Step, loss, images/s and time left: a bar on a terminal, elsewhere a line at every logged step."""
 
     def __init__(self, phase: str, done: int, total: int, shown: bool) -> None:
-        self.phase, self.total, self.shown = phase, total, shown
-        self.started, self.first = time.monotonic(), done
+        self.progress = Progress(phase, total, "step", done=done, shown=shown, every_s=None)
         self.readings, self.diagnosed = 0, False
-        self.bar = None
-        if shown and sys.stdout.isatty():
-            self.bar = tqdm(
-                total=total, initial=done, desc=phase, unit="step", file=sys.stdout, dynamic_ncols=True
-            )
 
     def step(self, step: int, metrics: Mapping[str, Any] | None) -> None:
         """Called after every step; `metrics` where the step was logged."""
-        if self.bar is not None:
-            self.bar.update(1)
-            if metrics:
-                self.bar.set_postfix_str(
-                    f"loss {metrics['loss']:.4f}, {metrics['images_per_s']:.1f} images/s, MFU {metrics['mfu']:.0%}"
-                )
-        elif self.shown and metrics:
-            done = step - self.first
-            left = (time.monotonic() - self.started) / done * (self.total - step)
-            self.line(
-                f"{self.phase} step {step}/{self.total}  loss {metrics['loss']:.4f}  "
+        progress = self.progress
+        progress.advance()
+        if metrics and progress.bar is not None:
+            progress.note = (
+                f"loss {metrics['loss']:.4f}, {metrics['images_per_s']:.1f} images/s, MFU {metrics['mfu']:.0%}"
+            )
+        elif metrics:
+            progress.line(
+                f"{progress.what} step {step}/{progress.total}  loss {metrics['loss']:.4f}  "
                 f"{metrics['images_per_s']:.1f} images/s  MFU {metrics['mfu']:.0%}  "
                 f"data wait {metrics['data_wait_share']:.0%}  communication {metrics['communication_share']:.0%}  "
-                f"{metrics['memory_gib']:.1f} GiB  {duration(left)} left"
+                f"{metrics['memory_gib']:.1f} GiB  {duration(progress.left_s())} left"
             )
         if metrics:
             self._diagnose(metrics)
@@ -114,14 +104,10 @@ class Progress:
             self.line(cause)
 
     def line(self, text: str) -> None:
-        """A line of its own, above the bar where there is one."""
-        if self.shown:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+        self.progress.line(text)
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self.progress.close()
 
 
 def diagnosis(metrics: Mapping[str, Any]) -> str | None:
@@ -138,16 +124,6 @@ def diagnosis(metrics: Mapping[str, Any]) -> str | None:
             "train_micro_batch_size_per_gpu, which spares reductions, or check the network (glide-ds preflight)"
         )
     return None
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: 42 s, 3 min 20 s, 5 h 12 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def describe_report(report: Mapping[str, Any]) -> str:
@@ -170,7 +146,7 @@ class RunLog:
         self.config = config
         self.folder = Path(config.run.dir)
         self.phase = config.train.phase
-        self.progress = Progress(self.phase, done, config.train.steps, shown=rank == 0)
+        self.progress = StepProgress(self.phase, done, config.train.steps, shown=rank == 0)
         self.metrics = JsonLines(self.folder / "metrics.jsonl", self.phase, done) if rank == 0 else None
         self.trace = None
         if config.data.trace:

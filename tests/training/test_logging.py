@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from glide_ds.training.logging import Progress, diagnosis
+from glide_ds.training.logging import StepProgress, diagnosis
 
 
 def reading(wait: float, communication: float = 0.0) -> dict[str, float]:
@@ -25,7 +25,7 @@ def test_communication_is_diagnosed_where_it_takes_more():
 
 
 def test_a_diagnosis_is_said_once_and_not_while_loaders_start(capsys: pytest.CaptureFixture[str]):
-    progress = Progress("full", 0, 10, shown=True)
+    progress = StepProgress("full", 0, 10, shown=True)
     said = []
     for step in range(1, 6):
         progress.step(step, reading(0.5))

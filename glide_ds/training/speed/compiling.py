@@ -17,11 +17,10 @@ from torch import Tensor
 from glide_ds.config import Config
 from glide_ds.errors import ConfigError
 from glide_ds.model.glide import Glide
-from glide_ds.training.logging import duration
+from glide_ds.progress import Progress, duration
 from glide_ds.training.speed.memory import zeros
 
 FORMS = 1024  # of one block's code, by size, phase, precision; torch's own limit of 8 guards against mistakes
-TELL_S = 5.0
 
 
 def set_compilation(model: Glide, config: Config, micro_batch: int, device: torch.device) -> None:
@@ -37,10 +36,13 @@ def set_compilation(model: Glide, config: Config, micro_batch: int, device: torc
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = FORMS
-    progress = Progress(len(blocks), shown=dist.get_rank() == 0)
+    progress = Progress("compiling", len(blocks), "blocks", shown=dist.get_rank() == 0)
+    progress.line(
+        f"compiling {len(blocks)} blocks (train.compile); those of the last run are found again in seconds"
+    )
     compiled = [torch.compile(block.forward, dynamic=False, fullgraph=True) for block in blocks]
     for block, call in zip(blocks, compiled, strict=True):
-        block.compiled = progress.over(call)
+        block.compiled = _counted(call, progress)
     try:
         _one_step(model, config, micro_batch, device)
     except torch._dynamo.exc.TorchDynamoException as error:
@@ -52,47 +54,23 @@ def set_compilation(model: Glide, config: Config, micro_batch: int, device: torc
         ) from error
     for block, call in zip(blocks, compiled, strict=True):
         block.compiled = call
-    progress.end()
+    progress.close()
+    progress.line(f"compiled {len(blocks)} blocks in {duration(time.monotonic() - progress.started)}")
 
 
-class Progress:
-    """How many of the blocks are compiled, in a line now and then."""
+def _counted(call: Callable[..., Tensor], progress: Progress) -> Callable[..., Tensor]:
+    """`call`, counted at its first time, in which it is compiled."""
+    first = True
 
-    def __init__(self, blocks: int, shown: bool) -> None:
-        self.blocks, self.shown, self.done = blocks, shown, 0
-        self.started = self.told = time.monotonic()
-        self._say(
-            f"compiling {blocks} blocks (train.compile); those of the last run are found again in seconds"
-        )
+    def counted(*inputs: Any) -> Tensor:
+        nonlocal first
+        output = call(*inputs)
+        if first:
+            first = False
+            progress.advance()
+        return output
 
-    def over(self, compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """`compiled`, counted at its first call."""
-        called = False
-
-        def call(*inputs: Any) -> Tensor:
-            nonlocal called
-            output = compiled(*inputs)
-            if not called:
-                called = True
-                self._count()
-            return output
-
-        return call
-
-    def end(self) -> None:
-        self._say(f"compiled {self.blocks} blocks in {duration(time.monotonic() - self.started)}")
-
-    def _count(self) -> None:
-        self.done += 1
-        now = time.monotonic()
-        if now - self.told > TELL_S:
-            self.told = now
-            left = (now - self.started) / self.done * (self.blocks - self.done)
-            self._say(f"compiling block {self.done}/{self.blocks}, {duration(left)} left at most")
-
-    def _say(self, text: str) -> None:
-        if self.shown:
-            print(text, flush=True)
+    return counted
 
 
 def _one_step(model: Glide, config: Config, micro_batch: int, device: torch.device) -> None:

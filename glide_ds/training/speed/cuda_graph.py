@@ -21,7 +21,7 @@ from torch.func import functional_call
 from glide_ds.config import BatchArithmetic, Config
 from glide_ds.errors import ConfigError
 from glide_ds.model.glide import Glide
-from glide_ds.training.logging import duration
+from glide_ds.progress import duration
 from glide_ds.training.speed.memory import zeros
 
 
