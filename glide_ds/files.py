@@ -49,6 +49,15 @@ def write_file(path: PathLike, data: bytes | str) -> None:
         partial.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
+def point(link: PathLike, target: PathLike) -> None:
+    """Let a symbolic link name a neighbour, from one moment to the next. One writer at a time."""
+    link = Path(link)
+    partial = link.with_name(f".{link.name}{PARTIAL}")
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(Path(target).name)
+    partial.replace(link)
+
+
 def sync_directory(path: PathLike) -> None:
     """Put a directory's entries on the disk: a rename survives a power cut only after this."""
     descriptor = os.open(path, os.O_RDONLY)

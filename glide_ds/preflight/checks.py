@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -28,9 +29,9 @@ from glide_ds.data.loader import SampleSet, ShardSamples, Tally, open_samples
 from glide_ds.data.tars.shards import expand, open_index
 from glide_ds.data.tars.storage import CacheOptions, Storage, is_remote
 from glide_ds.errors import ConfigError, DataError, Fault, GlideError, WeightsError
+from glide_ds.files import sync_directory
 from glide_ds.model import create_model
 from glide_ds.model.clip import FrozenClip
-from glide_ds.model.tensor_files import sync_directory
 from glide_ds.preflight import ranks, step
 from glide_ds.preflight.site import BlockedError, Finding, Site, faults_of
 from glide_ds.training.checkpoint.commit import MANIFEST, committed, unreadable, verify
@@ -429,7 +430,7 @@ def existing_parent(folder: Path) -> Path:
 def write(site: Site) -> Finding:
     """What a commit does: write, sync, rename a file over another, move a link."""
     folder = Path(site.config.run.dir)
-    probe = folder / f".preflight-{site.host}-{os.getpid()}"
+    probe = folder / f".preflight-{uuid.uuid4().hex[:12]}"
     started = time.monotonic()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from glide_ds.config import Config
+from glide_ds.files import write_file
 from glide_ds.inference.draw import grid
 from glide_ds.progress import Progress, duration
 from glide_ds.types import Batch
@@ -33,9 +34,7 @@ class JsonLines:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             kept = [line for line in _complete_lines(path) if not _is_later(line, phase, done, rollbacks)]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(kept), encoding="utf-8")
-            temporary.replace(path)
+            write_file(path, "".join(kept))
         self.file: IO[str] = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, values: Mapping[str, Any]) -> None:
@@ -198,7 +197,7 @@ class RunLog:
     def data_report(self, report: Mapping[str, Any]) -> None:
         """Say what became of the data, and keep it in data-PHASE.json. Rank 0 only."""
         path = self.folder / f"data-{self.phase}.json"
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_file(path, json.dumps(report, indent=1) + "\n")
         self.line(describe_report(report))
 
     def line(self, text: str) -> None:

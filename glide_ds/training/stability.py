@@ -23,8 +23,8 @@ from torch import Tensor
 
 from glide_ds.config import Config
 from glide_ds.errors import UnstableError
+from glide_ds.files import write_file
 from glide_ds.training.checkpoint import commit as checkpoint
-from glide_ds.training.checkpoint.commit import write_atomically
 from glide_ds.training.checkpoint.start import Start, folder_of
 from glide_ds.training.logging import JsonLines, RunLog, finite
 from glide_ds.training.metrics import Meter
@@ -176,7 +176,7 @@ class Guard:
                 **values,
                 "last_skipped": _tail(self.run_dir / SKIPPED_FILE, REPORTED),
             }
-            write_atomically(path, json.dumps(finite(report), indent=1) + "\n")
+            write_file(path, json.dumps(finite(report), indent=1) + "\n")
         fact = f"step {done} of phase {self.log.phase!r}: {reason}"
         error = UnstableError(fact, "", f"{remedy}; the report: {path}")
         error.on_all_ranks = True
@@ -249,7 +249,7 @@ class Guard:
         )
         self._write(done, cause="rollback", to=target, data_offset=after.data_offset, lr_cut=after.lr_cut)
         if dist.get_rank() == 0:
-            write_atomically(self.folder / ROLLBACK_FILE, json.dumps(asdict(after)) + "\n")
+            write_file(self.folder / ROLLBACK_FILE, json.dumps(asdict(after)) + "\n")
         raise RolledBack
 
     def _newer(self, saved: Stability) -> Stability:

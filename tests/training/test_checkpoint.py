@@ -18,6 +18,7 @@ import torch
 
 from glide_ds.config import CheckpointConfig
 from glide_ds.errors import CheckpointError
+from glide_ds.files import write_file
 from glide_ds.training.checkpoint import commit as checkpoint
 from glide_ds.training.checkpoint import saver as background
 from glide_ds.training.checkpoint.commit import (
@@ -30,7 +31,6 @@ from glide_ds.training.checkpoint.commit import (
     prune,
     unreadable,
     verify,
-    write_atomically,
 )
 from glide_ds.training.checkpoint.saver import Saver
 
@@ -171,7 +171,7 @@ def test_no_folder_and_an_empty_folder_hold_nothing(tmp_path: Path):
 def test_the_pointer_moves_after_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     saved(tmp_path, 4)
     order = []
-    write, replace = write_atomically, Path.replace
+    write, replace = write_file, Path.replace
 
     def written(path: Path, text: str) -> None:
         assert last(tmp_path) == "step-00000004"
@@ -185,7 +185,7 @@ def test_the_pointer_moves_after_the_manifest(tmp_path: Path, monkeypatch: pytes
             order.append("pointer")
         return replace(self, target)
 
-    monkeypatch.setattr(checkpoint, "write_atomically", written)
+    monkeypatch.setattr(checkpoint, "write_file", written)
     monkeypatch.setattr(Path, "replace", replaced)
     saved(tmp_path, 8)
     assert order == ["manifest", "pointer"]
@@ -208,7 +208,7 @@ def test_a_failure_while_saving_leaves_the_previous_checkpoint(
     target = {
         "folder": (checkpoint, "clear"),
         "writing": (torch, "save"),
-        "manifest": (checkpoint, "write_atomically"),
+        "manifest": (checkpoint, "write_file"),
         "pointer": (Path, "symlink_to"),
     }[moment]
     failing = saver(tmp_path, keep=1, background=behind)
@@ -343,15 +343,6 @@ def test_a_checkpoint_that_is_half_removed_is_none(tmp_path: Path, monkeypatch: 
     assert (tmp_path / "step-00000003" / "optimizer.pt").exists()
     assert committed(tmp_path) == [good]
     assert unreadable(tmp_path) == []
-
-
-def test_small_files_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    path = tmp_path / "run.json"
-    write_atomically(path, "old")
-    monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        write_atomically(path, "new")
-    assert path.read_text() == "old"
 
 
 def test_the_model_is_read_from_a_committed_checkpoint_only_with_the_manifest(tmp_path: Path):

@@ -119,7 +119,7 @@ def test_rewinding_goes_before_the_trouble_or_as_far_as_it_can(
         folder = tmp_path / f"step-{step:08d}"
         folder.mkdir()
         (folder / "manifest.json").write_text(json.dumps({"step": step, "files": {}}))
-        checkpoint._point(folder.parent / checkpoint.LAST, folder)
+        checkpoint.point(folder.parent / checkpoint.LAST, folder)
     assert checkpoint.rewind(tmp_path, before) == target
     assert [c.step for c in reversed(committed(tmp_path))] == left
     assert sorted(int(p.name[5:]) for p in tmp_path.glob("step-*")) == left

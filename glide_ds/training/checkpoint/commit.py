@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from glide_ds.config import CheckpointConfig
-from glide_ds.model.tensor_files import sha256, sync_directory
+from glide_ds.files import point, sha256, sync_directory, write_file
 
 MANIFEST = "manifest.json"
 LAST = "LAST"
@@ -124,7 +123,7 @@ def rewind(folder: Path, before: int) -> int:
     chosen = [good[-1].step if good else 0]
     if dist.get_rank() == 0:
         if good:
-            _point(folder / LAST, good[-1].path)
+            point(folder / LAST, good[-1].path)
             sync_directory(folder)
         for path in folder.glob("step-*"):
             if _step(path) > chosen[0]:
@@ -147,22 +146,11 @@ def verify(checkpoint: Committed, part: int = 0, parts: int = 1) -> list[str]:
     return problems
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file so that a reader, or a crash, sees the old text or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_directory(path.parent)
-
-
 def commit(target: Path, manifest: dict[str, Any]) -> None:
     """Make the files in `target` a checkpoint: from here on it is the newest one. They are on the disk already."""
     vouched = manifest | {OWN_HASH: _hash(manifest)}
-    write_atomically(target / MANIFEST, json.dumps(vouched, indent=1) + "\n")
-    _point(target.parent / LAST, target)
+    write_file(target / MANIFEST, json.dumps(vouched, indent=1) + "\n")
+    point(target.parent / LAST, target)
     sync_directory(target.parent)
 
 
@@ -171,7 +159,7 @@ def mark_best(made: Committed) -> None:
     loss = made.manifest.get("validation_loss")
     best = _best(made.path.parent)
     if loss is not None and math.isfinite(loss) and (best is None or loss < best.manifest["validation_loss"]):
-        _point(made.path.parent / BEST, made.path)
+        point(made.path.parent / BEST, made.path)
 
 
 def prune(folder: Path, config: CheckpointConfig) -> None:
@@ -199,13 +187,6 @@ def clear(target: Path) -> None:
     if target.exists():
         remove(target)
     target.mkdir(parents=True)
-
-
-def _point(link: Path, target: Path) -> None:
-    temporary = link.with_name(f".{link.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target.name)
-    temporary.replace(link)
 
 
 def _best(folder: Path) -> Committed | None:

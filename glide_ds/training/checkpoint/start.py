@@ -15,9 +15,10 @@ from torch import nn
 from glide_ds import __version__
 from glide_ds.config import Config
 from glide_ds.errors import ConfigError, WeightsError
+from glide_ds.files import write_file
 from glide_ds.model.tensor_files import StateFile
 from glide_ds.model.weights import load_state, load_weights
-from glide_ds.training.checkpoint.commit import Committed, committed, newest_good, write_atomically
+from glide_ds.training.checkpoint.commit import Committed, committed, newest_good
 from glide_ds.training.phases import PHASES
 from glide_ds.training.speed.memory import weight_bytes
 from glide_ds.training.zero.elastic import frozen_weights, weights
@@ -201,7 +202,7 @@ def record(config: Config, start: Start) -> None:
             "start": str(parent.path.relative_to(config.run.dir)) if parent else start.weights,
             "sha256": parent.fingerprint if parent else None,
         }
-    write_atomically(path, json.dumps(whole, indent=1) + "\n")
+    write_file(path, json.dumps(whole, indent=1) + "\n")
 
 
 def lineage(config: Config) -> dict[str, Any]:

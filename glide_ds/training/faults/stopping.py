@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 
 from glide_ds.config import RunConfig
-from glide_ds.training.checkpoint.commit import write_atomically
+from glide_ds.files import write_file
 from glide_ds.training.faults.signals import SIGNALS
 
 STOP_FILE, MARKER = "STOP", "STOPPED.json"
@@ -141,5 +141,5 @@ def mark_stopped(folder: Path, stop: Stop, *, finished: bool) -> None:
     """Leave the marker, unless the run is finished, and honour the stop file. After the checkpoint; rank 0 only."""
     if not finished:
         marker = {**stop._asdict(), "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
-        write_atomically(folder / MARKER, json.dumps(marker) + "\n")
+        write_file(folder / MARKER, json.dumps(marker) + "\n")
     (folder / STOP_FILE).unlink(missing_ok=True)

@@ -17,8 +17,8 @@ import torch
 
 import glide_ds
 from glide_ds.config import cache_dir
+from glide_ds.files import write_file
 from glide_ds.model.glide import Glide
-from glide_ds.training.checkpoint.commit import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def remembered(what: str, model: Glide, count: Callable[[], Any]) -> Any:
     found = count()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(found))
+        write_file(path, json.dumps(found))
     except OSError as error:
         log.info("%s can't be written (%s); the next start will count again", path, error)
     return found
