@@ -645,6 +645,20 @@ def test_nothing_but_bad_samples_is_an_error(tmp_path: Path, start: Callable[...
     assert not list((tmp_path / "run").glob("phase1/step-*"))
 
 
+def test_the_log_is_closed_whatever_ends_the_phase(tmp_path: Path, group: torch.device):
+    def fails() -> None:
+        with opened(make_config(tmp_path, data={"trace": True})) as run:
+            logs.append(run.log)
+            raise ZeroDivisionError
+
+    logs: list[RunLog] = []
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    for output in (logs[0].metrics, logs[0].trace):
+        assert output is not None
+        assert output.file.closed
+
+
 # --- environment ---
 
 

@@ -108,6 +108,19 @@ def test_a_resumed_run_measures_what_the_uninterrupted_one_does(tmp_path: Path):
     assert metrics(tmp_path / "b")[-1]["validation"]["loss_clip_off_start"] == run.validation.baseline
 
 
+def test_a_baseline_that_is_first_measured_on_a_resume_is_not_said_to_be_from_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    train_phase(make_config(tmp_path, train={"steps": 2}), shake)
+    capsys.readouterr()
+    validated = {"train": {"steps": 4}, "validation": {"every": 4, "samples": 4}}
+    with opened(make_config(tmp_path, **validated)) as run:
+        run.validation.begin()
+    out = capsys.readouterr().out
+    assert "validation at step 2, first measured there, loss " in out
+    assert "before training" not in out
+
+
 @pytest.mark.slow
 def test_the_baseline_is_the_first_phases_and_a_drift_from_it_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
