@@ -9,6 +9,7 @@ import deepspeed
 import deepspeed.module_inject.auto_ep_layer
 import deepspeed.ops.op_builder.all_ops
 import deepspeed.runtime.zero.muon.muon_optimizer
+import open_clip
 import torch._dynamo  # to count activations that nobody has counted before
 
 gc.collect()

@@ -109,34 +109,6 @@ def test_the_full_size_block_without_a_process_group(root: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_start_imports_no_compiler(root: Path, tmp_path: Path):
-    """Nor torchvision and timm: together more than half of what a rank would import, on every GPU."""
-
-    def imported(number: int) -> set[str]:
-        command = [
-            sys.executable,
-            "-X",
-            "importtime",
-            str(root / "launch" / "train.py"),
-            "--ds_config",
-            TINY[2],
-        ]
-        sets = [*SMALL, f"run.dir={tmp_path}/{number}", "train.steps=1"]
-        done = subprocess.run(
-            [*command, "--set", *sets], cwd=root, env=environment(), capture_output=True, text=True, check=True
-        )
-        assert "committed" in done.stdout
-        return {
-            line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time")
-        }
-
-    imported(1)  # counts the activations of this configuration, and keeps them
-    found = imported(2)
-    assert "deepspeed" in found
-    assert not found & {"torch._dynamo", "sympy", "open_clip", "torchvision", "timm"}
-
-
-@pytest.mark.slow
 def test_a_pipeline_killed_at_any_instant_and_started_again_is_the_uninterrupted_one(
     root: Path, tmp_path: Path
 ):

@@ -6,15 +6,12 @@ ViT-L/14). Embeddings have unit length; the adapter scales them as it needs.
 
 from __future__ import annotations
 
+import copy
 import difflib
-import functools
 import json
 import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,8 +21,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from glide_ds.errors import ConfigError, WeightsError
-from glide_ds.model.clip_text import TextTower
-from glide_ds.model.tensor_files import State, StateFile, read_state_file, sha256, sidecar
+from glide_ds.files import sha256
+from glide_ds.model.tensor_files import State, StateFile, read_state_file, sidecar
 
 logger = logging.getLogger(__name__)
 
@@ -173,47 +170,36 @@ def _find(model: str, weights: str) -> _Found:
     )
 
 
+def _open_clip() -> ModuleType:
+    """Imported where a CLIP model is used: with torchvision, timm and torch's compiler it takes seconds."""
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ConfigError(
+            f"open_clip cannot be imported ({error})",
+            "no CLIP model can be used",
+            "pip install open_clip_torch",
+        ) from error
+    return open_clip
+
+
 def _architecture(model: str) -> tuple[str, dict[str, Any]]:
-    """open_clip's name for a model and its description there, read as data: importing it takes seconds."""
+    """open_clip's name for a model and its description there."""
     if model == BUILTIN:
         return model, _builtin_architecture()
     if model.endswith(".json"):
-        return Path(model).stem, _read_architecture(Path(model))
+        path = Path(model).expanduser()
+        return path.stem, _read_architecture(path)
     name = model.strip().replace("@", "-").removesuffix("px").replace("/", "-")
-    folder = _open_clip_folder() / "model_configs"
-    known = {path.stem.lower(): path for path in folder.glob("*.json")}
+    known = {known.lower(): known for known in _open_clip().list_models()}
     if name.lower() not in known:
         near = difflib.get_close_matches(name.lower(), known, n=3)
-        near_names = ", ".join(known[key].stem for key in near) or "ViT-B/32, ViT-B/16, ViT-L/14"
+        near_names = ", ".join(known[key] for key in near) or "ViT-B/32, ViT-B/16, ViT-L/14"
         raise ConfigError(
-            f"clip.model {model!r} is no CLIP model that open_clip knows; did you mean {near_names}?"
+            f"clip.model {model!r} is no CLIP model that open_clip knows", "", f"did you mean {near_names}?"
         )
-    path = known[name.lower()]
-    return path.stem, _read_architecture(path)
-
-
-def _open_clip_folder() -> Path:
-    spec = find_spec("open_clip")
-    if spec is None or spec.origin is None:
-        raise ConfigError(
-            "open_clip is not installed, so no CLIP model can be used; pip install open_clip_torch"
-        )
-    return Path(spec.origin).parent
-
-
-def _part(name: str) -> ModuleType:
-    """A module of open_clip that needs no large one, without what the package imports: half of what a rank does."""
-    whole = "open_clip"
-    if whole in sys.modules:
-        return import_module(f"{whole}.{name}")
-    package = ModuleType(whole)
-    package.__path__ = [str(_open_clip_folder())]
-    sys.modules[whole] = package
-    try:
-        return import_module(f"{whole}.{name}")
-    finally:  # an import of the package itself finds nothing left of this one
-        for key in [key for key in sys.modules if key.split(".")[0] == whole]:
-            del sys.modules[key]
+    name = known[name.lower()]
+    return name, _open_clip().get_model_config(name)
 
 
 def _builtin_architecture() -> dict[str, Any]:
@@ -252,10 +238,10 @@ def _local(model: str, weights: str) -> Path | None:
 
 
 def _tag(name: str, weights: str) -> Mapping[str, Any]:
-    pretrained = _part("pretrained")
-    about: Mapping[str, Any] = pretrained.get_pretrained_cfg(name, weights)
+    open_clip = _open_clip()
+    about: Mapping[str, Any] = open_clip.get_pretrained_cfg(name, weights)
     if not about:
-        tags = pretrained.list_pretrained_tags_by_model(name)
+        tags = open_clip.list_pretrained_tags_by_model(name)
         raise ConfigError(
             f"open_clip has no weights {weights!r} for {name}; clip.weights takes a local file"
             + (f" or one of {', '.join(tags)}" if tags else "")
@@ -265,7 +251,7 @@ def _tag(name: str, weights: str) -> Mapping[str, Any]:
 
 def _download(name: str, weights: str, about: Mapping[str, Any]) -> Path:
     try:
-        return Path(_part("pretrained").download_pretrained(about))
+        return Path(_open_clip().download_pretrained(about))
     except (OSError, RuntimeError, ValueError) as error:
         source = about.get("hf_hub") or about.get("url")
         raise WeightsError(
@@ -287,7 +273,7 @@ def _from_openai(file: StateFile, digest: str) -> bool:
 
 def _openai_hashes() -> set[str]:
     """SHA-256 of OpenAI's published CLIP files: the folder of each one's address."""
-    known = _part("pretrained")
+    known = _open_clip()
     urls = (
         known.get_pretrained_url(model, "openai") for model in known.list_pretrained_models_by_tag("openai")
     )
@@ -323,8 +309,6 @@ def _check_width(state: State, architecture: Mapping[str, Any], name: str, path:
 
 
 def _load(found: _Found, source: str) -> Any:
-    if source == "text" and TextTower.builds(found.architecture):
-        return _load_text(found)
     from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict
 
@@ -337,27 +321,16 @@ def _load(found: _Found, source: str) -> Any:
     return _keep_tower(model, source).eval().requires_grad_(False)
 
 
-def _load_text(found: _Found) -> TextTower:
-    architecture = found.architecture
-    model = TextTower(architecture["embed_dim"], architecture["text_cfg"], architecture["quick_gelu"])
-    others = ("visual.", "logit_scale", "logit_bias")
-    state = {key: value for key, value in found.tensors.items() if not key.startswith(others)}
-    _check_fit(model.state_dict(), state, found)
-    model.load_state_dict(state)
-    return model.eval().requires_grad_(False)
-
-
 def _build(architecture: Mapping[str, Any]) -> Any:
-    """The model as open_clip builds it, with weights still to be loaded."""
-    import open_clip
-
-    parts = {key: dict(value) if isinstance(value, Mapping) else value for key, value in architecture.items()}
+    """The model as open_clip.create_model builds it, which takes listed names only; weights are still to be loaded."""
+    parts = copy.deepcopy(dict(architecture))
+    if "multimodal_cfg" in parts:
+        raise ConfigError("CoCa models have no plain CLIP encoder", "", "choose a CLIP model such as ViT-L/14")
     foreign_text = "hf_model_name" in parts["text_cfg"]
     if foreign_text:
         parts["text_cfg"]["hf_model_pretrained"] = False
-    if "multimodal_cfg" in parts:
-        raise ConfigError("CoCa models have no plain CLIP encoder; choose a CLIP model such as ViT-L/14")
     custom = parts.pop("custom_text", False) or foreign_text
+    open_clip = _open_clip()
     return (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**parts)
 
 
@@ -393,21 +366,22 @@ def _keep_tower(model: Any, source: str) -> Any:
 
 def _tokenizer(found: _Found) -> Callable[[list[str]], Tensor]:
     text = found.architecture["text_cfg"]
-    if "hf_tokenizer_name" in text or "siglip" in found.name.lower():
-        from open_clip import get_tokenizer
-
-        try:
-            tokenizer: Callable[[list[str]], Tensor] = get_tokenizer(found.name)
-        except (ImportError, OSError) as error:
-            raise ConfigError(
-                f"clip.model={found.name} has a tokenizer of its own, which cannot be had ({error}); "
-                "pip install transformers and run once where there is a network, or choose ViT-L/14"
-            ) from error
-        return tokenizer
-    return _simple_tokenizer(text.get("context_length", 77))
-
-
-@functools.cache  # reading the vocabulary takes 0.1 s, and each phase of a pipeline would
-def _simple_tokenizer(context_length: int) -> Callable[[list[str]], Tensor]:
-    tokenizer: Callable[[list[str]], Tensor] = _part("tokenizer").SimpleTokenizer(context_length=context_length)
+    open_clip = _open_clip()
+    listed = found.name in open_clip.list_models()
+    if "hf_tokenizer_name" in text and not listed:
+        raise ConfigError(
+            f"the CLIP architecture {found.name} has a tokenizer of its own, {text['hf_tokenizer_name']}",
+            "its captions cannot be encoded",
+            "give the model by its name in open_clip",
+        )
+    try:
+        tokenizer: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(
+            found.name if listed else "", context_length=text.get("context_length")
+        )
+    except (ImportError, OSError) as error:
+        raise ConfigError(
+            f"clip.model={found.name} has a tokenizer of its own, which cannot be had ({error})",
+            "",
+            "pip install transformers and run once where there is a network, or choose ViT-L/14",
+        ) from error
     return tokenizer

@@ -1,7 +1,6 @@
 """The frozen encoder: names, widths, quick-GELU, local files, and what the built-in one has learned."""
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from glide_ds.data import shapes
 from glide_ds.errors import ConfigError, WeightsError
 from glide_ds.model import clip as clip_module
 from glide_ds.model.clip import BUILTIN, FrozenClip, embedding_dim
-from glide_ds.model.clip_text import QuickGELU, TextTower
 from glide_ds.model.tensor_files import read_state, write_state
 
 MINI: dict[str, Any] = {
@@ -119,19 +117,36 @@ def test_a_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> N
     def offline(*_: object, **__: object) -> str:
         raise FileNotFoundError("no network")
 
-    monkeypatch.setattr("open_clip.pretrained.download_pretrained", offline)
+    monkeypatch.setattr("open_clip.download_pretrained", offline)
     with pytest.raises(WeightsError, match=r"'openai' of ViT-L-14.*no network.*clip\.weights="):
         FrozenClip("ViT-L/14", "openai")
 
 
 def test_a_tokenizer_that_cannot_be_had(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(_: str) -> None:
+    def absent(_: str, **__: object) -> None:
         raise ImportError("No module named 'transformers'")
 
     monkeypatch.setattr("open_clip.get_tokenizer", absent)
     monkeypatch.setattr(clip_module, "_architecture", lambda _: ("ViT-B-16-SigLIP", MINI))
     with pytest.raises(ConfigError, match=r"ViT-B-16-SigLIP.*pip install transformers"):
         FrozenClip("ViT-B-16-SigLIP", weights)
+
+
+def test_a_described_model_with_a_tokenizer_of_its_own_is_not_given_another(
+    tmp_path: Path, weights: str
+) -> None:
+    text = {**MINI["text_cfg"], "hf_tokenizer_name": "org/words"}
+    (tmp_path / "own.json").write_text(json.dumps({**MINI, "text_cfg": text}))
+    with pytest.raises(ConfigError, match="org/words"):
+        FrozenClip(str(tmp_path / "own.json"), weights)
+
+
+def test_a_model_that_writes_captions_is_refused(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        clip_module, "_architecture", lambda _: ("coca_ViT-L-14", {**MINI, "multimodal_cfg": {}})
+    )
+    with pytest.raises(ConfigError, match="CoCa"):
+        FrozenClip("coca_ViT-L-14", weights)
 
 
 # --- encoding -----------------------------------------------------------------------------------------------
@@ -149,45 +164,6 @@ def test_text_equals_open_clips(description: str, weights: str, mini: Any) -> No
     assert torch.allclose(out, reference(mini, CAPTIONS), rtol=0, atol=1e-6)
     assert (out.dtype, out.requires_grad, clip.dim, clip.name) == (torch.float32, False, 32, "mini")
     assert clip.encode_text(["", "word " * 100]).isfinite().all()
-
-
-@pytest.mark.parametrize("quick", [False, True])
-def test_the_text_tower_on_its_own_is_open_clips_to_the_bit(tmp_path: Path, weights: str, quick: bool) -> None:
-    (tmp_path / "mini.json").write_text(json.dumps({**MINI, "quick_gelu": quick}))
-    alone, whole = (
-        FrozenClip(str(tmp_path / "mini.json"), weights, source=source) for source in ("text", "both")
-    )
-    assert isinstance(alone._model, TextTower)
-    assert isinstance(whole._model, theirs().CLIP)
-    captions = [*CAPTIONS, "", "a much longer caption, cut where the context ends", "ça, Ünï & <b>código</b>"]
-    assert torch.equal(alone.encode_text(captions), whole.encode_text(captions))
-
-
-@pytest.mark.parametrize(
-    "name", ["ViT-B-32", "ViT-L-14", "ViT-L-14-quickgelu", "ViT-H-14", "ViT-bigG-14", "RN50"]
-)
-def test_the_text_tower_on_its_own_has_open_clips_parameters(name: str) -> None:
-    architecture = clip_module._architecture(name)[1]
-    assert TextTower.builds(architecture)
-    with torch.device("meta"):
-        whole = clip_module._keep_tower(clip_module._build(architecture), "text").state_dict()
-        alone = TextTower(architecture["embed_dim"], architecture["text_cfg"], quick_gelu=False).state_dict()
-    del whole["logit_scale"]
-    assert {n: t.shape for n, t in alone.items()} == {n: t.shape for n, t in whole.items()}
-
-
-def test_other_text_towers_are_left_to_open_clip() -> None:
-    for name in ("ViT-B-16-SigLIP", "xlm-roberta-base-ViT-B-32", "MobileCLIP-S1", "ViTamin-L", "coca_ViT-L-14"):
-        assert not TextTower.builds(clip_module._architecture(name)[1])
-
-
-def test_a_part_of_open_clip_leaves_nothing_of_it_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clip_module, "_simple_tokenizer", clip_module._simple_tokenizer.__wrapped__)
-    for name in [name for name in sys.modules if name.split(".")[0] == "open_clip"]:
-        monkeypatch.delitem(sys.modules, name)
-    FrozenClip(BUILTIN, source="text").encode_text(CAPTIONS)
-    assert "openai" in clip_module._part("pretrained").list_pretrained_tags_by_model("ViT-L-14")
-    assert not [name for name in sys.modules if name.split(".")[0] == "open_clip"]
 
 
 def test_images_equal_open_clips(description: str, weights: str, mini: Any) -> None:
@@ -240,9 +216,7 @@ def test_nothing_of_it_trains(description: str, weights: str) -> None:
 
 
 def is_quick(clip: FrozenClip) -> bool:
-    found = any(
-        isinstance(module, (QuickGELU, theirs().transformer.QuickGELU)) for module in clip._model.modules()
-    )
+    found = any(isinstance(module, theirs().transformer.QuickGELU) for module in clip._model.modules())
     assert found == clip.quick_gelu
     return found
 
@@ -287,7 +261,7 @@ def test_the_tag_says_so(
     tmp_path: Path, description: str, weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """openai's, metaclip's and others' tags carry quick_gelu; laion2b's does not."""
-    monkeypatch.setattr("open_clip.pretrained.download_pretrained", lambda _: weights)
+    monkeypatch.setattr("open_clip.download_pretrained", lambda _: weights)
     for tag, quick in (("openai", True), ("laion2b_s32b_b82k", False)):
         monkeypatch.setattr(clip_module, "_architecture", lambda _: ("ViT-L-14", MINI))
         assert is_quick(FrozenClip("ViT-L/14", tag)) == quick
