@@ -20,7 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Without bytecode this process and each that a test starts compile what they import anew: 9 s of CPU.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
-# Counts that an earlier session made; beside the packages, for they are nothing of the user's.
+# Beside the packages: what tests keep is nothing of the user's.
 os.environ.setdefault("GLIDE_DS_CACHE", str(Path(sys.prefix) / ".cache"))
 
 

@@ -10,7 +10,6 @@ from torch import nn
 
 from glide_ds.config import Config
 from glide_ds.model.glide import Glide
-from glide_ds.training.speed.counts import remembered
 from glide_ds.training.speed.memory import meta_model, one_image
 from glide_ds.types import GlideConfig
 
@@ -27,15 +26,8 @@ class Work:
 def count_work(model: Glide) -> Work:
     """Operations of one image in matrix products, convolutions and attention, two per multiply-add.
 
-    `model` is on the meta device. What the phase freezes has no gradient and costs none. What was counted once is
-    read again.
+    `model` is on the meta device. What the phase freezes has no gradient and costs none.
     """
-    step, forward, blocks = remembered("work", model, lambda: _count_work(model))
-    named = model.blocks()
-    return Work(step, forward, {named[name]: count for name, count in blocks.items()})
-
-
-def _count_work(model: Glide) -> tuple[int, int, dict[str, int]]:
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
@@ -48,8 +40,10 @@ def _count_work(model: Glide) -> tuple[int, int, dict[str, int]]:
     model.zero_grad()
     counts = forward.get_flop_counts()
     kind = type(model).__name__
-    blocks = {name: int(sum(counts.get(f"{kind}.{name}", {}).values())) for name in model.blocks()}
-    return int(counter.get_total_flops()), int(forward.get_total_flops()), blocks
+    blocks: dict[nn.Module, int] = {
+        block: int(sum(counts.get(f"{kind}.{name}", {}).values())) for name, block in model.blocks().items()
+    }
+    return Work(int(counter.get_total_flops()), int(forward.get_total_flops()), blocks)
 
 
 def step_work(glide: GlideConfig, config: Config) -> int:

@@ -21,7 +21,6 @@ from glide_ds.model import create_model
 from glide_ds.model.glide import RECOMPUTED, Glide
 from glide_ds.model.layers import Block
 from glide_ds.training.phases import parameter_groups
-from glide_ds.training.speed.counts import remembered
 from glide_ds.types import GlideConfig
 
 OPTIMIZER_BYTES = {"AdamW": 8.0, "AdamW8bit": 2.1}  # of moments per trained parameter
@@ -174,19 +173,10 @@ def memory_estimate(
 
 
 def count_activations(model: Glide, *, cpu: bool = False) -> Activations:
-    """What autograd keeps of one image, for a model on the meta device; what was counted once is read again.
+    """What autograd keeps of one image, and which block keeps it, for a model on the meta device.
 
     `model` is in the precision and with the frozen parameters that it trains with; `cpu`: on a CPU.
     """
-    modules = dict(model.named_modules())
-    name = "activations-cpu" if cpu else "activations"
-    outside, blocks = remembered(name, model, lambda: _count_activations(model, cpu))
-    return Activations([Kept(modules[name], *sizes) for name, *sizes in blocks], outside)
-
-
-def _count_activations(model: Glide, cpu: bool) -> tuple[int, list[tuple[str | int, ...]]]:
-    """Run one image through and note what autograd keeps, and which block keeps it: its name and Kept's figures."""
-    names = {module: name for name, module in model.named_modules()}
     found = Activations()
     seen: dict[int, torch.UntypedStorage] = {}  # alive, so that no id is used twice
     for tensor in (*model.parameters(), *model.buffers()):
@@ -229,7 +219,7 @@ def _count_activations(model: Glide, cpu: bool) -> tuple[int, list[tuple[str | i
         model(**one_image(model.config))
     for hook in hooks:
         hook.remove()
-    return found.outside, [(names[b.module], b.inside, b.input, b.gradients, b.work) for b in found.blocks]
+    return found
 
 
 class _FusedAttention(TorchFunctionMode):
