@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import base64
-import fcntl
 import hashlib
-import http.client
 import logging
 import os
 import shutil
-import ssl
 import sys
 import time
-import urllib.error
-import urllib.request
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+
+import requests
+import urllib3
 
 from glide_ds.errors import WeightsError
-from glide_ds.model.tensor_files import sha256, sync_directory
+from glide_ds.files import locked, sha256, sync_directory, write_file
+from glide_ds.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +52,7 @@ def fetch(url: str, path: Path, *, size: int | None = None, digest: str | None =
         path.parent.mkdir(parents=True, exist_ok=True)
         if hit := _from_cache(path, digest):  # before the lock: hashing gigabytes rank after rank takes long
             return hit
-        with _locked(path):
+        with locked(path.with_name(f".{path.name}.lock")):
             return (
                 _from_cache(path, digest)
                 or _adopted(path, size, digest)
@@ -64,8 +60,9 @@ def fetch(url: str, path: Path, *, size: int | None = None, digest: str | None =
             )
     except OSError as error:
         raise WeightsError(
-            f"cannot keep {path.name} in {path.parent} ({error.strerror or error}); "
-            "make room, or set GLIDE_DS_CACHE to a directory that can be written"
+            f"cannot keep {path.name} in {path.parent} ({error.strerror or error})",
+            "",
+            "make room, or set GLIDE_DS_CACHE to a directory that can be written",
         ) from error
 
 
@@ -80,18 +77,25 @@ def _from_cache(path: Path, digest: str | None) -> Fetched | None:
 
 
 def _adopted(path: Path, size: int | None, digest: str | None) -> Fetched | None:
-    """A file that a person put into the cache, or None where it must be fetched."""
+    """A file that a person put into the cache, or None where it must be fetched; a damaged one is removed."""
     if not path.exists():
         return None
     if digest or _recorded(path):
         logger.warning("%s is damaged or not the file expected: fetching it again", path)
         return None
+    try:
+        checks = _check_archive(path)
+    except _DamagedError as damage:
+        logger.warning("%s is damaged (%s): removing it and fetching it again", path, damage)
+        path.unlink()
+        return None
     if size is not None and path.stat().st_size != size:
         raise WeightsError(
-            f"{path} has {path.stat().st_size:,} bytes, the published file {size:,}: it is another file; "
-            "remove it to download that one, or give its path as the weights"
+            f"{path} has {path.stat().st_size:,} bytes, the published file {size:,}",
+            "it is another file",
+            "remove it to download that one, or give its path as the weights",
         )
-    checks, found = _check_archive(path), sha256(path)
+    found = sha256(path)
     _record(path, found)
     return Fetched(path, found, f"in the cache, {checks}; its SHA-256 {found[:12]}… is recorded for later")
 
@@ -101,9 +105,11 @@ def _from_server(url: str, path: Path, size: int | None, digest: str | None) -> 
     total, md5 = _Transfer(url, partial, size).run()
     try:
         found, checks = _verify(partial, total, md5, digest)
-    except WeightsError:
+    except _DamagedError as damage:
         partial.unlink()  # going on from damaged bytes would fail for ever
-        raise
+        raise WeightsError(
+            f"{path.name} arrived damaged ({damage}) and was removed", "", "try again"
+        ) from damage
     partial.replace(path)
     _record(path, found)
     _validator(partial).unlink(missing_ok=True)
@@ -116,33 +122,29 @@ def _verify(partial: Path, total: int, md5: str | None, digest: str | None) -> t
     found = sha256(partial)
     if digest is not None:
         if found != digest.lower():
-            raise _damaged(partial, f"its SHA-256 is {found} instead of {digest}")
+            raise _DamagedError(f"its SHA-256 is {found} instead of {digest}")
         return found, f"{total:,} bytes, SHA-256 as expected"
     checks = [f"{total:,} bytes as announced"]
     if md5 is not None:
         with partial.open("rb") as file:
             own = base64.b64encode(hashlib.file_digest(file, "md5").digest()).decode()
         if own != md5:
-            raise _damaged(partial, f"its MD5 is {own} instead of {md5}, which the server announced")
+            raise _DamagedError(f"its MD5 is {own} instead of {md5}, which the server announced")
         checks.append("MD5 as announced")
     checks.append(_check_archive(partial))
     return found, ", ".join(checks) + f"; no SHA-256 was published, {found[:12]}… is recorded for later"
 
 
 def _check_archive(path: Path) -> str:
-    """torch.load does not look at a zip's checksums; a flipped bit would be trained on."""
+    """torch.load does not look at a zip's checksums; a flipped bit would be trained on. Raises _DamagedError."""
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
     except zipfile.BadZipFile as error:
-        raise _damaged(path, f"it is no .pt archive: {error}") from error
+        raise _DamagedError(f"it is no .pt archive: {error}") from error
     if bad is not None:
-        raise _damaged(path, f"the checksum of its entry {bad} does not match")
+        raise _DamagedError(f"the checksum of its entry {bad} does not match")
     return "CRC-32 of every tensor right"
-
-
-def _damaged(path: Path, why: str) -> WeightsError:
-    return WeightsError(f"{path.name.removesuffix('.part')} arrived damaged ({why}) and was removed; try again")
 
 
 def _recorded(path: Path) -> str | None:
@@ -151,7 +153,7 @@ def _recorded(path: Path) -> str | None:
 
 
 def _record(path: Path, digest: str) -> None:
-    path.with_name(path.name + ".sha256").write_text(f"{digest}  {path.name}\n")
+    write_file(path.with_name(path.name + ".sha256"), f"{digest}  {path.name}\n")
 
 
 def _validator(partial: Path) -> Path:
@@ -159,25 +161,16 @@ def _validator(partial: Path) -> Path:
     return partial.with_name(partial.name + ".etag")
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.with_name(f".{path.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+class _DamagedError(Exception):
+    """The bytes are not those that were sent; the message says why."""
 
 
 class _PassingError(Exception):
     """A failure that waiting may mend."""
 
 
-_PASSING_ERRORS = (
-    _PassingError,
-    urllib.error.URLError,
-    http.client.HTTPException,
-    TimeoutError,
-    ConnectionError,
-    ssl.SSLError,
-)
+# What comes while the body is read is urllib3's own: requests wraps only errors in what it decodes.
+_PASSING_ERRORS = (_PassingError, requests.RequestException, urllib3.exceptions.HTTPError)
 
 
 class _Transfer:
@@ -186,7 +179,6 @@ class _Transfer:
     def __init__(self, url: str, partial: Path, size: int | None) -> None:
         self.url, self.partial, self.size = url, partial, size
         self.md5: str | None = None
-        self.progress = _Progress(partial.name.removesuffix(".part"))
 
     def run(self) -> tuple[int, str | None]:
         """The total size in bytes and the base64 MD5 that the server announced, if any."""
@@ -203,8 +195,10 @@ class _Transfer:
             failures = 0 if self._have() > before else failures + 1
             if failures >= ATTEMPTS:
                 raise WeightsError(
-                    f"could not download {self.url} ({problem}) in {ATTEMPTS} attempts; {before:,} bytes are "
-                    "kept, the same command goes on from there; or fetch the file elsewhere and give its path"
+                    f"could not download {self.url} ({problem}) in {ATTEMPTS} attempts",
+                    "",
+                    f"{before:,} bytes are kept, the same command goes on from there; or fetch the file elsewhere "
+                    "and give its path",
                 )
             logger.warning("%s: %s; trying again", self.url, problem)
             time.sleep(PAUSE * 2 ** (failures - 1) if failures else 0)
@@ -219,92 +213,80 @@ class _Transfer:
         if have and etag.exists():
             headers |= {"Range": f"bytes={have}-", "If-Range": etag.read_text()}
         try:
-            response = urllib.request.urlopen(
-                urllib.request.Request(self.url, headers=headers), timeout=TIMEOUT
-            )
-        except urllib.error.HTTPError as error:
-            return self._refusal(error, have)
+            response = requests.get(self.url, headers=headers, stream=True, timeout=TIMEOUT)
+        except ValueError as error:  # requests' errors of this kind say that the address is none
+            raise WeightsError(f"{self.url} is no address of a file ({error})", "", "correct it") from error
         with response:
-            resumed = response.status == 206
+            if not response.ok:
+                return self._refusal(response, have)
+            resumed = response.status_code == 206
             total = self._total(response, have if resumed else 0)
             self._keep_validators(response, resumed)
             self._receive(response, have if resumed else 0, total)
         return total
 
-    def _refusal(self, error: urllib.error.HTTPError, have: int) -> int:
-        if error.code == 416:  # nothing is left after `have`: complete, or longer than the file
-            whole = error.headers.get("Content-Range", "").rpartition("/")[2]
+    def _refusal(self, response: requests.Response, have: int) -> int:
+        code = response.status_code
+        if code == 416:  # nothing is left after `have`: complete, or longer than the file
+            whole = response.headers.get("Content-Range", "").rpartition("/")[2]
             if whole == str(have):
                 return have
             self.partial.unlink(missing_ok=True)
             raise _PassingError("the partial file did not belong to the server's; starting over")
-        if error.code in _PASSING:
-            raise _PassingError(f"HTTP {error.code}")
+        if code in _PASSING:
+            raise _PassingError(f"HTTP {code}")
         raise WeightsError(
-            f"{self.url} answered HTTP {error.code} {error.reason}; check the address and the network's rules, "
-            "or fetch the file elsewhere and give its path"
+            f"{self.url} answered HTTP {code} {response.reason}",
+            "",
+            "check the address and the network's rules, or fetch the file elsewhere and give its path",
         )
 
-    def _total(self, response: http.client.HTTPResponse, offset: int) -> int:
+    def _total(self, response: requests.Response, offset: int) -> int:
         if "html" in response.headers.get("Content-Type", ""):
             raise WeightsError(
-                f"{self.url} answered with a web page, not a file; check the address and the proxy"
+                f"{self.url} answered with a web page, not a file", "", "check the address and the proxy"
             )
         length = response.headers.get("Content-Length")
         if length is None:
-            raise WeightsError(f"{self.url} does not say how long the file is, so it could not be checked")
+            raise WeightsError(
+                f"{self.url} does not say how long the file is",
+                "it could not be checked",
+                "fetch it from another address, or elsewhere and give its path",
+            )
         total = offset + int(length)
         if self.size is not None and total != self.size:
             raise WeightsError(
-                f"{self.url} offers {total:,} bytes, the published file has {self.size:,}: it is another file; "
-                "check the address"
+                f"{self.url} offers {total:,} bytes, the published file has {self.size:,}",
+                "it is another file",
+                "check the address",
             )
         free = shutil.disk_usage(self.partial.parent).free
         if free < total - offset:
             raise WeightsError(
-                f"{self.partial.parent} has {free:,} bytes free, the download needs {total - offset:,}; "
-                "make room, or set GLIDE_DS_CACHE to another disk"
+                f"{self.partial.parent} has {free:,} bytes free, the download needs {total - offset:,}",
+                "",
+                "make room, or set GLIDE_DS_CACHE to another disk",
             )
         return total
 
-    def _keep_validators(self, response: http.client.HTTPResponse, resumed: bool) -> None:
+    def _keep_validators(self, response: requests.Response, resumed: bool) -> None:
         # Azure sends the whole file's MD5 with a part as x-ms-blob-content-md5.
         whole = response.headers.get("x-ms-blob-content-md5")
         self.md5 = whole or (self.md5 if resumed else response.headers.get("Content-MD5"))
         if etag := response.headers.get("ETag"):
-            _validator(self.partial).write_text(etag)
+            write_file(_validator(self.partial), etag)
         elif not resumed:
             _validator(self.partial).unlink(missing_ok=True)
 
-    def _receive(self, response: http.client.HTTPResponse, offset: int, total: int) -> None:
-        with self.partial.open("ab" if offset else "wb") as file:
-            while chunk := response.read(_CHUNK):
+    def _receive(self, response: requests.Response, offset: int, total: int) -> None:
+        name = self.partial.name.removesuffix(".part")
+        with (
+            self.partial.open("ab" if offset else "wb") as file,
+            Progress(name, total, "B", done=offset, scaled=True, stream=sys.stderr) as progress,
+        ):
+            # Undecoded, for what arrived before a cut is handed over then.
+            for chunk in response.raw.stream(_CHUNK, decode_content=False):
                 file.write(chunk)
-                self.progress.show(file.tell(), total)
+                progress.advance(len(chunk))
             file.flush()
             os.fsync(file.fileno())
-
-
-class _Progress:
-    """A bar on a terminal, a line every ten seconds elsewhere."""
-
-    def __init__(self, name: str, stream: TextIO = sys.stderr) -> None:
-        self.name, self.stream = name, stream
-        self.bar = stream.isatty()
-        self.started = self.shown = time.monotonic()
-        self.first: int | None = None
-
-    def show(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if self.first is None:
-            self.first = done
-        if now - self.shown < (0.2 if self.bar else 10) and done < total:
-            return
-        self.shown = now
-        rate = (done - self.first) / max(now - self.started, 1e-3)
-        share = f"{done / total:4.0%}  {done / 1e6:,.0f} of {total / 1e6:,.0f} MB"
-        text = f"{self.name}  {share}  {rate / 1e6:.1f} MB/s"
-        if self.bar:
-            filled = "█" * (30 * done // total)
-            text = f"\r{filled:·<30}  {text}"
-        print(text, end="\n" if not self.bar or done == total else "", file=self.stream, flush=True)
