@@ -6,9 +6,7 @@ its first bytes say, through loaders that build tensors and nothing else.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -24,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from glide_ds.errors import WeightsError
+from glide_ds.files import PathLike, replacing
 
 State = dict[str, Tensor]
-PathLike = str | os.PathLike[str]
 
 ROWS = ".rows"  # NAME.rows int64 [k]: which rows of NAME the file holds; the others are zero
 NUM_ROWS = ".num_rows"  # NAME.num_rows int64 [1]: how many rows NAME has once unpacked
@@ -70,15 +68,15 @@ def write_state(path: PathLike, state: Mapping[str, Tensor]) -> None:
     path = Path(path)
     standalone = _standalone(state)
     if path.suffix == ".safetensors":
-        with _atomic(path) as partial:
+        with _written(path) as partial:
             save_file(standalone, partial, metadata={"format": "pt"})
     elif path.suffix in (".pt", ".pth"):
         # Given a path, torch.save puts its name into the archive; given a file, equal tensors are equal bytes.
-        with _atomic(path) as partial, partial.open("wb") as file:
+        with _written(path) as partial, partial.open("wb") as file:
             torch.save(standalone, file)
     else:
         raise WeightsError(
-            f"cannot write weights to {path}: {path.suffix!r} names no format; use .pt or .safetensors"
+            f"cannot write weights to {path}: {path.suffix!r} names no format", "", "use .pt or .safetensors"
         )
 
 
@@ -98,14 +96,8 @@ def sidecar(path: PathLike) -> dict[str, Any] | None:
 
 def write_sidecar(path: PathLike, about: Mapping[str, Any]) -> None:
     """Write the JSON beside the weight file `path`, atomically."""
-    with _atomic(_beside(path)) as partial:
+    with _written(_beside(path)) as partial:
         partial.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-
-
-def sha256(path: PathLike) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def pack_rows(state: Mapping[str, Tensor], names: Iterable[str]) -> State:
@@ -146,28 +138,15 @@ def _beside(path: PathLike) -> Path:
 
 
 @contextmanager
-def _atomic(path: Path) -> Iterator[Path]:
-    """A file to write that takes the name `path` only once its bytes are on the disk."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+def _written(path: Path) -> Iterator[Path]:
+    """`files.replacing` for weights: what keeps them from the disk is a WeightsError."""
     try:
-        yield partial
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-        sync_directory(path.parent)
+        with replacing(path) as partial:
+            yield partial
     except (OSError, SafetensorError) as error:
-        raise WeightsError(f"cannot write {path}: {error}; what stood there before still stands") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def sync_directory(path: Path) -> None:
-    """Put a directory's entries on the disk: a rename survives a power cut only after this."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        raise WeightsError(
+            f"cannot write {path}: {error}", "", "what stood there before still stands"
+        ) from error
 
 
 def _standalone(state: Mapping[str, Tensor]) -> State:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from glide_ds.config import cache_dir
 from glide_ds.errors import ConfigError, WeightsError
+from glide_ds.files import PathLike
 from glide_ds.model.download import fetch
-from glide_ds.model.tensor_files import PathLike, State, StateFile, read_state, read_state_file, sidecar
+from glide_ds.model.tensor_files import State, StateFile, read_state, read_state_file, sidecar
 from glide_ds.types import GlideConfig
 
 BUILTIN = "builtin:tiny"

@@ -325,7 +325,7 @@ def test_builtin_reads_pictures_of_any_size(tiny: FrozenClip) -> None:
 
 
 def test_builtin_hash_names_the_file(tiny: FrozenClip) -> None:
-    from glide_ds.model.tensor_files import sha256
+    from glide_ds.files import sha256
 
     assert tiny.weights_hash == sha256(clip_module.BUILTIN_WEIGHTS)
     assert tiny.name == BUILTIN

@@ -18,12 +18,12 @@ from tiny_glide import CLIP_DIM, tiny_config, tiny_model
 from torch import nn
 
 from glide_ds.errors import WeightsError
+from glide_ds.files import sha256
 from glide_ds.model import GlideConfig, create_model, download, weights
 from glide_ds.model.download import fetch
 from glide_ds.model.tensor_files import (
     pack_rows,
     read_state,
-    sha256,
     sidecar,
     unpack_rows,
     write_sidecar,
