@@ -302,11 +302,14 @@ def test_a_pipeline_in_the_wrong_order_or_over_two_folders_is_refused(tmp_path: 
 # --- how it starts ---
 
 
-def test_weights_of_a_file_are_what_training_starts_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_weights_of_a_file_are_what_training_starts_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
     torch.manual_seed(3)
     plain = create_model(GlideConfig(**ARCHITECTURE))
     write_state(tmp_path / "base.pt", plain.state_dict())
-    config = make_config(tmp_path, "adapter_only", model={"weights": str(tmp_path / "base.pt")})
+    config = make_config(tmp_path, "adapter_only", model={"weights": "~/base.pt"})
     with opened(config) as run:
         state = state_of(run.model)
     assert all(torch.equal(state[name], tensor) for name, tensor in plain.state_dict().items())

@@ -133,13 +133,16 @@ def _given_weights(config: Config) -> str:
             f"there is no adapter to continue: {weights!r} brings no trained one",
             f"train {phase.parents[-1]} first (the same run.dir), or give model.weights=/path/of/an/export.pt",
         )
-    if weights not in (*NAMED_WEIGHTS, "auto") and not Path(weights).is_file():
+    if weights in (*NAMED_WEIGHTS, "auto"):
+        return "random" if weights == "auto" else weights
+    path = Path(weights).expanduser()
+    if not path.is_file():
         raise WeightsError(
             f"model.weights = {weights!r} is neither a file nor one of {', '.join(NAMED_WEIGHTS)}",
             "",
             "correct the path",
         )
-    return "random" if weights == "auto" else weights
+    return str(path)
 
 
 def load_start(model: nn.Module, config: Config, start: Start) -> list[str]:
