@@ -37,14 +37,15 @@ SIZES: dict[str, dict[str, Any]] = {
 EXPORT = """
 import json, sys
 from pathlib import Path
-from glide_ds.commands.export import export, find_checkpoint
+from glide_ds.commands.export import export
+from glide_ds.commands.load import find_checkpoint
 def peak():
     line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 checkpoint = find_checkpoint(Path(sys.argv[1]))
 before = peak()
-(state,) = export(checkpoint, Path(sys.argv[2])).values()
-size = sum(4 * tensor.numel() for tensor in state.values())
+(written,) = export(checkpoint, Path(sys.argv[2])).values()
+size = 4 * written.values
 grown = peak() - before
 print(json.dumps({"weights_mib": size / 2**20, "peak_mib": grown / 2**20, "ratio": grown / size}))
 """

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from glide_ds.commands import evaluate
-from glide_ds.commands.sample import Loaded
+from glide_ds.commands.load import Loaded
 from glide_ds.config import ClipConfig
 from glide_ds.data import shapes
 from glide_ds.model import GlideConfig, create_model
@@ -76,18 +76,3 @@ def test_pictures_are_judged_against_their_own_captions(monkeypatch, tmp_path, s
     assert score.count == 16
     assert (score.colour >= 0.98 and score.shape >= 0.98) is right
     assert (tmp_path / "grid.png").stat().st_size > 1000
-
-
-def test_drawing_says_how_far_it_is_and_how_long_still(monkeypatch, capsys):
-    now = 100.0
-    monkeypatch.setattr(evaluate.time, "monotonic", lambda: now)
-    seen = []
-    for step in evaluate.told(range(9, -1, -1)):
-        seen.append(step)
-        now += 2.0
-    assert seen == list(range(9, -1, -1))
-    assert capsys.readouterr().out.splitlines() == [
-        "drawing step 3/10, 14 s left",
-        "drawing step 6/10, 8 s left",
-        "drawing step 9/10, 2 s left",
-    ]

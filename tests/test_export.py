@@ -15,7 +15,8 @@ import torch
 from train_kit import ARCHITECTURE
 
 from glide_ds.commands import export as module
-from glide_ds.commands.export import add_arguments, assembled, compare, export, find_checkpoint
+from glide_ds.commands.export import add_arguments, assembled, compare, export
+from glide_ds.commands.load import find_checkpoint
 from glide_ds.errors import CheckpointError, WeightsError
 from glide_ds.model import GlideConfig, create_model
 from glide_ds.model.tensor_files import read_state, sidecar, write_state
@@ -240,12 +241,15 @@ def test_another_ending_is_refused(checkpoint: Committed, tmp_path: Path):
         export(checkpoint, tmp_path / "x.bin")
 
 
-def test_the_command_says_what_it_wrote(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_command_says_what_it_wrote(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     import argparse
 
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    args: Any = parser.parse_args([str(trained / "run"), "--out", str(tmp_path / "x.pt"), "--split_adapter"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args: Any = parser.parse_args([str(trained / "run"), "--out=~/x.pt", "--split_adapter"])
     module.run(args)
     out = capsys.readouterr().out
     assert "step 5" in out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ import torch
 from PIL import Image
 from train_kit import ARCHITECTURE
 
-from glide_ds.commands.export import export, find_checkpoint
-from glide_ds.commands.sample import add_arguments, load_model, run
+from glide_ds.commands import load, sample
+from glide_ds.commands.export import export
+from glide_ds.commands.load import Loaded, find_checkpoint, load_model
+from glide_ds.commands.sample import add_arguments, load_upsampler, run
 from glide_ds.errors import ConfigError, WeightsError
 from glide_ds.model import GlideConfig, create_model
 from glide_ds.model.tensor_files import write_sidecar, write_state
@@ -86,22 +89,74 @@ def test_the_schedule_of_the_export_is_used(exported: Path, trained: Path):
         assert loaded.clip.model == "builtin:tiny"
 
 
+UPSAMPLER = {
+    **ARCHITECTURE,
+    "kind": "upsample",
+    "image_size": 64,
+    "num_head_channels": 32,
+    "channel_mult": [1, 1],
+}
+
+
+def test_openai_is_the_published_model_of_the_kind_asked_for(monkeypatch: pytest.MonkeyPatch):
+    sizes = {"base": GlideConfig(**ARCHITECTURE), "upsample": GlideConfig(**UPSAMPLER)}
+    monkeypatch.setattr(GlideConfig, "published", staticmethod(sizes.__getitem__))
+    fetched = []
+    monkeypatch.setattr(load, "load_weights", lambda model, source: fetched.append((source, model.config.kind)))
+    assert load_model("openai", CPU).model.config == sizes["base"]
+    upsampler = load_upsampler("openai", load_model("openai", CPU), CPU)
+    assert (upsampler.model.config, upsampler.schedule) == (sizes["upsample"], "linear")
+    assert fetched == [("openai", "base"), ("openai", "base"), ("openai", "upsample")]
+
+
+def test_the_upsampler_is_loaded_once_for_both_rows(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write_state(tmp_path / "up.pt", create_model(GlideConfig(**UPSAMPLER)).state_dict())
+    write_sidecar(tmp_path / "up.pt", {"model": UPSAMPLER})
+    loads, enlarged = [], []
+
+    def counted(source: str, *args: Any, **options: Any) -> Loaded:
+        loads.append(source)
+        return load_model(source, *args, **options)
+
+    def as_it_is(images: torch.Tensor, *args: Any) -> torch.Tensor:
+        enlarged.append(images.shape)
+        return images
+
+    monkeypatch.setattr(sample, "load_model", counted)
+    monkeypatch.setattr(sample, "enlarge", as_it_is)
+    draw(exported, tmp_path / "a.png", "--clip", "both", "--upsampler", str(tmp_path / "up.pt"))
+    assert loads == [str(exported), str(tmp_path / "up.pt")]
+    assert len(enlarged) == 2
+
+
+def test_an_upsampler_that_does_not_fit_is_told_before_anything_is_drawn(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sample, "draw", None)
+    with pytest.raises(ConfigError, match="reads 4 px"):
+        draw(exported, tmp_path / "a.png", "--upsampler", str(exported))
+
+
+def test_paths_below_the_home_folder(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A shell expands the ~ of a word of its own only."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for file in (exported, exported.with_name(exported.name + ".json")):
+        (tmp_path / file.name).symlink_to(file)
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    run(parser.parse_args([f"~/{exported.name}", "--prompt", "x", "--out=~/new/a.png", "--steps=2"]))
+    assert (tmp_path / "new" / "a.png").exists()
+
+
 @pytest.mark.slow
 def test_an_upsampler_enlarges_four_times(exported: Path, tmp_path: Path):
-    sizes = {
-        **ARCHITECTURE,
-        "kind": "upsample",
-        "image_size": 64,
-        "num_head_channels": 32,
-        "channel_mult": [1, 1],
-    }
-    write_state(tmp_path / "up.pt", create_model(GlideConfig(**sizes)).state_dict())
-    write_sidecar(tmp_path / "up.pt", {"model": sizes, "schedule": "linear"})
+    write_state(tmp_path / "up.pt", create_model(GlideConfig(**UPSAMPLER)).state_dict())
+    write_sidecar(tmp_path / "up.pt", {"model": UPSAMPLER, "schedule": "linear"})
     large = draw(exported, tmp_path / "a.png", "--upsampler", str(tmp_path / "up.pt"))
     assert large.shape == draw(exported, tmp_path / "b.png").shape
     assert load_model(str(tmp_path / "up.pt"), CPU).schedule == "linear"
-    with pytest.raises(ConfigError, match="reads 4 px"):
-        draw(exported, tmp_path / "a.png", "--upsampler", str(exported))
 
 
 def test_a_source_that_is_none_is_told(tmp_path: Path):

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from glide_ds.commands.sample import Loaded, load_model
+from glide_ds.commands.load import Loaded, load_model, user_path
 from glide_ds.data import judge, shapes
 from glide_ds.diffusion import create_diffusion
+from glide_ds.files import write_file
 from glide_ds.inference.draw import draw, grid
 from glide_ds.inference.held_out import Gain, HeldOut
 from glide_ds.model.clip import FrozenClip
-from glide_ds.progress import duration
+from glide_ds.progress import told
 
 CHUNK = 64  # pictures drawn at once
-
-
-TELL_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -67,21 +63,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=256, help="held-out pictures for loss and gain")
     parser.add_argument("--steps", type=int, default=100, help="ancestral sampling steps per picture")
     parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--pictures", type=Path, metavar="PNG", help="write the drawn grid here")
-    parser.add_argument("--out", type=Path, metavar="JSON", help="write the figures here")
+    parser.add_argument("--pictures", type=user_path, metavar="PNG", help="write the drawn grid here")
+    parser.add_argument("--out", type=user_path, metavar="JSON", help="write the figures here")
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the figures; with --out, write them too."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_model(args.model, device)
-    clip = None
-    if loaded.clip:
-        clip = FrozenClip(loaded.clip.model, loaded.clip.weights, device, source="text")
+    clip = loaded.text_encoder(device)
     found = evaluate(loaded, clip, args.captions, args.samples, args.steps, args.guidance, args.pictures)
     print(found)
     if args.out:
-        args.out.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_file(args.out, json.dumps(asdict(found), indent=1) + "\n")
 
 
 def evaluate(
@@ -109,18 +104,6 @@ def held_out_shapes(loaded: Loaded, clip: FrozenClip | None, count: int) -> Held
     return HeldOut(create_diffusion(loaded.schedule), torch.from_numpy(np.stack(images)), captions, embedding)
 
 
-def told(steps: Sequence[int]) -> Iterator[int]:
-    """The steps of drawing, with a line now and then of how far and how long still."""
-    started = last = time.monotonic()
-    for done, step in enumerate(steps):
-        now = time.monotonic()
-        if done and now - last >= TELL_S:
-            last = now
-            left = (now - started) / done * (len(steps) - done)
-            print(f"drawing step {done}/{len(steps)}, {duration(left)} left", flush=True)
-        yield step
-
-
 def draw_and_judge(
     loaded: Loaded, clip: FrozenClip | None, count: int, steps: int, guidance: float, pictures: Path | None
 ) -> Score:
@@ -139,11 +122,12 @@ def draw_and_judge(
                 guidance=guidance,
                 steps=steps,
                 seed=first,
-                progress=told,
+                progress=told("drawing", "steps"),
             )
         )
     images = torch.cat(drawn)
     if pictures:
+        pictures.parent.mkdir(parents=True, exist_ok=True)
         grid(images, captions).save(pictures)
     grades = [
         judge.grade(image, caption) for image, caption in zip(images.cpu().numpy(), captions, strict=True)

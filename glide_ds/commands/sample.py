@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
-from glide_ds.commands.export import assembled, clip_of, find_checkpoint
-from glide_ds.config import PRESETS, ClipConfig
+from glide_ds.commands.load import Loaded, load_model, user_path
 from glide_ds.diffusion import SAMPLERS
-from glide_ds.errors import ConfigError, WeightsError
+from glide_ds.diffusion.pixels import to_signed
+from glide_ds.errors import ConfigError
 from glide_ds.inference.draw import draw, grid
-from glide_ds.model import create_model
-from glide_ds.model.clip import FrozenClip
-from glide_ds.model.glide import Glide
-from glide_ds.model.tensor_files import StateFile, sidecar
-from glide_ds.model.weights import load_state, load_weights, stored_config
-from glide_ds.types import GlideConfig
-
-
-class Loaded(NamedTuple):
-    """A model ready to draw."""
-
-    model: Glide
-    schedule: str
-    clip: ClipConfig | None
+from glide_ds.progress import told
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,12 +20,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", help="an export, a run directory or checkpoint folder, openai, or builtin:tiny"
     )
     parser.add_argument("--prompt", nargs="+", required=True)
-    parser.add_argument("--out", type=Path, required=True, help="a PNG; the grid has one column per prompt")
+    parser.add_argument(
+        "--out", type=user_path, required=True, help="a PNG; the grid has one column per prompt"
+    )
     parser.add_argument(
         "--clip", choices=["on", "off", "both"], help="default: on where the model has an adapter"
     )
     parser.add_argument("--ema", action="store_true", help="of a run: by the average of its weights")
-    parser.add_argument("--upsampler", help="a second model, of kind upsample, that enlarges the pictures")
+    parser.add_argument(
+        "--upsampler",
+        help="a second model, of kind upsample, that enlarges the pictures; openai: the published one",
+    )
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--sampler", choices=list(SAMPLERS), default="ddpm")
@@ -52,12 +42,10 @@ def run(args: argparse.Namespace) -> None:
     loaded = load_model(args.model, device, ema=args.ema)
     modes = {"both": ["on", "off"], None: ["on" if loaded.clip else "off"]}.get(args.clip, [args.clip])
     if "on" in modes and loaded.clip is None:
-        raise ConfigError(f"--clip {args.clip}: {args.model} has no CLIP adapter; use --clip off")
-    options: dict[str, Any] = {"guidance": args.guidance, "seed": args.seed, "progress": tqdm}
-    embedding = None
-    if "on" in modes and loaded.clip:
-        encoder = FrozenClip(loaded.clip.model, loaded.clip.weights, device, source="text")
-        embedding = encoder.encode_text(args.prompt)
+        raise ConfigError(f"--clip {args.clip}: {args.model} has no CLIP adapter", "", "use --clip off")
+    upsampler = load_upsampler(args.upsampler, loaded, device) if args.upsampler else None
+    encoder = loaded.text_encoder(device) if "on" in modes else None
+    embedding = encoder.encode_text(args.prompt) if encoder else None
     rows = []
     for mode in modes:
         images = draw(
@@ -65,13 +53,13 @@ def run(args: argparse.Namespace) -> None:
             args.prompt,
             schedule=loaded.schedule,
             clip_embedding=embedding if mode == "on" else None,
+            guidance=args.guidance,
             steps=args.steps,
             sampler=args.sampler,
-            **options,
+            seed=args.seed,
+            progress=told("drawing", "steps"),
         )
-        if args.upsampler:
-            images = enlarge(images, args.upsampler, args.prompt, device, args.seed)
-        rows.append(images)
+        rows.append(enlarge(images, upsampler, args.prompt, args.seed) if upsampler else images)
     labels = [
         f"{prompt} (CLIP {mode})" if len(modes) > 1 else prompt for mode in modes for prompt in args.prompt
     ]
@@ -80,62 +68,31 @@ def run(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}")
 
 
-def load_model(source: str, device: torch.device, *, ema: bool = False) -> Loaded:
-    """A model in eval mode from an export, a run or checkpoint folder, `openai` or `builtin:tiny`.
-
-    `ema` takes the average of a run's weights; an export either is one or isn't.
-    """
-    if ema and not Path(source).is_dir():
+def load_upsampler(source: str, base: Loaded, device: torch.device) -> Loaded:
+    """The model that enlarges what `base` draws. Raises ConfigError where it is no upsampler or reads another size."""
+    upsampler = load_model(source, device, kind="upsample")
+    config, side = upsampler.model.config, base.model.config.image_size
+    if not config.upsamples or config.image_size // 4 != side:
         raise ConfigError(
-            f"--ema: {source} is no run directory; an export holds the average if it was made with --ema"
+            f"--upsampler {source} is of kind {config.kind!r} and reads {config.image_size // 4} px; the pictures "
+            f"have {side} px",
+            "",
+            "give an upsampler that fits",
         )
-    if Path(source).is_dir():
-        checkpoint = find_checkpoint(Path(source))
-        model = create_model(GlideConfig(**checkpoint.manifest["model"]))
-        load_state(model, StateFile(checkpoint.path, assembled(checkpoint, ema=ema)), source=source)
-        about = checkpoint.manifest
-    else:
-        about = (sidecar(source) or {}) if Path(source).is_file() else {}
-        model = create_model(_architecture(source))
-        load_weights(model, source)
-    upsamples = model.config.upsamples
-    schedule = about.get("schedule", "linear" if upsamples else "squaredcos_cap_v2")
-    if device.type == "cpu":  # NHWC convolutions are up to 2.5 times as fast there
-        model = model.to(memory_format=torch.channels_last)
-    return Loaded(model.to(device).eval(), schedule, clip_of(about) if model.config.clip_dim else None)
+    return upsampler
 
 
-def _architecture(source: str) -> GlideConfig:
-    if source == "builtin:tiny":
-        return PRESETS["tiny"]()
-    if source == "openai":
-        return GlideConfig.published("base")
-    if not Path(source).is_file():
-        raise WeightsError(f"{source!r} is neither a file, a folder, openai nor builtin:tiny; correct the path")
-    return stored_config(source)
-
-
-def enlarge(
-    images: torch.Tensor, upsampler: str, prompts: list[str], device: torch.device, seed: int
-) -> torch.Tensor:
+def enlarge(images: Tensor, upsampler: Loaded, prompts: list[str], seed: int) -> Tensor:
     """uint8 [B, S, S, 3] → uint8 [B, 4S, 4S, 3], as published: 27 DDIM steps, noise × 0.997, no guidance."""
-    loaded = load_model(upsampler, device)
-    wanted = loaded.model.config.image_size // 4
-    if not loaded.model.config.upsamples or images.shape[1] != wanted:
-        raise ConfigError(
-            f"--upsampler {upsampler} is of kind {loaded.model.config.kind!r} and reads {wanted} px; the "
-            f"pictures have {images.shape[1]} px: give an upsampler that fits"
-        )
-    low_res = images.permute(0, 3, 1, 2).float() / 127.5 - 1
     return draw(
-        loaded.model,
+        upsampler.model,
         prompts,
-        schedule=loaded.schedule,
+        schedule=upsampler.schedule,
         guidance=1.0,
         steps="fast27",
         sampler="ddim",
         noise_scale=0.997,
         seed=seed,
-        low_res=low_res.to(device),
-        progress=tqdm,
+        low_res=to_signed(images).to(next(upsampler.model.parameters()).device),
+        progress=told("enlarging", "steps"),
     )

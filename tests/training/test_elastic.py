@@ -15,6 +15,7 @@ from train_kit import make_config, metrics, read_lines, shake
 
 from glide_ds.commands.export import export
 from glide_ds.model import create_model
+from glide_ds.model.tensor_files import read_state
 from glide_ds.training.checkpoint.commit import Committed, committed
 from glide_ds.training.phases import PHASES
 from glide_ds.training.setup import glide_config
@@ -105,11 +106,11 @@ def test_a_run_continued_on_other_ranks_is_the_uninterrupted_one(
     for key in frozen:
         assert torch.equal(before[key], after[key]), key
     first = committed(runs.folder / "straight" / "run" / PHASES[runs.phase].folder)[-1]
+    files = [tmp_path / f"{name}.pt" for name in ("start", "whole", "parted")]
+    for end, file in zip((first, one, two), files, strict=True):
+        export(end, file, ema=True)
     start, whole, parted = (
-        torch.cat([tensor.flatten() for tensor in averaged.values()])
-        for averaged in (
-            export(end, tmp_path / f"{n}.pt", ema=True).popitem()[1] for n, end in enumerate((first, one, two))
-        )
+        torch.cat([tensor.flatten() for tensor in read_state(file).values()]) for file in files
     )
     assert not torch.equal(start, whole)
     if runs.optimizer == "AdamW":

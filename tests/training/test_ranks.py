@@ -145,7 +145,8 @@ def test_the_checkpoint_holds_both_ranks_files(two_ranks: Launch):
 
 
 def test_two_ranks_checkpoint_is_exported_by_one(two_ranks: Launch, tmp_path: Path):
-    from glide_ds.commands.export import export, find_checkpoint
+    from glide_ds.commands.export import export
+    from glide_ds.commands.load import find_checkpoint
 
     written = export(find_checkpoint(two_ranks.folder / "two" / "run"), tmp_path / "x.safetensors")
     assert set(written) == {tmp_path / "x.safetensors"}

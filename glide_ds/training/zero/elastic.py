@@ -8,7 +8,7 @@ frozen parameters and buffers at their initial values and knows no 8-bit state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -106,20 +106,16 @@ def frozen_weights(checkpoint: Committed) -> dict[str, Tensor]:
     return dict(checkpoint.read(MODEL_FILE)["frozen_param_fragments"] or {})
 
 
-def trained_weights(
-    model: dict[str, Any], ranks: Sequence[Sequence[Tensor]], read: Callable[..., None] = lambda *parts: None
-) -> Iterator[tuple[str, Tensor]]:
+def trained_weights(model: dict[str, Any], ranks: Sequence[Sequence[Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every trained parameter, put together from the ranks' parts of each parameter group.
 
-    `model` is the checkpoint's MODEL_FILE, which has their names and shapes. `read` is told the parts that each
-    was read from.
+    `model` is the checkpoint's MODEL_FILE, which has their names and shapes.
     """
     for i, shapes in enumerate(model["param_shapes"]):
         parts, position = [rank[i] for rank in ranks], 0
         total = sum(shape.numel() for shape in shapes.values())
         for name, shape in shapes.items():
             yield name, stretch(parts, position, shape.numel(), total).view(shape)
-            read(*parts)
             position += shape.numel()
 
 
