@@ -127,7 +127,8 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     from glide_ds.config import load_config
     from glide_ds.environment import read_environment
     from glide_ds.training.setup import glide_config
-    from glide_ds.training.speed.memory import memory_estimate, meta_model
+    from glide_ds.training.speed.memory import memory_estimate
+    from glide_ds.training.speed.meta import meta_model
     from glide_ds.training.zero.group import start_process_group
 
     read_environment()

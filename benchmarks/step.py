@@ -53,8 +53,8 @@ from glide_ds.training.setup import glide_config, open_source
 from glide_ds.training.speed.compiling import set_compilation
 from glide_ds.training.speed.cuda_graph import capture
 from glide_ds.training.speed.flops import step_work
-from glide_ds.training.speed.memory import set_recomputation
 from glide_ds.training.speed.peak import matrix_peak
+from glide_ds.training.speed.recompute import set_recomputation
 from glide_ds.training.zero.engine import build_engine, release
 from glide_ds.training.zero.group import start_process_group
 from glide_ds.training.zero.optimizer import AdamW8bit

@@ -35,7 +35,7 @@ ALLOWED = {
         "_scaled_dot_product_flash_attention",
         "_scaled_dot_product_flash_attention_backward",
     },
-    "training/speed/memory.py": {"_scaled_dot_product_flash_attention_for_cpu"},
+    "training/speed/recompute.py": {"_scaled_dot_product_flash_attention_for_cpu"},
     "training/speed/compiling.py": {"_dynamo"},
     "training/faults/watchdog.py": {"_current_frames"},
 }

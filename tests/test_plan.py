@@ -18,7 +18,7 @@ from glide_ds.model.glide import RECOMPUTED
 from glide_ds.model.unet import AttentionBlock
 from glide_ds.training.setup import glide_config
 from glide_ds.training.speed.flops import count_work, step_work
-from glide_ds.training.speed.memory import meta_model
+from glide_ds.training.speed.meta import meta_model
 
 # Models on the meta device import half of torch, and count the published model's operations: seconds of CPU.
 slow = pytest.mark.slow

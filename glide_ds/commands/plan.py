@@ -24,18 +24,10 @@ from glide_ds.training.preview import describe_batch
 from glide_ds.training.run import check_pipeline
 from glide_ds.training.setup import glide_config, open_source
 from glide_ds.training.speed.flops import count_work
-from glide_ds.training.speed.memory import (
-    Activations,
-    checkpoint_bytes,
-    checkpoints_kept,
-    count_activations,
-    gib,
-    memory_estimate,
-    meta_model,
-    recomputed,
-    weight_bytes,
-)
+from glide_ds.training.speed.memory import checkpoint_bytes, checkpoints_kept, gib, memory_estimate
+from glide_ds.training.speed.meta import meta_model, weight_bytes
 from glide_ds.training.speed.peak import matrix_peak
+from glide_ds.training.speed.recompute import Activations, count_activations, recomputed
 
 
 class Gpu(NamedTuple):

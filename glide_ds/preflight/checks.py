@@ -46,9 +46,9 @@ from glide_ds.training.speed.memory import (
     frozen_masters,
     gib,
     memory_estimate,
-    meta_model,
     snapshot_bytes,
 )
+from glide_ds.training.speed.meta import meta_model
 from glide_ds.types import GlideConfig
 
 PROBE_BYTES = 32 * 2**20

@@ -12,14 +12,8 @@ from glide_ds.config import BatchArithmetic, Config
 from glide_ds.model.glide import RECOMPUTED, Glide
 from glide_ds.training.checkpoint.start import Start, banner, folder_of
 from glide_ds.training.phases import count_by_role, trained_roles
-from glide_ds.training.speed.memory import (
-    frozen_masters,
-    gib,
-    memory_estimate,
-    meta_model,
-    snapshot_bytes,
-    weight_bytes,
-)
+from glide_ds.training.speed.memory import frozen_masters, gib, memory_estimate, snapshot_bytes
+from glide_ds.training.speed.meta import meta_model, weight_bytes
 from glide_ds.types import GlideConfig
 
 WIDTH = 100

@@ -34,8 +34,9 @@ from glide_ds.training.samples import Sampler
 from glide_ds.training.speed.compiling import set_compilation
 from glide_ds.training.speed.cuda_graph import capture, forget
 from glide_ds.training.speed.flops import step_work
-from glide_ds.training.speed.memory import set_recomputation, weight_bytes
+from glide_ds.training.speed.meta import weight_bytes
 from glide_ds.training.speed.peak import matrix_peak
+from glide_ds.training.speed.recompute import set_recomputation
 from glide_ds.training.speed.traffic import Traffic
 from glide_ds.training.stability import Guard
 from glide_ds.training.validation import Validation

@@ -25,7 +25,7 @@ from glide_ds.training.loop import train
 from glide_ds.training.metrics import Meter
 from glide_ds.training.objective import Losses
 from glide_ds.training.speed import cuda_graph as capturing
-from glide_ds.training.speed.memory import zeros
+from glide_ds.training.speed.meta import zeros
 from glide_ds.training.zero.group import start_process_group
 
 

@@ -17,7 +17,7 @@ from train_kit import PARITY, make_config, metrics, opened, shake, state_of, wit
 from glide_ds.errors import ConfigError
 from glide_ds.training.loop import train
 from glide_ds.training.speed import cuda_graph as capturing
-from glide_ds.training.speed.memory import zeros
+from glide_ds.training.speed.meta import zeros
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,7 +14,8 @@ from glide_ds.training import samples
 from glide_ds.training.checkpoint.commit import committed
 from glide_ds.training.loop import train
 from glide_ds.training.setup import PhaseRun, glide_config
-from glide_ds.training.speed.memory import memory_estimate, meta_model
+from glide_ds.training.speed.memory import memory_estimate
+from glide_ds.training.speed.meta import meta_model
 from glide_ds.training.zero.ema import decay_at, has_average, read_files
 
 pytestmark = pytest.mark.usefixtures("group")

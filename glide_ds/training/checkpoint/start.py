@@ -20,7 +20,7 @@ from glide_ds.model.tensor_files import StateFile
 from glide_ds.model.weights import load_state, load_weights
 from glide_ds.training.checkpoint.commit import Committed, committed, newest_good
 from glide_ds.training.phases import PHASES
-from glide_ds.training.speed.memory import weight_bytes
+from glide_ds.training.speed.meta import weight_bytes
 from glide_ds.training.zero.elastic import frozen_weights, weights
 
 RUN_FILE = "run.json"

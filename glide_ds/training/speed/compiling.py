@@ -18,7 +18,7 @@ from glide_ds.config import Config
 from glide_ds.errors import ConfigError
 from glide_ds.model.glide import Glide
 from glide_ds.progress import Progress, duration
-from glide_ds.training.speed.memory import zeros
+from glide_ds.training.speed.meta import zeros
 
 FORMS = 1024  # of one block's code, by size, phase, precision; torch's own limit of 8 guards against mistakes
 

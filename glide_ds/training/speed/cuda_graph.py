@@ -22,7 +22,7 @@ from glide_ds.config import BatchArithmetic, Config
 from glide_ds.errors import ConfigError
 from glide_ds.model.glide import Glide
 from glide_ds.progress import duration
-from glide_ds.training.speed.memory import zeros
+from glide_ds.training.speed.meta import zeros
 
 
 def capture(model: Glide, config: Config, arithmetic: BatchArithmetic, device: torch.device) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from glide_ds.config import Config
 from glide_ds.model.glide import Glide
-from glide_ds.training.speed.memory import meta_model, one_image
+from glide_ds.training.speed.meta import meta_model, one_image
 from glide_ds.types import GlideConfig
 
 

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from glide_ds.config import BatchArithmetic, Config
-from glide_ds.training.speed.memory import weight_bytes
+from glide_ds.training.speed.meta import weight_bytes
 from glide_ds.training.zero.clipping import RoleClipping
 from glide_ds.training.zero.elastic import own_part
 from glide_ds.training.zero.group import limit_waiting
