@@ -14,8 +14,7 @@ from glide_ds.model.glide import Glide
 from glide_ds.training.phases import parameter_groups
 from glide_ds.training.speed.meta import weight_bytes
 from glide_ds.training.speed.recompute import Activations, count_activations, recomputed
-
-OPTIMIZER_BYTES = {"AdamW": 8.0, "AdamW8bit": 2.1}  # of moments per trained parameter
+from glide_ds.training.zero.optimizer import KINDS
 
 
 def memory_estimate(
@@ -45,7 +44,7 @@ def memory_estimate(
     static = {
         "weights": _module_bytes(model, config),
         "master": 4.0 * trained / world if world > 1 or width < 4 else 0.0,  # see share_weights
-        "moments": OPTIMIZER_BYTES[config.deepspeed["optimizer"]["type"]] * trained / world,
+        "moments": KINDS[config.deepspeed["optimizer"]["type"]].state_bytes * trained / world,
     }
     if config.ema.decay:
         static["average"] = 4.0 * trained / world
@@ -83,7 +82,7 @@ def checkpoint_bytes(model: Any, config: Config) -> float:
     The module, in bf16 its frozen weights in fp32 too, master weights, moments, the average.
     """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    per_trained = 4 + OPTIMIZER_BYTES[config.deepspeed["optimizer"]["type"]] + (4 if config.ema.decay else 0)
+    per_trained = 4 + KINDS[config.deepspeed["optimizer"]["type"]].state_bytes + (4 if config.ema.decay else 0)
     return _module_bytes(model, config) + frozen_masters(model, config) + per_trained * trained
 
 

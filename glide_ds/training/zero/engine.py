@@ -24,7 +24,7 @@ from glide_ds.training.speed.meta import weight_bytes
 from glide_ds.training.zero.clipping import RoleClipping
 from glide_ds.training.zero.elastic import own_part
 from glide_ds.training.zero.group import limit_waiting
-from glide_ds.training.zero.optimizer import AdamW, AdamW8bit
+from glide_ds.training.zero.optimizer import KINDS
 
 ZERO_ATTRIBUTES = (
     "_hp_mapping",
@@ -56,14 +56,10 @@ def build_engine(
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
     spare_compiler()
-    ZERO_SUPPORTED_OPTIMIZERS[:] = {*ZERO_SUPPORTED_OPTIMIZERS, AdamW, AdamW8bit}
     section = config.deepspeed["optimizer"]
     rates = {key: value for key, value in section["params"].items() if key in ("betas", "eps")}
-    optimizer: torch.optim.Optimizer
-    if section["type"] == "AdamW8bit":
-        optimizer = AdamW8bit(groups, lr=section["params"]["lr"], **rates)
-    else:
-        optimizer = AdamW(groups, lr=section["params"]["lr"], fused=True, **rates)
+    optimizer = KINDS[section["type"]].make(groups, lr=section["params"]["lr"], **rates)
+    ZERO_SUPPORTED_OPTIMIZERS[:] = {*ZERO_SUPPORTED_OPTIMIZERS, type(optimizer)}
     schedule = LambdaLR(optimizer, lambda step: lr_ratio(step, config))
     rounded = weight_bytes(config) == 2
     exact = {parameter: parameter.detach() for parameter in model.parameters()} if rounded else {}

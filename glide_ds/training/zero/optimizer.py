@@ -361,3 +361,16 @@ def _fitted(saved: dict[str, Any], p: Tensor, quantized: bool) -> dict[str, Any]
     elif "exp_avg" in state:
         _pack(state)
     return {"step": torch.tensor(float(saved["step"])), **state}
+
+
+class Kind(NamedTuple):
+    """An optimizer that a configuration may name (config lists the names)."""
+
+    make: Callable[..., Optimizer]  # from parameter groups, lr, betas, eps
+    state_bytes: float  # per trained parameter
+
+
+KINDS = {
+    "AdamW": Kind(functools.partial(AdamW, fused=True), 8.0),
+    "AdamW8bit": Kind(AdamW8bit, 2.1),
+}
