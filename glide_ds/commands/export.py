@@ -20,7 +20,7 @@ from glide_ds.files import sha256
 from glide_ds.model.tensor_files import State, write_sidecar, write_state
 from glide_ds.training.checkpoint.commit import Committed
 from glide_ds.training.phases import PHASES
-from glide_ds.training.zero.elastic import frozen_weights
+from glide_ds.training.zero.elastic import frozen_weights, model_state
 from glide_ds.types import GlideConfig
 
 FORMATS = (".pt", ".safetensors")
@@ -92,7 +92,7 @@ def assembled(checkpoint: Committed, *, ema: bool = False) -> State:
     flat = dict(trained(checkpoint, ema=ema))
     return {
         name: flat[name] if name in flat else tensor.to(torch.float32, copy=True)
-        for name, tensor in {**checkpoint.model_state(), **frozen_weights(checkpoint)}.items()
+        for name, tensor in {**model_state(checkpoint), **frozen_weights(checkpoint)}.items()
     }
 
 
@@ -113,7 +113,7 @@ def compare(path: Path, checkpoint: Committed, *, ema: bool = False) -> None:
     others = sorted(names - averaged)
     for first in range(0, len(others), AT_ONCE):
         live, (_, read) = (
-            checkpoint.model_state(),
+            model_state(checkpoint),
             reader(path),
         )  # anew, for pages read count as memory till closed
         for name in others[first : first + AT_ONCE]:

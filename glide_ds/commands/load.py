@@ -16,17 +16,9 @@ from glide_ds.model.clip import FrozenClip
 from glide_ds.model.glide import Glide
 from glide_ds.model.tensor_files import StateFile, sidecar
 from glide_ds.model.weights import BUILTIN, load_state, load_weights, stored_config
-from glide_ds.training.checkpoint.commit import (
-    LAST,
-    MANIFEST,
-    MODEL_FILE,
-    Committed,
-    committed,
-    unreadable,
-    verify,
-)
+from glide_ds.training.checkpoint.commit import LAST, MANIFEST, Committed, committed, unreadable, verify
 from glide_ds.training.phases import PHASES
-from glide_ds.training.zero.elastic import masters, trained_weights, weights
+from glide_ds.training.zero.elastic import MODEL_FILE, masters, trained_weights, weights
 from glide_ds.training.zero.ema import has_average, read_files
 from glide_ds.types import GlideConfig
 

@@ -16,7 +16,7 @@ from test_bf16 import check_close_to_start
 from train_kit import IN_BF16, PARITY, make_config, metrics, rewound, shake, trace, train_phase
 
 from glide_ds.training.checkpoint.commit import committed
-from glide_ds.training.zero.elastic import weights
+from glide_ds.training.zero.elastic import model_state, weights
 
 WORKER = Path(__file__).with_name("rank_worker.py")
 pytestmark = pytest.mark.slow  # three processes
@@ -137,8 +137,8 @@ def test_the_checkpoint_holds_both_ranks_files(two_ranks: Launch):
     newest = committed(two_ranks.folder / "two" / "run" / "phase3")[0]
     assert newest.world_size == 2
     assert sum("optim_states" in name for name in newest.manifest["files"]) == 2
-    one = committed(two_ranks.folder / "one" / "run" / "phase3")[0].model_state()
-    state = newest.model_state()
+    one = model_state(committed(two_ranks.folder / "one" / "run" / "phase3")[0])
+    state = model_state(newest)
     assert one.keys() == state.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(state[name], tensor, rtol=1e-2, atol=2e-3)
@@ -156,7 +156,7 @@ def test_gradients_that_keep_their_place_train_the_same_on_two_ranks(two_ranks: 
     two, recorded = (metrics(two_ranks.folder / name, steady=True) for name in ("two", "recorded"))
     assert recorded == two
     states = [
-        committed(two_ranks.folder / name / "run" / "phase3")[0].model_state() for name in ("two", "recorded")
+        model_state(committed(two_ranks.folder / name / "run" / "phase3")[0]) for name in ("two", "recorded")
     ]
     for name, tensor in states[0].items():
         assert torch.equal(states[1][name], tensor), name

@@ -25,8 +25,6 @@ MANIFEST = "manifest.json"
 LAST = "LAST"
 BEST = "BEST"
 OWN_HASH = "sha256"  # the manifest's own, of all its other entries
-MODEL_FILE = "mp_rank_00_model_states.pt"
-OPTIMIZER_FILE = "zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"  # in bf16 after a prefix
 
 
 @dataclass(frozen=True)
@@ -46,17 +44,8 @@ class Committed:
     def world_size(self) -> int:
         return int(self.manifest["world_size"])
 
-    def model_state(self) -> dict[str, torch.Tensor]:
-        """The module's state_dict as trained: fp32, or bf16 where the engine keeps a bf16 replica."""
-        return dict(self.read(MODEL_FILE)["module"])
-
-    def optimizer_files(self) -> list[str]:
-        """The names of DeepSpeed's files of optimizer states, by rank."""
-        precision = "bf16_" if f"bf16_{OPTIMIZER_FILE.format(rank=0)}" in self.manifest["files"] else ""
-        return [precision + OPTIMIZER_FILE.format(rank=rank) for rank in range(self.world_size)]
-
     def read(self, name: str) -> dict[str, Any]:
-        """One of DeepSpeed's files, its tensors memory-mapped. The manifest vouches for it being ours."""
+        """One of its files, its tensors memory-mapped. The manifest vouches for it being ours."""
         return dict(torch.load(self.path / name, map_location="cpu", weights_only=False, mmap=True))
 
 

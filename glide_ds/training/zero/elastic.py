@@ -16,9 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from glide_ds.errors import CheckpointError
-from glide_ds.training.checkpoint.commit import MODEL_FILE, Committed
+from glide_ds.training.checkpoint.commit import Committed
 from glide_ds.training.zero.optimizer import state_dict_to_fp32
 
+MODEL_FILE = "mp_rank_00_model_states.pt"
+OPTIMIZER_FILE = "zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"  # in bf16 after a prefix
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -40,7 +42,7 @@ def load_repartitioned(engine: Any, checkpoint: Committed) -> None:
     """
     zero = engine.optimizer
     model = checkpoint.read(MODEL_FILE)
-    parts = [checkpoint.read(name)["optimizer_state_dict"] for name in checkpoint.optimizer_files()]
+    parts = [checkpoint.read(name)["optimizer_state_dict"] for name in optimizer_files(checkpoint)]
     bases = [state_dict_to_fp32(part["base_optimizer_state"]) for part in parts]
     engine.module.load_state_dict(model["module"])
     state: dict[int, dict[str, Any]] = {}
@@ -92,6 +94,17 @@ def stretch(parts: Sequence[Tensor], start: int, size: int, total: int) -> Tenso
     return own
 
 
+def model_state(checkpoint: Committed) -> dict[str, Tensor]:
+    """The module's state_dict as trained: fp32, or bf16 where the engine keeps a bf16 replica."""
+    return dict(checkpoint.read(MODEL_FILE)["module"])
+
+
+def optimizer_files(checkpoint: Committed) -> list[str]:
+    """The names of DeepSpeed's files of optimizer states, by rank."""
+    precision = "bf16_" if f"bf16_{OPTIMIZER_FILE.format(rank=0)}" in checkpoint.manifest["files"] else ""
+    return [precision + OPTIMIZER_FILE.format(rank=rank) for rank in range(checkpoint.world_size)]
+
+
 def weights(checkpoint: Committed) -> dict[str, Tensor]:
     """Every weight and buffer as exactly as the checkpoint has it: in fp32, also where the module was in bf16."""
     model = checkpoint.read(MODEL_FILE)
@@ -121,5 +134,5 @@ def trained_weights(model: dict[str, Any], ranks: Sequence[Sequence[Tensor]]) ->
 
 def masters(checkpoint: Committed) -> list[list[Tensor]]:
     """Every rank's part of the fp32 masters of every parameter group, memory-mapped."""
-    states = (checkpoint.read(name)["optimizer_state_dict"] for name in checkpoint.optimizer_files())
+    states = (checkpoint.read(name)["optimizer_state_dict"] for name in optimizer_files(checkpoint))
     return [state["single_partition_of_fp32_groups"] for state in states]
