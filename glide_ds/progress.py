@@ -1,6 +1,6 @@
 """The one way to say how far something is, how fast it goes and how long it still takes.
 
-On a terminal tqdm draws a bar; elsewhere there is a line at once and then every few seconds.
+On a terminal tqdm draws a bar; elsewhere there is a line every few seconds. What begins is said by who begins it.
 """
 
 from __future__ import annotations
