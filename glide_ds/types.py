@@ -47,7 +47,9 @@ class GlideConfig:
         object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
         object.__setattr__(self, "attention_ds", tuple(self.attention_ds))
         if self.kind not in KINDS:
-            raise ConfigError(f"model kind {self.kind!r} does not exist; choose one of {', '.join(KINDS)}")
+            raise ConfigError(
+                f"model kind {self.kind!r} does not exist", "", f"choose one of {', '.join(KINDS)}"
+            )
 
     @classmethod
     def published(cls, kind: str = "base", **changes: Any) -> GlideConfig:

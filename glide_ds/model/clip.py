@@ -63,7 +63,9 @@ class FrozenClip:
         source: str = "both",
     ) -> None:
         if source not in SOURCES:
-            raise ConfigError(f"clip.source {source!r} does not exist; choose one of {', '.join(SOURCES)}")
+            raise ConfigError(
+                f"clip.source {source!r} does not exist", "", f"choose one of {', '.join(SOURCES)}"
+            )
         found = _find(model, weights)
         self.name = found.name
         self.source = source
@@ -113,8 +115,9 @@ class FrozenClip:
     def _has(self, tower: str) -> None:
         if self.source not in (tower, "both"):
             raise ConfigError(
-                f"this CLIP encoder keeps its {self.source} tower alone and cannot encode {tower}; "
-                f"set clip.source={tower}, or build it with source='both'"
+                f"this CLIP encoder keeps its {self.source} tower alone",
+                f"it cannot encode {tower}",
+                f"set clip.source={tower}, or build it with source='both'",
             )
 
 
@@ -206,8 +209,9 @@ def _builtin_architecture() -> dict[str, Any]:
     about = sidecar(BUILTIN_WEIGHTS)
     if about is None or not BUILTIN_WEIGHTS.exists():
         raise WeightsError(
-            f"the built-in CLIP model is missing at {BUILTIN_WEIGHTS}; install the package again, "
-            "or train it with launch/train_tiny_clip.py"
+            f"the built-in CLIP model is missing at {BUILTIN_WEIGHTS}",
+            "",
+            "install the package again, or train it with launch/train_tiny_clip.py",
         )
     return dict(about["model_cfg"])
 
@@ -216,10 +220,18 @@ def _read_architecture(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the CLIP architecture {path}: {error}") from error
+        raise ConfigError(
+            f"cannot read the CLIP architecture {path}: {error}",
+            "",
+            "give an open_clip architecture, or a name",
+        ) from error
     architecture = content.get("model_cfg", content)
     if missing := {"embed_dim", "vision_cfg", "text_cfg"} - set(architecture):
-        raise ConfigError(f"{path} describes no CLIP model: {', '.join(sorted(missing))} missing")
+        raise ConfigError(
+            f"{path} describes no CLIP model: {', '.join(sorted(missing))} missing",
+            "",
+            "give an open_clip architecture, or a name",
+        )
     return dict(architecture)
 
 
@@ -231,7 +243,9 @@ def _local(model: str, weights: str) -> Path | None:
     if path.suffix in _SUFFIXES or "/" in weights or path.exists():
         if not path.exists():
             raise WeightsError(
-                f"no CLIP weights at {path}; check clip.weights, or give an open_clip tag: openai"
+                f"there are no CLIP weights at {path}",
+                "",
+                "check clip.weights, or give an open_clip tag: openai",
             )
         return path
     return None
@@ -243,8 +257,9 @@ def _tag(name: str, weights: str) -> Mapping[str, Any]:
     if not about:
         tags = open_clip.list_pretrained_tags_by_model(name)
         raise ConfigError(
-            f"open_clip has no weights {weights!r} for {name}; clip.weights takes a local file"
-            + (f" or one of {', '.join(tags)}" if tags else "")
+            f"open_clip has no weights {weights!r} for {name}",
+            "",
+            "give clip.weights a local file" + (f" or one of {', '.join(tags)}" if tags else ""),
         )
     return about
 
@@ -256,8 +271,9 @@ def _download(name: str, weights: str, about: Mapping[str, Any]) -> Path:
         source = about.get("hf_hub") or about.get("url")
         raise WeightsError(
             f"the CLIP weights {weights!r} of {name} are not on this machine and could not be downloaded from "
-            f"{source} ({str(error)[:300]}); run once where there is a network, or give a local file by "
-            "clip.weights=/path/to/weights.pt"
+            f"{source} ({str(error)[:300]})",
+            "",
+            "run once where there is a network, or give a local file by clip.weights=/path/to/weights.pt",
         ) from error
 
 
@@ -303,8 +319,9 @@ def _check_width(state: State, architecture: Mapping[str, Any], name: str, path:
     if width is not None and width != architecture["embed_dim"]:
         raise WeightsError(
             f"{path} holds CLIP weights of width {width}, but clip.model={name} has width "
-            f"{architecture['embed_dim']}: its embeddings would not fit; give the weights of {name}, or the "
-            "model of the weights (512: ViT-B/32 and ViT-B/16, 768: ViT-L/14)"
+            f"{architecture['embed_dim']}",
+            "its embeddings would not fit",
+            f"give the weights of {name}, or the model of the weights (512: ViT-B/32 and ViT-B/16, 768: ViT-L/14)",
         )
 
 
@@ -349,7 +366,7 @@ def _check_fit(expected: State, state: State, found: _Found) -> None:
             if names
         )
         raise WeightsError(
-            f"{found.path} does not fit clip.model={found.name}: {first}; give this model's weights"
+            f"{found.path} does not fit clip.model={found.name}: {first}", "", "give this model's weights"
         )
 
 

@@ -94,13 +94,15 @@ class Glide(UNet):
         """Run the text transformer on tokens int64 [B, T] and mask bool [B, T] (False = padding)."""
         if tokens is None or mask is None:
             raise GlideError(
-                "the model was called without a caption, which GLIDE always reads; pass tokens and mask "
-                "(tokenizer.encode(['']) is the empty caption), or text"
+                "the model was called without a caption, which GLIDE always reads",
+                "",
+                "pass tokens and mask (tokenizer.encode(['']) is the empty caption), or text",
             )
         if tokens.shape[1] != self.config.text_ctx:
             raise GlideError(
-                f"captions of {tokens.shape[1]} tokens were given to a model that reads {self.config.text_ctx}; "
-                f"encode them with context_length={self.config.text_ctx}"
+                f"captions of {tokens.shape[1]} tokens were given to a model that reads {self.config.text_ctx}",
+                "",
+                f"encode them with context_length={self.config.text_ctx}",
             )
         h = self.token_embedding(tokens) + self.positional_embedding
         h = torch.where(mask[..., None], h, self.padding_embedding)
@@ -142,13 +144,15 @@ class Glide(UNet):
             return None
         if self.config.clip_dim is None:
             raise GlideError(
-                "clip_embedding was given to a model without CLIP layers, which would ignore it; "
-                f"create the model with clip_dim={embedding.shape[-1]}"
+                "clip_embedding was given to a model without CLIP layers",
+                "it would be ignored",
+                f"create the model with clip_dim={embedding.shape[-1]}",
             )
         if embedding.shape[-1] != self.config.clip_dim:
             raise GlideError(
-                f"clip_embedding is {embedding.shape[-1]} wide, the adapter reads {self.config.clip_dim}; "
-                "use the CLIP encoder the model was made for, or create the model with that clip_dim"
+                f"clip_embedding is {embedding.shape[-1]} wide, the adapter reads {self.config.clip_dim}",
+                "",
+                "use the CLIP encoder the model was made for, or create the model with that clip_dim",
             )
         if drop is None:
             drop = torch.zeros(len(embedding), dtype=torch.bool, device=embedding.device)
@@ -185,12 +189,14 @@ def _check_inputs(
 ) -> None:
     if config.upsamples != (low_res is not None):
         problem = "needs low_res [B, 3, S/4, S/4]" if config.upsamples else "has no use for low_res"
-        raise GlideError(f"a model of kind {config.kind!r} {problem}; check which model is being called")
+        raise GlideError(f"a model of kind {config.kind!r} {problem}", "", "check which model is being called")
     if (inpaint_image is None) != (inpaint_mask is None):
-        raise GlideError("inpaint_image and inpaint_mask go together; pass both, or neither for all unknown")
+        raise GlideError(
+            "inpaint_image and inpaint_mask go together", "", "pass both, or neither for all unknown"
+        )
     if inpaint_image is not None and not config.inpaints:
         raise GlideError(
-            f"a model of kind {config.kind!r} has no use for inpaint_image; use {config.kind}-inpaint"
+            f"a model of kind {config.kind!r} has no use for inpaint_image", "", f"use {config.kind}-inpaint"
         )
 
 
@@ -200,14 +206,19 @@ def _check(config: GlideConfig) -> None:
         if channels % _NORM_GROUPS:
             raise ConfigError(
                 f"model_channels {config.model_channels} times channel_mult {mult} is {channels}, which "
-                f"GroupNorm cannot divide into {_NORM_GROUPS} groups; choose a multiple of {_NORM_GROUPS}"
+                f"GroupNorm cannot divide into {_NORM_GROUPS} groups",
+                "",
+                f"choose a multiple of {_NORM_GROUPS}",
             )
         if channels % config.num_head_channels:
             raise ConfigError(
-                f"{channels} channels cannot be divided into heads of num_head_channels="
-                f"{config.num_head_channels}; choose a divisor"
+                f"{channels} channels cannot be divided into heads of num_head_channels={config.num_head_channels}",
+                "",
+                "choose a divisor",
             )
     if config.xf_width % config.xf_heads:
         raise ConfigError(
-            f"xf_width {config.xf_width} cannot be divided into xf_heads={config.xf_heads}; choose a divisor"
+            f"xf_width {config.xf_width} cannot be divided into xf_heads={config.xf_heads}",
+            "",
+            "choose a divisor",
         )

@@ -88,9 +88,11 @@ def sidecar(path: PathLike) -> dict[str, Any] | None:
     try:
         about = json.loads(beside.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise WeightsError(f"{beside} is not JSON ({error}); restore it or delete it") from error
+        raise WeightsError(f"{beside} is not JSON ({error})", "", "restore it or delete it") from error
     if not isinstance(about, dict):
-        raise WeightsError(f"{beside} holds a {type(about).__name__}, not an object; restore it or delete it")
+        raise WeightsError(
+            f"{beside} holds a {type(about).__name__}, not an object", "", "restore it or delete it"
+        )
     return about
 
 
@@ -122,7 +124,7 @@ def unpack_rows(state: Mapping[str, Tensor]) -> State:
         rows, size, table = full.pop(name + ROWS), full.pop(name + NUM_ROWS, None), full.get(name)
         if table is None or size is None or len(rows) != len(table) or not _within(rows, int(size)):
             raise WeightsError(
-                f"the packed rows of {name} contradict each other: the file is damaged; fetch it again"
+                f"the packed rows of {name} contradict each other", "the file is damaged", "fetch it again"
             )
         full[name] = table.new_zeros(int(size), *table.shape[1:]).index_copy_(0, rows, table)
     return full
@@ -169,21 +171,25 @@ def _standalone(state: Mapping[str, Tensor]) -> State:
 def _read_content(path: Path) -> tuple[Any, bool]:
     """What the file holds, and whether it is a TorchScript archive."""
     if path.is_dir():
-        raise WeightsError(f"{path} is a directory, not a weight file; name the .pt or .safetensors file in it")
+        raise WeightsError(
+            f"{path} is a directory, not a weight file", "", "name the .pt or .safetensors file in it"
+        )
     try:
         with path.open("rb") as file:
             head = file.read(256)
     except FileNotFoundError as error:
-        raise WeightsError(f"no weight file at {path}; check the path") from error
+        raise WeightsError(f"there is no weight file at {path}", "", "check the path") from error
     except OSError as error:
-        raise WeightsError(f"cannot read {path}: {error.strerror}; check its permissions") from error
+        raise WeightsError(f"cannot read {path}: {error.strerror}", "", "check its permissions") from error
     if head.startswith(b"PK\x03\x04"):
         return _read_zip(path)
     if head[:1] == b"\x80":  # a pickle's protocol mark: torch.save before version 1.6
         return _torch_load(path, mmap=False), False
     if head[8:9] == b"{" and not head.lstrip().startswith((b"{", b"[")):
         return _read_safetensors(path), False
-    raise WeightsError(f"{path} is not a weight file: {_looks_like(head)}; give a .pt or .safetensors file")
+    raise WeightsError(
+        f"{path} is not a weight file: {_looks_like(head)}", "", "give a .pt or .safetensors file"
+    )
 
 
 def _looks_like(head: bytes) -> str:
@@ -199,8 +205,9 @@ def _looks_like(head: bytes) -> str:
 
 def _truncated(path: Path, why: str) -> WeightsError:
     return WeightsError(
-        f"{path} is truncated or damaged ({why}; the file has {path.stat().st_size:,} bytes): "
-        "nothing was loaded; fetch or export it again"
+        f"{path} is truncated or damaged ({why}, the file has {path.stat().st_size:,} bytes)",
+        "nothing was loaded",
+        "fetch or export it again",
     )
 
 
@@ -218,7 +225,9 @@ def _read_zip(path: Path) -> tuple[Any, bool]:
         names = archive.namelist()
         data = [name for name in names if name.endswith("data.pkl")]
         if not data:
-            raise WeightsError(f"{path} is a zip archive without tensors, not a weight file; give a .pt file")
+            raise WeightsError(
+                f"{path} is a zip archive without tensors, not a weight file", "", "give a .pt file"
+            )
         if any(name.endswith("/constants.pkl") for name in names):
             return _read_scripted(archive, data[0].removesuffix("data.pkl"), path), True
     return _torch_load(path, mmap=True), False
@@ -237,8 +246,9 @@ def _refused(path: Path, error: pickle.UnpicklingError) -> WeightsError:
     lines = str(error).splitlines()
     what = next((line.strip() for line in lines if "GLOBAL" in line), lines[0] if lines else "unknown")
     return WeightsError(
-        f"{path} holds Python objects besides tensors ({what}): unpickling them can execute code, so nothing "
-        "was loaded; ask for a .safetensors file, or re-save its state dict alone where the file is trusted"
+        f"{path} holds Python objects besides tensors ({what}), and unpickling them can execute code",
+        "nothing was loaded",
+        "ask for a .safetensors file, or re-save its state dict alone where the file is trusted",
     )
 
 
@@ -349,7 +359,7 @@ def _only_tensors(content: Any, path: Path, notes: list[str]) -> State:
     tensors = {str(name): value for name, value in entries.items() if isinstance(value, Tensor)}
     if not tensors:
         holds = f"only {sorted(map(str, entries))[:5]}" if entries else type(content).__name__
-        raise WeightsError(f"{path} holds no tensors ({holds}); give the state dict of a model")
+        raise WeightsError(f"{path} holds no tensors ({holds})", "", "give the state dict of a model")
     if extra := [str(name) for name in entries if str(name) not in tensors]:
         notes.append(f"{len(extra)} entries that are no tensors were passed over ({', '.join(extra[:3])})")
     return tensors

@@ -39,14 +39,17 @@ _INPUT_CHANNELS = {"base": 3, "upsample": 6, "base-inpaint": 7, "upsample-inpain
 _STEM = "input_blocks.0.0.weight"
 # What no shape shows but a model's outputs depend on: the same tensors cut into other heads.
 _INVISIBLE = ("xf_heads", "num_head_channels")
-# A name that gives away whose file it is, and what to say.
+# A name that gives away whose file it is, what that is, and what to do.
 _FAMILIES = {
-    "visual.conv1.weight": "a CLIP model: give it as clip.weights",
-    "visual.proj": "a CLIP model: give it as clip.weights",
-    "label_emb.weight": "a class-conditional guided-diffusion model: GLIDE reads captions",
-    "conv_in.weight": "a model in the names of diffusers: give OpenAI's own file",
-    "diffusion_model.input_blocks.0.0.weight": "a latent diffusion model: give a GLIDE file",
-    "model.diffusion_model.input_blocks.0.0.weight": "a latent diffusion model: give a GLIDE file",
+    "visual.conv1.weight": ("a CLIP model", "give it as clip.weights"),
+    "visual.proj": ("a CLIP model", "give it as clip.weights"),
+    "label_emb.weight": (
+        "a class-conditional guided-diffusion model",
+        "give a GLIDE file, which reads captions",
+    ),
+    "conv_in.weight": ("a model in the names of diffusers", "give OpenAI's own file"),
+    "diffusion_model.input_blocks.0.0.weight": ("a latent diffusion model", "give a GLIDE file"),
+    "model.diffusion_model.input_blocks.0.0.weight": ("a latent diffusion model", "give a GLIDE file"),
 }
 
 
@@ -148,8 +151,9 @@ def infer_config(state: Mapping[str, Tensor]) -> GlideConfig:
     try:
         return _infer(state)
     except (KeyError, ValueError, ZeroDivisionError, ConfigError) as error:
+        family, remedy = _family(state)
         raise WeightsError(
-            f"the names and shapes are not those of a GLIDE model ({error}): {_family(state)}"
+            f"the names and shapes are not those of a GLIDE model ({error}): it looks like {family}", "", remedy
         ) from error
 
 
@@ -192,7 +196,7 @@ def _config(model: nn.Module) -> GlideConfig:
     config = getattr(model, "config", None)
     if not isinstance(config, GlideConfig):
         raise WeightsError(
-            f"a {type(model).__name__} is no GLIDE model; make one with glide_ds.model.create_model"
+            f"a {type(model).__name__} is no GLIDE model", "", "make one with glide_ds.model.create_model"
         )
     return config
 
@@ -206,14 +210,16 @@ def _open(
         return file, (*file.notes, checks)
     if source == BUILTIN and not BUILTIN_WEIGHTS.exists():
         raise WeightsError(
-            f"the built-in GLIDE model is missing at {BUILTIN_WEIGHTS}; install the package again, "
-            "or train it with launch/train_tiny_glide.py"
+            f"the built-in GLIDE model is missing at {BUILTIN_WEIGHTS}",
+            "",
+            "install the package again, or train it with launch/train_tiny_glide.py",
         )
     path = BUILTIN_WEIGHTS if source == BUILTIN else Path(source).expanduser()
     if not path.exists() and "/" not in source and not path.suffix:
         raise WeightsError(
-            f"model.weights {source!r} is no file and no known source; give the path of a .pt or .safetensors "
-            f"file, openai, random or {BUILTIN}"
+            f"model.weights {source!r} is no file and no known source",
+            "",
+            f"give the path of a .pt or .safetensors file, openai, random or {BUILTIN}",
         )
     file = read_state_file(path)
     return file, file.notes
@@ -227,8 +233,9 @@ def _sidecar_config(path: PathLike) -> GlideConfig | None:
     known = {field.name for field in fields(GlideConfig)}
     if unknown := sorted(set(stored) - known):
         raise WeightsError(
-            f"{path}.json describes a model by {', '.join(unknown)}, which this version does not know; "
-            "update glide_ds, or remove the JSON to read the architecture off the shapes"
+            f"{path}.json describes a model by {', '.join(unknown)}, which this version does not know",
+            "",
+            "update glide_ds, or remove the JSON to read the architecture off the shapes",
         )
     return GlideConfig(**stored)
 
@@ -242,8 +249,9 @@ def _check_heads(config: GlideConfig, path: Path) -> None:
         return
     if other := [name for name in _INVISIBLE if getattr(stored, name) != getattr(config, name)]:
         raise WeightsError(
-            f"{path} was trained with {_differences(stored, config, other)}: every shape would fit and the "
-            "output be wrong; set model.architecture to the file's values"
+            f"{path} was trained with {_differences(stored, config, other)}",
+            "every shape would fit and the output be wrong",
+            "set model.architecture to the file's values",
         )
 
 
@@ -261,26 +269,28 @@ def _check_fit(config: GlideConfig, own: State, file: StateFile) -> None:
             for kind, names in (("missing", missing), ("unknown", foreign), ("of another shape", shapes))
             if names
         )
-        raise WeightsError(
-            f"{file.path} does not fit a {config.kind} model: {problems}. {_remedy(config, state)}"
-        )
+        cause, remedy = _diagnosis(config, state)
+        raise WeightsError(f"{file.path} does not fit a {config.kind} model: {problems}. {cause}", "", remedy)
     if broken := next((key for key in own if key in state and not state[key].isfinite().all()), None):
         raise WeightsError(
-            f"{file.path} holds numbers that are not finite (first in {broken}): every picture would be noise; "
-            "take an earlier checkpoint, or fetch the file again"
+            f"{file.path} holds numbers that are not finite (first in {broken})",
+            "every picture would be noise",
+            "take an earlier checkpoint, or fetch the file again",
         )
 
 
-def _remedy(config: GlideConfig, state: Mapping[str, Tensor]) -> str:
+def _diagnosis(config: GlideConfig, state: Mapping[str, Tensor]) -> tuple[str, str]:
+    """What the file is instead, and what to do."""
     try:
         found = infer_config(state)
     except WeightsError:
-        return f"It looks like {_family(state)}."
+        family, remedy = _family(state)
+        return f"It looks like {family}", remedy
     if found.kind != config.kind:
         return (
             f"The file is of kind {found.kind} ({_INPUT_CHANNELS[found.kind]} input channels), the model is "
-            f"{config.kind} ({_INPUT_CHANNELS[config.kind]}): give {OPENAI_FILES[config.kind][0]}, or set "
-            f"model.preset={found.kind}."
+            f"{config.kind} ({_INPUT_CHANNELS[config.kind]})",
+            f"give {OPENAI_FILES[config.kind][0]}, or set model.preset={found.kind}",
         )
     shown = [f.name for f in fields(GlideConfig) if f.name not in (*_INVISIBLE, "image_size", "dropout")]
     other = [name for name in shown if getattr(found, name) != getattr(config, name)]
@@ -289,21 +299,22 @@ def _remedy(config: GlideConfig, state: Mapping[str, Tensor]) -> str:
     if "clip_dim" in other:
         return (
             f"The file's adapter reads CLIP embeddings of width {found.clip_dim}, the model's of width "
-            f"{config.clip_dim} (512: ViT-B/32 and ViT-B/16, 768: ViT-L/14): set clip.model to the one it was "
-            "trained with, or give a file without CLIP parts to start a new adapter."
+            f"{config.clip_dim} (512: ViT-B/32 and ViT-B/16, 768: ViT-L/14)",
+            "set clip.model to the one it was trained with, or give a file without CLIP parts to start a new adapter",
         )
     if other:
-        return f"It was made with {_differences(found, config, other)}: set them alike, or give other weights."
-    return "Its architecture is the model's, but it is incomplete or carries foreign tensors: export it again."
+        return f"It was made with {_differences(found, config, other)}", "set them alike, or give other weights"
+    return "Its architecture is the model's, but it is incomplete or carries foreign tensors", "export it again"
 
 
 def _differences(found: GlideConfig, config: GlideConfig, names: list[str]) -> str:
     return ", ".join(f"{name} {getattr(found, name)} (the model: {getattr(config, name)})" for name in names)
 
 
-def _family(state: Mapping[str, Tensor]) -> str:
-    known = next((text for key, text in _FAMILIES.items() if key in state), None)
-    return known or f"another model, whose names begin with {', '.join(list(state)[:3])}: give a GLIDE file"
+def _family(state: Mapping[str, Tensor]) -> tuple[str, str]:
+    """Whose file it is, and what to do."""
+    known = next((told for name, told in _FAMILIES.items() if name in state), None)
+    return known or (f"another model, whose names begin with {', '.join(list(state)[:3])}", "give a GLIDE file")
 
 
 def _shape(tensor: Tensor) -> str:
