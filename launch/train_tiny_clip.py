@@ -22,9 +22,11 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 from torch.nn import functional
 
+from glide_ds.commands.load import user_path
 from glide_ds.data import shapes
 from glide_ds.model.clip import OPENAI_MEAN, OPENAI_STD, FrozenClip
 from glide_ds.model.tensor_files import pack_rows, write_sidecar, write_state
+from glide_ds.progress import Progress
 
 # open_clip's description of the model. The longest caption of the set takes 14 tokens.
 ARCHITECTURE: dict[str, Any] = {
@@ -103,30 +105,21 @@ def train(args: argparse.Namespace) -> Any:
         lambda step: min((step + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * step / args.steps)),
     )
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (OPENAI_MEAN, OPENAI_STD))
-    started = time.monotonic()
-    for step in range(args.steps):
-        pairs = draw(step * args.batch_size, args.batch_size, args.seed)
-        images = (pairs.images.movedim(3, 1).float() / 255 - mean) / std
-        image = model.encode_image(images, normalize=True)
-        text = model.encode_text(tokenize(pairs.captions), normalize=True)
-        loss = contrastive_loss(image, text, model.logit_scale, pairs.captions)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        warm_cosine.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
-        if (step + 1) % args.every == 0 or step + 1 == args.steps:
-            report(step + 1, args, loss, time.monotonic() - started)
+    with Progress("training", args.steps, "steps") as progress:
+        for step in range(args.steps):
+            pairs = draw(step * args.batch_size, args.batch_size, args.seed)
+            images = (pairs.images.movedim(3, 1).float() / 255 - mean) / std
+            image = model.encode_image(images, normalize=True)
+            text = model.encode_text(tokenize(pairs.captions), normalize=True)
+            loss = contrastive_loss(image, text, model.logit_scale, pairs.captions)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            warm_cosine.step()
+            with torch.no_grad():
+                model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+            progress.advance(note=f"loss {loss.item():.3f}")
     return model
-
-
-def report(step: int, args: argparse.Namespace, loss: Tensor, seconds: float) -> None:
-    rate = step * args.batch_size / seconds
-    left = seconds / step * (args.steps - step)
-    print(
-        f"step {step}/{args.steps}  loss {loss.item():.3f}  {rate:.0f} images/s  {left:.0f} s left", flush=True
-    )
 
 
 def save(model: Any, path: Path, about: dict[str, Any]) -> None:
@@ -182,8 +175,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--every", type=int, default=100, help="steps between progress lines")
-    parser.add_argument("--out", type=Path, required=True, help="where to write, *.safetensors")
+    parser.add_argument("--out", type=user_path, required=True, help="where to write, *.safetensors")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     started = time.monotonic()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from glide_ds.commands.load import user_path
 from glide_ds.config import PRESETS
 from glide_ds.data import judge, shapes
 from glide_ds.diffusion import Diffusion, create_diffusion, sample
+from glide_ds.diffusion.pixels import to_bytes
+from glide_ds.files import replacing
 from glide_ds.model import create_model
 from glide_ds.model.glide import Glide
 from glide_ds.model.tensor_files import pack_rows, read_state, write_state
+from glide_ds.progress import Progress
 from glide_ds.tokenizer import encode
 
 EMBEDDING = "token_embedding.weight"
@@ -85,71 +88,86 @@ def grade(model: Glide, count: int, respacing: str, first: int = shapes.HELD_OUT
             mask=mask,
             generator=torch.Generator().manual_seed(0),
         )
-    pixels = ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    pixels = to_bytes(images).numpy()
     grades = [judge.grade(image, text) for image, text in zip(pixels, captions, strict=True)]
     return {name: sum(getattr(g, name) for g in grades) / count for name in ("colour", "shape", "position")}
+
+
+class Training:
+    """The model, its running mean and the optimizer, which a stopped run goes on with."""
+
+    def __init__(self, init: Path | None) -> None:
+        torch.manual_seed(0)
+        self.model = create_model(PRESETS["tiny"]()).to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            self.model.token_embedding.weight.zero_()  # rows that no caption uses stay zero, and out of the file
+            for name, tensor in read_state(init).items() if init else ():
+                if self.model.state_dict()[name].shape == tensor.shape:
+                    self.model.state_dict()[name].copy_(tensor)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True
+        )
+        self.done = 0
+
+    def load(self, path: Path) -> None:
+        state = torch.load(path, weights_only=True)
+        for name in ("model", "ema", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        self.done = state["step"]
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = {name: getattr(self, name).state_dict() for name in ("model", "ema", "optimizer")}
+        with replacing(path) as partial:
+            torch.save(state | {"step": self.done}, partial)
+
+    def update(self, steps: int, diffusion: Diffusion, run: Any) -> float:
+        """One update of `steps`; returns its loss."""
+        config = self.model.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate(self.done, steps)
+        loss = loss_of(run, diffusion, self.done, config.image_size, config.text_ctx)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.done += 1
+        with torch.no_grad():
+            decay = min(EMA_DECAY, self.done / (self.done + 9))
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+        return loss.item()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--out", type=Path, default=Path("glide_ds/tiny/glide.safetensors"))
-    parser.add_argument("--state", type=Path, default=Path("runs/tiny-glide.pt"), help="to go on from")
+    parser.add_argument("--out", type=user_path, default=Path("glide_ds/tiny/glide.safetensors"))
+    parser.add_argument("--state", type=user_path, default=Path("runs/tiny-glide.pt"), help="to go on from")
     parser.add_argument(
-        "--init", type=Path, help="a weight file; tensors that fit by name and shape are taken over"
+        "--init", type=user_path, help="a weight file; tensors that fit by name and shape are taken over"
     )
     parser.add_argument("--compile", action="store_true", help="1.5 times as fast; needs g++")
     args = parser.parse_args()
 
-    torch.manual_seed(0)
-    config = PRESETS["tiny"]()
-    model = create_model(config).to(memory_format=torch.channels_last)
-    with torch.no_grad():
-        model.token_embedding.weight.zero_()  # rows that no caption uses stay zero, and out of the file
-        for name, tensor in read_state(args.init).items() if args.init else ():
-            if model.state_dict()[name].shape == tensor.shape:
-                model.state_dict()[name].copy_(tensor)
-    ema = copy.deepcopy(model).requires_grad_(False)
-    diffusion = create_diffusion("squaredcos_cap_v2")
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    done = 0
+    training = Training(args.init)
     if args.state.exists():
-        state = torch.load(args.state, weights_only=True)
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        done = state["step"]
-    run = torch.compile(model) if args.compile else model
-    started, mean = time.monotonic(), None
-    for step in range(done, args.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = rate(step, args.steps)
-        loss = loss_of(run, diffusion, step, config.image_size, config.text_ctx)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            decay = min(EMA_DECAY, (step + 1) / (step + 10))
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
-        if (step + 1) % 20 == 0:
-            each = (time.monotonic() - started) / (step + 1 - done)
-            left = each * (args.steps - step - 1) / 60
-            print(
-                f"step {step + 1}/{args.steps}  loss {mean:.4f}  {each:.2f} s/step  {left:.0f} min left",
-                flush=True,
-            )
-        if (step + 1) % 200 == 0 or step + 1 == args.steps:
-            args.state.parent.mkdir(parents=True, exist_ok=True)
-            state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save(state | {"step": step + 1}, args.state.with_suffix(".new"))
-            args.state.with_suffix(".new").replace(args.state)
-        if (step + 1) % 1000 == 0:
-            print(f"  drawn in 25 steps: {grade(ema, 32, '25')}", flush=True)
-    halves = {name: tensor.half() for name, tensor in ema.state_dict().items()}
+        training.load(args.state)
+    diffusion = create_diffusion("squaredcos_cap_v2")
+    run = torch.compile(training.model) if args.compile else training.model
+    mean = None
+    with Progress("training", args.steps, "steps", done=training.done) as progress:
+        while training.done < args.steps:
+            loss = training.update(args.steps, diffusion, run)
+            mean = loss if mean is None else 0.98 * mean + 0.02 * loss
+            progress.advance(note=f"loss {mean:.4f}")
+            if training.done % 200 == 0 or training.done == args.steps:
+                training.save(args.state)
+            if training.done % 1000 == 0:
+                progress.line(f"  drawn in 25 steps: {grade(training.ema, 32, '25')}")
+    halves = {name: tensor.half() for name, tensor in training.ema.state_dict().items()}
     write_state(args.out, pack_rows(halves, [EMBEDDING]))
-    print(f"wrote {args.out}; 64 held-out captions, 100 steps: {grade(ema, 64, '100')}")
+    print(f"wrote {args.out}; 64 held-out captions, 100 steps: {grade(training.ema, 64, '100')}")
 
 
 if __name__ == "__main__":
