@@ -129,7 +129,7 @@ def _given_weights(config: Config) -> str:
     if phase.needs_adapter and real_data and weights in ("auto", "openai", "builtin:tiny"):
         raise WeightsError(
             f"phase {phase.name!r} continues {' or '.join(phase.parents)}, and {config.run.dir} holds no "
-            f"committed checkpoint of it",
+            "committed checkpoint of it",
             f"there is no adapter to continue: {weights!r} brings no trained one",
             f"train {phase.parents[-1]} first (the same run.dir), or give model.weights=/path/of/an/export.pt",
         )
