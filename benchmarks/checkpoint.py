@@ -61,7 +61,7 @@ def step(run: PhaseRun) -> None:
 def time_saves(run: PhaseRun, rounds: int) -> dict[str, float]:
     folder = run.saver.folder
     savers = {
-        kind: Saver(run.engine, folder, CheckpointConfig(keep=1, background=kind == "background"), 600)
+        kind: Saver(run.engine, folder, CheckpointConfig(keep=1, async_save=kind == "background"), 600)
         for kind in ("synchronous", "background")
     }
     times: dict[str, list[float]] = {kind: [] for kind in savers}

@@ -33,28 +33,28 @@ CASES: dict[str, dict[str, Any]] = {
         "phase": "full",
         "architecture": {**HALF, "image_size": 32},
         "micro": 8,
-        "checkpointing": "none",
+        "recompute": "none",
         "optimizer": "AdamW",
     },
     "full, AdamW8bit, blocks computed again": {
         "phase": "full",
         "architecture": {**HALF, "image_size": 64},
         "micro": 4,
-        "checkpointing": "blocks",
+        "recompute": "blocks",
         "optimizer": "AdamW8bit",
     },
     "adapter_only, AdamW, nothing computed again": {
         "phase": "adapter_only",
         "architecture": {**HALF, "image_size": 64},
         "micro": 4,
-        "checkpointing": "none",
+        "recompute": "none",
         "optimizer": "AdamW",
     },
     "full, AdamW8bit, bf16, nothing computed again": {
         "phase": "full",
         "architecture": {**HALF, "image_size": 64},
         "micro": 4,
-        "checkpointing": "none",
+        "recompute": "none",
         "optimizer": "AdamW8bit",
         "bf16": True,
     },
@@ -62,7 +62,7 @@ CASES: dict[str, dict[str, Any]] = {
         "phase": "adapter_only",
         "architecture": {**HALF, "image_size": 64},
         "micro": 4,
-        "checkpointing": "none",
+        "recompute": "none",
         "optimizer": "AdamW",
         "bf16": True,
     },
@@ -112,7 +112,7 @@ def write_config(folder: Path, case: dict[str, Any]) -> Path:
     block["train"] = {
         "phase": case["phase"],
         "steps": 2,
-        "checkpointing": case["checkpointing"],
+        "recompute": case["recompute"],
         "channels_last": True,
     }
     block["checkpoint"] = {"every": 1000}
@@ -140,7 +140,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         config = load_config(write_config(Path(folder), case))[0]
         arithmetic = config.batch_arithmetic(1)
         model = meta_model(glide_config(config), config)
-        plan = memory_estimate(model, config, arithmetic, case["checkpointing"], cpu=device.type == "cpu")
+        plan = memory_estimate(model, config, arithmetic, case["recompute"], cpu=device.type == "cpu")
         del model
         measured = steps(config, device)
     torch.distributed.destroy_process_group()

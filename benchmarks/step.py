@@ -6,7 +6,7 @@
     options   the plain implementation (yardstick.py), and ours with one option after the other
     phases    phases 1 to 3 at the same batch
     overhead  a bare loop and DeepSpeed's engine around the same model and optimizer
-    dials     what is recomputed: train.checkpointing
+    dials     what is recomputed: train.recompute
     batch     micro-batches, in the precisions that the device has
     parity    the losses of 50 steps, each option's beside the plain implementation's
 
@@ -86,7 +86,7 @@ class Variant:
     channels_last: bool = True
     compile: bool = False
     graph: bool = False  # the passes recorded as a CUDA graph
-    checkpointing: str = "none"
+    recompute: str = "none"
     dropout: float = 0.1
 
 
@@ -111,7 +111,7 @@ def variants(suite: str, micros: list[int], gpu: bool) -> list[Variant]:
         bare = replace(ours, name="bare loop", engine=False, optimizer="AdamW fused", reduced=False)
         return [bare, replace(bare, name="DeepSpeed", engine=True)]
     if suite == "dials":
-        return [replace(ours, name=dial, checkpointing=dial) for dial in ("none", "attention", "blocks")]
+        return [replace(ours, name=dial, recompute=dial) for dial in ("none", "attention", "blocks")]
     if suite == "batch":
         precisions = ["tf32", "bf16"] if gpu else ["fp32"]
         return [
@@ -137,7 +137,7 @@ def variants(suite: str, micros: list[int], gpu: bool) -> list[Variant]:
     if gpu:
         options.append(replace(bf16, name="+ bf16, CUDA graph", graph=True))
     if suite == "parity":
-        options.append(replace(eager, name="blocks recomputed", checkpointing="blocks"))
+        options.append(replace(eager, name="blocks recomputed", recompute="blocks"))
         options = [replace(option, dropout=0.0) for option in options]
     return options
 
@@ -211,7 +211,7 @@ def configured(variant: Variant, size: str) -> Config:
         f"train.channels_last={json.dumps(variant.channels_last)}",
         f"train.compile={json.dumps(variant.compile)}",
         f"train.cuda_graph={json.dumps(variant.graph)}",
-        f"train.checkpointing={variant.checkpointing}",
+        f"train.recompute={variant.recompute}",
         "train.kl_weight=0",
         "train.weighting=eps",
         "data.workers=0",

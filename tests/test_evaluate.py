@@ -37,7 +37,7 @@ def fresh() -> Loaded:
     for name, parameter in model.named_parameters():
         if name.endswith(("proj_out.weight", "out.2.weight")):  # zero in a fresh model: nothing would show
             torch.nn.init.normal_(parameter, std=0.05)
-    return Loaded(model, "squaredcos_cap_v2", ClipConfig("builtin:tiny"))
+    return Loaded(model, "squaredcos_cap_v2", ClipConfig(model="builtin:tiny"))
 
 
 def test_an_adapter_that_learned_nothing_gains_nothing(clip):

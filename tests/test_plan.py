@@ -58,9 +58,7 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(tmp_path: Path):
 
     assert needed(largest) <= made.limit < needed(largest + 1)
     without = replace(made, largest=dict.fromkeys(RECOMPUTED, 0))
-    assert any(
-        line.startswith("!!") and config.train.checkpointing in line for line in plan.describe(without, 1)
-    )
+    assert any(line.startswith("!!") and config.train.recompute in line for line in plan.describe(without, 1))
     assert not any(line.startswith("!!") for line in plan.describe(made, 1))
 
 

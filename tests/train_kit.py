@@ -50,7 +50,7 @@ DOCUMENT: dict[str, Any] = {
         "model": {"preset": "tiny", "weights": "random", "architecture": ARCHITECTURE},
         "clip": {"model": "builtin:tiny"},
         "data": {"shards": "builtin:shapes", "workers": 0, "trace": True, "shapes_samples": 64},
-        "train": {"phase": "full", "steps": 4, "checkpointing": "none"},
+        "train": {"phase": "full", "steps": 4, "recompute": "none"},
         "checkpoint": {"every": 100},
         "log": {"every": 1, "tensorboard": False, "samples_every": 0},
     },

@@ -34,21 +34,22 @@ class Gpu(NamedTuple):
     """One device: the makers' figures, without sparsity."""
 
     memory_gib: float
+    fp32_tflops: float  # without matrix units
     tf32_tflops: float
     bf16_tflops: float
     link_gb_s: float  # one way, to the other devices of its node
 
 
 GPUS = {
-    "h100": Gpu(80, 494, 989, 450),
-    "h200": Gpu(141, 494, 989, 450),
-    "b200": Gpu(180, 1100, 2250, 900),
-    "a100-80": Gpu(80, 156, 312, 300),
-    "a100-40": Gpu(40, 156, 312, 300),
-    "l40s": Gpu(48, 183, 362, 32),
-    "a6000": Gpu(48, 77, 155, 32),
-    "4090": Gpu(24, 82, 165, 32),
-    "cpu": Gpu(0, 0, 0, 5),  # this machine: its memory is read and its rate measured
+    "h100": Gpu(80, 67, 494, 989, 450),
+    "h200": Gpu(141, 67, 494, 989, 450),
+    "b200": Gpu(180, 75, 1100, 2250, 900),
+    "a100-80": Gpu(80, 19.5, 156, 312, 300),
+    "a100-40": Gpu(40, 19.5, 156, 312, 300),
+    "l40s": Gpu(48, 92, 183, 362, 32),
+    "a6000": Gpu(48, 39, 77, 155, 32),
+    "4090": Gpu(24, 83, 82, 165, 32),
+    "cpu": Gpu(0, 0, 0, 0, 5),  # this machine: its memory is read and its rate measured
 }
 MOST_PICTURES = 2**16  # in a micro-batch; the search ends here
 UTILISATION = 0.35  # of the peak, where nothing was measured
@@ -138,7 +139,7 @@ def make_plan(
     glide = glide_config(config)
     model = meta_model(glide, config)
     found, work = count_activations(model, cpu=gpu == "cpu"), count_work(model)
-    dial = config.train.checkpointing
+    dial = config.train.recompute
     limit = usable_bytes(gpu, gpus)
     dials = dict.fromkeys([*RECOMPUTED, dial])
     memory = {name: rank_memory(model, config, arithmetic, name, found, gpu) for name in dials}
@@ -225,8 +226,10 @@ def rate_of(config: Config, gpu: str, results: Sequence[Path]) -> tuple[float, s
         rate, path = max(measured)
         return rate, f"{rate / 1e12:,.3g} TFLOP/s, as {path} measured"
     device = GPUS[gpu]
-    peak = (device.bf16_tflops if bf16 or not config.train.tf32 else device.tf32_tflops) * 1e12
-    name = f"{'bf16' if bf16 else 'TF32'} peak of {peak / 1e12:g} TFLOP/s"
+    unit = "bf16" if bf16 else "fp32" if config.train.precision == "fp32" else "TF32"
+    rates = {"bf16": device.bf16_tflops, "fp32": device.fp32_tflops, "TF32": device.tf32_tflops}
+    peak = rates[unit] * 1e12
+    name = f"{unit} peak of {rates[unit]:g} TFLOP/s"
     if gpu == "cpu":
         peak = matrix_peak(torch.device("cpu"), torch.bfloat16 if bf16 else torch.float32)
         name = f"{'bf16' if bf16 else 'fp32'} matrix rate measured here, {peak / 1e9:.0f} GFLOP/s"
@@ -262,11 +265,11 @@ def _measured(gpu: str, bf16: bool, paths: Sequence[Path]) -> Iterator[tuple[flo
 def describe(plan: Plan, nodes: int) -> list[str]:
     """The plan of one phase, a page of plain text."""
     config, arithmetic = plan.config, plan.arithmetic
-    dial, gpus = config.train.checkpointing, arithmetic.world_size // nodes
+    dial, gpus = config.train.recompute, arithmetic.world_size // nodes
     lines = [
         f"── glide_ds plan: phase {config.train.phase} on {nodes} x {gpus} {plan.gpu} ".ljust(100, "─"),
         f"batch     {describe_batch(config, arithmetic)}",
-        f"memory    GiB per GPU of {plan.limit / 2**30:.1f} usable, by train.checkpointing; "
+        f"memory    GiB per GPU of {plan.limit / 2**30:.1f} usable, by train.recompute; "
         "and the largest micro-batch that fits",
         *_memory_table(plan, dial),
         f"speed     {plan.step_flops / 1e12:,.1f} TFLOP per GPU and step at {plan.rate_source}:",
@@ -283,7 +286,7 @@ def describe(plan: Plan, nodes: int) -> list[str]:
         f"written every {config.checkpoint.every * plan.step_s / 60:.3g} minutes",
     ]
     if not plan.largest[dial]:
-        lines.append(f"!!        no picture fits with train.checkpointing as it is ({dial})")
+        lines.append(f"!!        no picture fits with train.recompute as it is ({dial})")
     return lines
 
 

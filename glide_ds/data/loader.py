@@ -392,7 +392,7 @@ class Source:
     def batches(self, start_step: int) -> Iterator[Batch]:
         """Yield this rank's micro-batches of global batches start_step, start_step + 1, … without end.
 
-        With data.tail=pad, a slot that repeats sample i only to fill the epoch's last batch has the id -1 - i.
+        With data.drop_last=false, a slot that repeats sample i only to fill the epoch's last batch has the id -1 - i.
         Raises DataError where no usable sample is left for a slot, or more than data.max_bad_fraction of
         those read so far were unusable.
         """
@@ -449,7 +449,7 @@ def _order(samples: SampleSet, config: DataConfig, layout: Layout) -> Order | Mi
             fingerprint + number,
             shuffle=config.shuffle,
             # A part of a mix runs on from epoch to epoch, so it may be smaller than a batch.
-            tail="pad" if config.mix else config.tail,
+            drop_last=config.drop_last and not config.mix,
         )
         for number, sizes in enumerate(samples.part_sizes)
     ]

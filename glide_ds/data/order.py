@@ -123,8 +123,8 @@ class Draw(NamedTuple):
 class Order:
     """The order of one data set of `sizes[i]` samples per shard, read in global batches of `batch` samples.
 
-    `tail="drop"` leaves the last samples of an epoch's order out where they fill no batch; `"pad"` fills
-    the last batch with the epoch's first samples, marked as padding.
+    `drop_last` leaves the last samples of an epoch's order out where they fill no batch; else the last batch is
+    filled with the epoch's first samples, marked as padding.
     """
 
     sizes: Ints
@@ -132,18 +132,18 @@ class Order:
     seed: int
     fingerprint: int
     shuffle: bool = True
-    tail: str = "drop"
+    drop_last: bool = True
     window: int = WINDOW
     lanes: int = 0
 
     def __post_init__(self) -> None:
         if not self.lanes:
             object.__setattr__(self, "lanes", default_lanes(len(self.sizes)))
-        if self.samples < (self.batch if self.tail == "drop" else 1):
+        if self.samples < (self.batch if self.drop_last else 1):
             raise DataError(
                 f"the data has {self.samples} samples, fewer than one global batch of {self.batch}, so an "
                 f"epoch would hold no batch; lower train_batch_size to {max(self.samples, 1)} or less, add "
-                "shards, or set data.tail=pad"
+                "shards, or set data.drop_last=false"
             )
 
     @property
@@ -152,9 +152,9 @@ class Order:
 
     @property
     def batches_per_epoch(self) -> int:
-        if self.tail == "pad":
-            return -(-self.samples // self.batch)
-        return self.samples // self.batch
+        if self.drop_last:
+            return self.samples // self.batch
+        return -(-self.samples // self.batch)
 
     def draw(self, number: int, slots: Ints) -> Draw:
         """The samples of global batch `number` at the given slots. Costs the same at any number."""

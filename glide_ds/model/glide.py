@@ -23,7 +23,7 @@ from glide_ds.tokenizer import N_VOCAB
 from glide_ds.types import GlideConfig
 
 _NORM_GROUPS = 32
-# What is computed again in the backward pass instead of being kept, by setting of train.checkpointing.
+# What is computed again in the backward pass instead of being kept, by setting of train.recompute.
 RECOMPUTED: dict[str, tuple[type[Block], ...]] = {
     "none": (),
     "attention": (AttentionBlock,),

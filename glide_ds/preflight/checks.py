@@ -160,7 +160,7 @@ def memory(site: Site) -> Finding:
         site.progress(f"counting phase {config.train.phase}")
         model = meta_model(_glide(config), config)
         cpu = site.device.type == "cpu"
-        parts = memory_estimate(model, config, arithmetic, config.train.checkpointing, cpu=cpu)
+        parts = memory_estimate(model, config, arithmetic, config.train.recompute, cpu=cpu)
         copy = snapshot_bytes(model, config, site.world_size)
         on_host.append(copy + frozen_masters(model, config))
         needs[config.train.phase] = sum(parts.values()) + (copy if cpu else 0)
@@ -169,12 +169,12 @@ def memory(site: Site) -> Finding:
     have, host = _memory_per_rank(site), _host_memory()
     if max(on_host) > host and site.device.type != "cpu":
         fact = f"rank 0 keeps {gib(max(on_host))} in host memory for its saves, but {site.host} has {gib(host)} free"
-        return Finding(text, (Fault(fact, remedy="set checkpoint.background=false, or use more ranks"),))
+        return Finding(text, (Fault(fact, remedy="set checkpoint.async_save=false, or use more ranks"),))
     if need <= have:
         return Finding(f"{text}, {gib(have)} are free")
     fault = Fault(
         f"{text}, but {site.host} has {gib(have)} free for each",
-        remedy="lower train_micro_batch_size_per_gpu, set train.checkpointing, or use the optimizer AdamW8bit; "
+        remedy="lower train_micro_batch_size_per_gpu, set train.recompute, or use the optimizer AdamW8bit; "
         "`glide-ds plan` shows what each would give",
     )
     return Finding(text, (fault,))

@@ -9,7 +9,6 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -82,7 +81,7 @@ def trial(site: Site, folder: Path) -> Config:
         log={"every": 1, "tensorboard": False, "samples_every": 0},
     )
     batch = {"train_batch_size": micro * site.ranks, "train_micro_batch_size_per_gpu": micro}
-    return replace(config, deepspeed={**config.deepspeed, **batch})
+    return config.changed(deepspeed={**config.deepspeed, **batch})
 
 
 def fingerprint(model: torch.nn.Module) -> torch.Tensor:

@@ -92,7 +92,7 @@ def save(run: PhaseRun, done: int, first_offset: float) -> None:
         "phase": run.config.train.phase,
         "model": asdict(run.model.config),
         "schedule": run.config.model.noise_schedule,
-        "clip": asdict(run.config.clip) if run.clip is not None else None,
+        "clip": run.config.clip.model_dump() if run.clip is not None else None,
         "lineage": lineage(run.config),
         "first_gate_offset": first_offset,
         "samples_seen": done * run.arithmetic.global_batch,

@@ -80,7 +80,11 @@ def describe_device(config: Config) -> str:
     if weight_bytes(config) == 2:
         parts.append("in bf16 with fp32 masters")
     else:
-        parts.append("in fp32" + (" with TF32 products" if on_gpu and train.tf32 else ""))
+        products = {
+            "tf32": " with TF32 products",
+            "tf32-fp16-kernels": " with TF32 products, some by fp16 kernels",
+        }
+        parts.append("in fp32" + (products.get(train.precision, "") if on_gpu else ""))
     parts += ["blocks compiled"] if train.compile else []
     parts += ["launched as a CUDA graph"] if train.cuda_graph else []
     return ", ".join(parts)
@@ -105,7 +109,7 @@ def describe_rates(config: Config) -> str:
 def describe_memory(model: Glide, config: Config, arithmetic: BatchArithmetic) -> str:
     """An estimate per rank, by part."""
     cpu = not torch.cuda.is_available()
-    parts = memory_estimate(model, config, arithmetic, config.train.checkpointing, cpu=cpu)
+    parts = memory_estimate(model, config, arithmetic, config.train.recompute, cpu=cpu)
     shown = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
     on_host = {
         "frozen weights in fp32": 0.0 if cpu else frozen_masters(model, config),
@@ -121,11 +125,11 @@ def describe_faster(model: Glide, config: Config, arithmetic: BatchArithmetic, c
     """What would train the same in less time on a GPU of that many bytes; empty where nothing is left to set."""
     train = config.train
     dials = list(RECOMPUTED)  # from the fastest; a budget is chosen with care, and only `none` is surely faster
-    faster = dials[: dials.index(train.checkpointing) if train.checkpointing in dials else 1]
+    faster = dials[: dials.index(train.recompute) if train.recompute in dials else 1]
     needs = {dial: sum(memory_estimate(model, config, arithmetic, dial).values()) for dial in faster}
     fitting = [dial for dial, need in needs.items() if need <= ESTIMATED * capacity]
     advice = [
-        f"train.checkpointing={dial} fits, about {gib(needs[dial])} of {gib(capacity)}" for dial in fitting[:1]
+        f"train.recompute={dial} fits, about {gib(needs[dial])} of {gib(capacity)}" for dial in fitting[:1]
     ]
     if not train.compile:
         advice.append("train.compile=true, minutes at the first start")

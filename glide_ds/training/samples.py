@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch.distributed as dist
 from torch import Tensor
 
@@ -71,7 +69,7 @@ def example_inputs(config: Config) -> tuple[list[str], Tensor | None]:
     if not prompts:  # a set may hold fewer samples than a grid has places
         count = min(count, config.deepspeed["train_batch_size"])
     source = build_source(
-        replace(config.data, workers=0),
+        config.data.changed("data", workers=0),
         image_size=architecture.image_size,
         context_length=architecture.text_ctx,
         global_batch=count,

@@ -199,9 +199,9 @@ def assemble(
 def set_ways(model: Glide, config: Config, arithmetic: BatchArithmetic, device: torch.device) -> None:
     """How the same numbers are computed: what twice, and in which precision products are taken."""
     set_recomputation(model, config, arithmetic)
-    tf32 = config.train.tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    model.reduce_products(tf32 and can_reduce(device))
+    precision = config.train.precision
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    model.reduce_products(precision == "tf32-fp16-kernels" and can_reduce(device))
     # Shapes never change: the fastest algorithm for each is worth a search.
     torch.backends.cudnn.benchmark = True
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, NoReturn
 
 import torch
@@ -152,7 +152,7 @@ def open_held_out(config: Config, shards: str | tuple[str, ...]) -> Source:
     """The held-out samples, one per micro-batch, in their order, unaugmented. Raises DataError, ConfigError."""
     architecture, samples = config.model.architecture, config.validation.samples
     plain = {"flip": 0.0, "drop_caption": 0.0, "drop_both": 0.0, "shuffle": False, "clip_store": None}
-    data = replace(config.data, shards=shards, mix={}, workers=0, tail="pad", **plain)  # type: ignore[arg-type]
+    data = config.data.changed("data", shards=shards, mix={}, workers=0, drop_last=False, **plain)
     source = build_source(
         data,
         image_size=architecture.image_size,

@@ -77,7 +77,7 @@ def source(
 ) -> Source:
     data = {"workers": 0, **data}
     return build_source(
-        DataConfig(shards=shards, **data),
+        DataConfig.of({"shards": shards, **data}, "data"),
         image_size=size,
         context_length=12,
         global_batch=batch,

@@ -47,7 +47,7 @@ def test_rules(keeps: dict[str, Any], drops: dict[str, Any]) -> None:
 def test_off_by_default() -> None:
     check({}, FilterConfig())
     with pytest.raises(ConfigError, match="max_aspect"):
-        FilterConfig(max_aspect=0.5)
+        FilterConfig.of({"max_aspect": 0.5}, "data.filter")
 
 
 def test_the_report_counts_by_rule(tmp_path: Path) -> None:

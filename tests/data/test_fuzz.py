@@ -109,7 +109,9 @@ def run_fuzz(folder: Path, count: int, seed: int, workers: int) -> None:
     half = len(samples) // 2
     write_tar(folder / "f-000.tar", [s for _, s in samples[:half]])
     write_tar(folder / "f-001.tar", [s for _, s in samples[half:]])
-    made = source(f"{folder}/f-{{000..001}}.tar", batch=20, workers=workers, tail="pad", max_bad_fraction=1.0)
+    made = source(
+        f"{folder}/f-{{000..001}}.tar", batch=20, workers=workers, drop_last=False, max_bad_fraction=1.0
+    )
     assert made.facts()["samples"] == len(samples)
     assert made.facts()["duplicate_keys"] == sum(kind == "duplicate key" for kind, _ in samples) - 2
 

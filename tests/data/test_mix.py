@@ -16,7 +16,7 @@ from glide_ds.errors import ConfigError
 
 
 def test_proportions_coverage_and_epochs() -> None:
-    parts = tuple(Order(np.array([n]), 12, 0, n, tail="pad") for n in (100, 7, 40))
+    parts = tuple(Order(np.array([n]), 12, 0, n, drop_last=False) for n in (100, 7, 40))
     mixed = MixOrder(parts, (0.5, 0.2, 0.3))
     draws = [mixed.draw(n, np.arange(12)) for n in range(50)]
     ids = np.concatenate([d.ids for d in draws])
@@ -65,13 +65,13 @@ def test_the_loader_mixes_with_each_sets_own_filter(mix: dict[str, Any]) -> None
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ({"shard": "x.tar"}, "give"),
+        ({"shard": "x.tar"}, r"data\.mix\.p\.shards is missing"),
         ({"shards": "x.tar", "wieght": 2}, "nearest known: 'weight'"),
         ({"shards": "x.tar", "weight": 0}, "positive"),
-        ({"shards": "builtin:shapes"}, "only tar shards"),
+        ({"shards": "builtin:shapes"}, "it can't be mixed"),
         ({"shards": "x.tar", "filter": {"min_sise": 2}}, r"data\.mix\.p\.filter\.min_sise"),
     ],
 )
 def test_mistakes_are_named(part: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        DataConfig(mix={"p": part})
+        DataConfig.of({"mix": {"p": part}}, "data")

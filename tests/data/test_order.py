@@ -95,8 +95,8 @@ def test_a_lane_belongs_to_one_rank() -> None:
     assert shared <= 6  # only where a window crosses the edge of two lanes
 
 
-def test_tail() -> None:
-    dropped, padded = order([10], batch=4), order([10], batch=4, tail="pad")
+def test_drop_last() -> None:
+    dropped, padded = order([10], batch=4), order([10], batch=4, drop_last=False)
     assert (dropped.batches_per_epoch, padded.batches_per_epoch) == (2, 3)
     last = padded.draw(2, np.arange(4))
     assert last.padding.tolist() == [False, False, True, True]

@@ -131,11 +131,11 @@ def test_the_adapter_is_residual_and_gated() -> None:
     torch.testing.assert_close(tokens, expected)
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "blocks"])
-def test_every_clip_parameter_learns_within_three_steps(checkpointing: str) -> None:
+@pytest.mark.parametrize("dial", ["none", "blocks"])
+def test_every_clip_parameter_learns_within_three_steps(dial: str) -> None:
     """From a fresh model with open gates; the null embedding through the dropped row."""
     model = clip_model(trained=False).train()
-    model.recompute(checkpointing)
+    model.recompute(dial)
     model.clip_gate_offset.fill_(10.0)
     clip = {name: parameter for name, parameter in model.named_parameters() if "clip" in name}
     optimizer = torch.optim.AdamW(clip.values(), lr=1e-3)

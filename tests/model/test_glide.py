@@ -140,8 +140,8 @@ def test_recomputing_changes_no_gradient(clip_dim: int | None, dial: str) -> Non
     if clip_dim is not None:
         inputs["clip_embedding"] = tiny_embeddings()
 
-    def gradients(checkpointing: str) -> list[torch.Tensor]:
-        model.recompute(checkpointing)
+    def gradients(dial: str) -> list[torch.Tensor]:
+        model.recompute(dial)
         torch.manual_seed(1)
         return list(
             torch.autograd.grad(model(**inputs).square().mean(), list(model.parameters()), allow_unused=True)

@@ -185,7 +185,7 @@ def submit(
 
 
 def config(folder: Path, phase: str) -> Path:
-    train = {"phase": phase, "steps": STEPS, "checkpointing": "none"}
+    train = {"phase": phase, "steps": STEPS, "recompute": "none"}
     return write_config(folder, phase, train=train, log={"every": 5}, checkpoint={"every": EVERY})
 
 

@@ -58,7 +58,7 @@ def saver(folder: Path, **config: Any) -> Saver:
 
 
 def saved(folder: Path, step: int, keep: int = 0, **facts: Any) -> Committed:
-    saver(folder, keep=keep, background=False).save(step, {"phase": "full", **facts})
+    saver(folder, keep=keep, async_save=False).save(step, {"phase": "full", **facts})
     return next(c for c in committed(folder) if c.step == step)
 
 
@@ -211,7 +211,7 @@ def test_a_failure_while_saving_leaves_the_previous_checkpoint(
         "manifest": (checkpoint, "write_file"),
         "pointer": (Path, "symlink_to"),
     }[moment]
-    failing = saver(tmp_path, keep=1, background=behind)
+    failing = saver(tmp_path, keep=1, async_save=behind)
     with monkeypatch.context() as patch:
         patch.setattr(*target, full_disk)
         if behind:

@@ -21,7 +21,7 @@ def test_a_compiled_run_is_the_eager_one(tmp_path: Path, group):
     losses = []
     for compiled in (False, True):
         folder = tmp_path / str(compiled)
-        options = {"steps": STEPS, "compile": compiled, "checkpointing": "attention"}
+        options = {"steps": STEPS, "compile": compiled, "recompute": "attention"}
         config = make_config(folder, train=options, model={"architecture": SMALL}, checkpoint={"every": STEPS})
         with opened(config) as run:
             assert all((block.compiled is not None) == compiled for block in run.model.blocks().values())

@@ -54,7 +54,7 @@ def test_the_average_is_what_the_formula_says(tmp_path: Path):
         run.ema.update()
         assert run.ema.updates == 3
         torch.testing.assert_close(torch.cat(run.ema.parts), expected)
-    assert [decay_at(EmaConfig(0.5, 0.0), update) for update in (1, 2)] == [0.5, 0.5]
+    assert [decay_at(EmaConfig(decay=0.5, warmup=0.0), update) for update in (1, 2)] == [0.5, 0.5]
 
 
 def test_resume_applies_and_restores_the_average_bit_for_bit(tmp_path: Path):

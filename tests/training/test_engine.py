@@ -41,7 +41,7 @@ class Bare:
 def bare_twin(run: PhaseRun) -> Glide:
     model = create_model(run.model.config).to(next(run.model.parameters()).dtype)
     model.load_state_dict(run.model.state_dict())
-    model.recompute(run.config.train.checkpointing)
+    model.recompute(run.config.train.recompute)
     return model.train()
 
 
@@ -91,7 +91,7 @@ def shake_pretrained(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    "checkpointing", [pytest.param("blocks", marks=pytest.mark.slow), "none"], ids=["recomputing", "keeping"]
+    "dial", [pytest.param("blocks", marks=pytest.mark.slow), "none"], ids=["recomputing", "keeping"]
 )
 @pytest.mark.parametrize(
     ("phase", "scope"),
@@ -105,13 +105,13 @@ def shake_pretrained(model: nn.Module) -> None:
     ],
 )
 def test_within_three_steps_all_that_trains_has_a_gradient_and_all_else_stays(
-    tmp_path: Path, phase: str, scope: str, checkpointing: str
+    tmp_path: Path, phase: str, scope: str, dial: str
 ):
     # Values of a new DualAttention are zero, so its keys, the adapter and the gates wait for the second step.
     config = make_config(
         tmp_path,
         phase,
-        train={"scope": scope, "steps": 3, "checkpointing": checkpointing},
+        train={"scope": scope, "steps": 3, "recompute": dial},
         clip={"drop": 0.3},  # the null embedding learns from dropped samples only
     )
     moved: set[str] = set()
@@ -132,7 +132,7 @@ def test_within_three_steps_all_that_trains_has_a_gradient_and_all_else_stays(
 def test_recomputing_changes_no_gradient(tmp_path: Path):
     gradients = []
     for dial in ("blocks", "none"):
-        config = make_config(tmp_path / dial, train={"checkpointing": dial})
+        config = make_config(tmp_path / dial, train={"recompute": dial})
         with opened(config, shake) as run:
             gradients.append(clipped_gradients(run))
     assert gradients[0].keys() == gradients[1].keys()

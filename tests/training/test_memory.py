@@ -83,7 +83,7 @@ def test_a_budget_is_kept_with_as_little_work_as_it_takes(tmp_path: Path):
             tmp_path,
             train_batch_size=micro,
             train_micro_batch_size_per_gpu=micro,
-            train={"checkpointing": "budget", "activation_gb": budget / 2**30},
+            train={"recompute": "budget", "activation_gb": budget / 2**30},
         )
         model = create_model(glide_config(config))
         parameter_groups(model, config)
@@ -120,7 +120,7 @@ def test_parts_follow_precision_optimizer_ranks_and_accumulation(tmp_path: Path)
     assert parts(train_micro_batch_size_per_gpu=1)["gradients"] > plain["gradients"]
     for ranks in (1, 2):  # a graph gives nothing back
         launched, recorded = (
-            parts(ranks=ranks, dial="none", train={"checkpointing": "none", "cuda_graph": graph})
+            parts(ranks=ranks, dial="none", train={"recompute": "none", "cuda_graph": graph})
             for graph in (False, True)
         )
         assert recorded["activations"] >= launched["activations"]
@@ -142,14 +142,14 @@ def test_the_header_says_what_would_train_faster(tmp_path: Path):
         for dial in ("none", "attention")
     ]
     ample, tight = (need / preview.ESTIMATED * 1.001 for need in needs)
-    none = f"train.checkpointing=none fits, about {memory.gib(needs[0])} of {memory.gib(ample)}"
-    assert none in told(ample, checkpointing="blocks")
-    assert "train.checkpointing=attention fits" in told(tight, checkpointing="blocks")
-    assert "checkpointing" not in told(tight * 0.99, checkpointing="blocks")
-    assert "checkpointing" not in told(tight, checkpointing="attention")
-    assert "checkpointing=none" in told(ample, checkpointing="budget", activation_gb=0.001)
-    assert "train.compile=true" in told(ample, checkpointing="none")
-    assert not told(ample, checkpointing="none", compile=True)
+    none = f"train.recompute=none fits, about {memory.gib(needs[0])} of {memory.gib(ample)}"
+    assert none in told(ample, recompute="blocks")
+    assert "train.recompute=attention fits" in told(tight, recompute="blocks")
+    assert "recompute" not in told(tight * 0.99, recompute="blocks")
+    assert "recompute" not in told(tight, recompute="attention")
+    assert "recompute=none" in told(ample, recompute="budget", activation_gb=0.001)
+    assert "train.compile=true" in told(ample, recompute="none")
+    assert not told(ample, recompute="none", compile=True)
 
 
 def test_a_small_batch_peaks_in_the_optimizers_step(tmp_path: Path):
@@ -193,7 +193,7 @@ def test_a_save_in_the_background_takes_rank_0_its_own_part_of_a_checkpoint(trai
     assert memory.snapshot_bytes(model, config, 1) == whole
     module = 4 * sum(p.numel() for p in (*model.parameters(), *model.buffers()))
     assert memory.snapshot_bytes(model, config, 4) == module + (whole - module) / 4
-    assert memory.snapshot_bytes(model, make_config(tmp_path, checkpoint={"background": False}), 4) == 0
+    assert memory.snapshot_bytes(model, make_config(tmp_path, checkpoint={"async_save": False}), 4) == 0
 
 
 @pytest.mark.parametrize(

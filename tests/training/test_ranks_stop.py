@@ -293,7 +293,7 @@ def test_used_up_memory_is_a_mistake_with_a_remedy(server: Forked, tmp_path: Pat
     assert "Traceback" not in said
     assert "rank 1: GlideError: memory is used up" in said
     assert "train_micro_batch_size_per_gpu=1 instead of 2" in said
-    assert "train.checkpointing=blocks" in said
+    assert "train.recompute=blocks" in said
 
 
 @pytest.mark.parametrize("rank", [0, 1])

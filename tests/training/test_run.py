@@ -37,6 +37,7 @@ from glide_ds.diffusion.losses import QUARTILES
 from glide_ds.errors import ConfigError, DataError, GlideError, WeightsError
 from glide_ds.model import GlideConfig, create_model
 from glide_ds.model.dual_attention import DualAttention
+from glide_ds.model.reduced import Reducible
 from glide_ds.model.tensor_files import write_state
 from glide_ds.model.unet import ResBlock
 from glide_ds.training import run as run_module
@@ -327,15 +328,17 @@ def test_the_adapter_has_the_width_of_the_encoder(tmp_path: Path):
         assert setup.glide_config(make_config(tmp_path, clip={"model": name})).clip_dim == dim
 
 
-def test_precision_and_recomputing_are_set(tmp_path: Path):
-    for flag in (True, False):
-        dial = "attention" if flag else "blocks"
-        config = make_config(tmp_path / str(flag), train={"tf32": flag, "checkpointing": dial})
+def test_precision_and_recomputing_are_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for precision, dial in (("tf32", "attention"), ("fp32", "blocks"), ("tf32-fp16-kernels", "none")):
+        monkeypatch.setattr(setup, "can_reduce", lambda device: True)  # as on a GPU
+        config = make_config(tmp_path / precision, train={"precision": precision, "recompute": dial})
         with opened(config) as run:
             recomputed = {type(block) for block in run.model.blocks().values() if block.recompute}
-            assert (ResBlock in recomputed, DualAttention in recomputed) == (not flag, True)
-            assert torch.backends.cuda.matmul.allow_tf32 is flag
-            assert torch.backends.cudnn.allow_tf32 is flag
+            assert (ResBlock in recomputed, DualAttention in recomputed) == (dial == "blocks", dial != "none")
+            assert torch.backends.cuda.matmul.allow_tf32 is (precision != "fp32")
+            assert torch.backends.cudnn.allow_tf32 is (precision != "fp32")
+            reduced = {module.reduced for module in run.model.modules() if isinstance(module, Reducible)}
+            assert reduced == {precision == "tf32-fp16-kernels"}
 
 
 def test_the_timeout_reaches_the_process_group(monkeypatch: pytest.MonkeyPatch):
@@ -741,7 +744,7 @@ def test_an_option_changes_what_a_batch_holds(tmp_path: Path, option: dict[str, 
 def test_options_say_which_samples_can_be_used(tmp_path: Path):
     shards = write_shard(tmp_path / "p.tar", [*(bordered(n) for n in range(10)), BAD["corrupt image"]])
     assert what_is_read(tmp_path, shards)[0] == 2
-    assert what_is_read(tmp_path, shards, tail="pad")[0] == 3
+    assert what_is_read(tmp_path, shards, drop_last=False)[0] == 3
     assert "image too small" in what_is_read(tmp_path, shards, min_side=40)
     assert "image too large" in what_is_read(tmp_path, shards, max_pixels=100)
     assert "record" in what_is_read(tmp_path, shards, filter={"min_size": 4}) or "filter" in what_is_read(

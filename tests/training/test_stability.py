@@ -260,7 +260,7 @@ def test_a_rollback_waits_for_the_save_under_way_and_takes_the_average_back(
     for name in ("synchronous", "background"):
         if name == "background":
             monkeypatch.setattr(Snapshot, "write", slow)
-        checkpoint_config = {"background": name == "background"}
+        checkpoint_config = {"async_save": name == "background"}
         config = guarded(tmp_path / name, ema={"decay": 0.9, "warmup": 3}, checkpoint=checkpoint_config)
         with poisoned(config, dict.fromkeys((6, 7, 8), math.nan)):
             run_phase(config)

@@ -109,12 +109,12 @@ def test_errors_of_the_machine_name_a_remedy(tmp_path: Path):
     full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
     told = str(explanation(full, config, config.batch_arithmetic(2)))
     assert "train_micro_batch_size_per_gpu=2 instead of 4" in told
-    assert "train.checkpointing=blocks" in told
+    assert "train.recompute=blocks" in told
     assert "more\n" not in told
-    one = make_config(tmp_path, train_batch_size=2, train={"checkpointing": "blocks"})
+    one = make_config(tmp_path, train_batch_size=2, train={"recompute": "blocks"})
     told = str(explanation(full, one, one.batch_arithmetic(2)))
     assert "more ranks" in told
-    assert "checkpointing" not in told
+    assert "recompute" not in told
     killed = RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed. ")
     assert "data.workers=0" in str(explanation(killed, config, config.batch_arithmetic(1)))
     assert explanation(RuntimeError("a bug"), config, config.batch_arithmetic(1)) is None

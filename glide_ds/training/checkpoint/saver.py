@@ -36,7 +36,7 @@ PEERS_S = 30.0  # for a save under way when an error ends the phase: its peers m
 class Saver:
     """Saves one phase's state as `folder`/step-N. All ranks call its methods alike.
 
-    With `config.background` off a save returns once it is committed. A failed save is reported by one line
+    With `config.async_save` off a save returns once it is committed. A failed save is reported by one line
     and leaves the previous commit standing; `finish` raises where the last one failed.
     """
 
@@ -84,7 +84,7 @@ class Saver:
             daemon=True,
         )
         self.thread.start()
-        if not self.config.background:
+        if not self.config.async_save:
             self.finish()
 
     def wait(self, limit_s: float | None = None) -> None:
@@ -171,7 +171,7 @@ class Saver:
 
     def _report(self, target: Path, seconds: float, stall: float) -> None:
         if self.failure is None:
-            waited = f", training waited {stall:.2f} s" if self.config.background else ""
+            waited = f", training waited {stall:.2f} s" if self.config.async_save else ""
             self.say(f"committed {target} in {seconds:.1f} s{waited}")
         else:
             self.say(f"!! CHECKPOINT NOT SAVED: {self.failure}; the previous checkpoint stands")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +14,8 @@ from torch import nn
 
 from glide_ds import __version__
 from glide_ds.config import Config
+from glide_ds.config.keys import free_on_resume, leaves
+from glide_ds.config.load import recorded
 from glide_ds.errors import ConfigError, WeightsError
 from glide_ds.files import write_file
 from glide_ds.model.tensor_files import StateFile
@@ -26,37 +28,6 @@ from glide_ds.training.zero.elastic import frozen_weights, weights
 RUN_FILE = "run.json"
 BUILTIN_DATA = "builtin:"
 NAMED_WEIGHTS = ("openai", "random", "builtin:tiny")
-
-# What may differ between two starts of the same phase: where things are, how often they are said,
-# and how the work is spread. Everything else decides what is trained.
-FREE_KEYS = (
-    "glide_ds.run.",
-    "glide_ds.log.",
-    "glide_ds.checkpoint.",
-    "glide_ds.stability.",
-    "glide_ds.validation.",
-    "glide_ds.ema.",
-    "glide_ds.train.steps",
-    "glide_ds.train.checkpointing",
-    "glide_ds.train.activation_gb",
-    "glide_ds.train.compile",
-    "glide_ds.train.cuda_graph",
-    "glide_ds.train.channels_last",
-    "glide_ds.data.workers",
-    "glide_ds.data.trace",
-    "glide_ds.data.index_dir",
-    "glide_ds.data.cache_dir",
-    "glide_ds.data.cache_gb",
-    "glide_ds.model.weights",
-    "train_micro_batch_size_per_gpu",
-    "zero_optimization.",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "comms_logger.",
-    "flops_profiler.",
-    "memory_breakdown",
-    "dump_state",
-)
 
 
 @dataclass(frozen=True)
@@ -231,9 +202,10 @@ def _check_recorded(config: Config, phase: str) -> None:
     before = _read(Path(config.run.dir) / RUN_FILE).get("phases", {}).get(phase)
     if before is None:
         return
-    now, then = dict(_leaves(config.to_json())), dict(_leaves(before))
+    then = dict(leaves(recorded(str(Path(config.run.dir) / RUN_FILE), before).to_json()))
+    now = dict(leaves(config.to_json()))
     if phase == config.train.phase:
-        compared = [key for key in sorted(now.keys() | then.keys()) if not key.startswith(FREE_KEYS)]
+        compared = [key for key in sorted(now.keys() | then.keys()) if not free_on_resume(key)]
     else:
         compared = [key for key in now if key.startswith("glide_ds.model.architecture.")]
         if PHASES[phase].needs_adapter or phase == "adapter_only":
@@ -248,14 +220,6 @@ def _check_recorded(config: Config, phase: str) -> None:
             "going on would mix two runs",
             "choose another run.dir, or put the values back",
         )
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _listed(shards: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -57,8 +57,8 @@ def explanation(error: RuntimeError, config: Config, arithmetic: BatchArithmetic
                 f"train_micro_batch_size_per_gpu={smaller} instead of {arithmetic.micro_batch} (the global batch "
                 f"of {arithmetic.global_batch} stays)"
             )
-        if train.checkpointing != "blocks":
-            remedies.append("train.checkpointing=blocks")
+        if train.recompute != "blocks":
+            remedies.append("train.recompute=blocks")
         if arithmetic.world_size == 1 or not remedies:
             remedies.append("more ranks, which share the optimizer's state")
         return GlideError(

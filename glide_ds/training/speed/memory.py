@@ -110,7 +110,7 @@ def snapshot_bytes(model: Any, config: Config, world_size: int) -> float:
 
     The frozen weights in fp32 are written from where they lie.
     """
-    if not config.checkpoint.background:
+    if not config.checkpoint.async_save:
         return 0.0
     module = _module_bytes(model, config)
     return module + (checkpoint_bytes(model, config) - frozen_masters(model, config) - module) / world_size

@@ -79,16 +79,16 @@ class Activations:
 
 
 def recomputed(found: Activations, config: Config, arithmetic: BatchArithmetic, dial: str) -> Again:
-    """The blocks that are computed again at that setting of train.checkpointing."""
+    """The blocks that are computed again at that setting of train.recompute."""
     if dial == "budget":
         return found.within(config.train.activation_gb * 2**30 / arithmetic.micro_batch)
     return found.dialled(dial)
 
 
 def set_recomputation(model: Glide, config: Config, arithmetic: BatchArithmetic) -> None:
-    """Have the model compute again what train.checkpointing says."""
-    if config.train.checkpointing != "budget":
-        model.recompute(config.train.checkpointing)
+    """Have the model compute again what train.recompute says."""
+    if config.train.recompute != "budget":
+        model.recompute(config.train.recompute)
         return
     twin = meta_model(model.config, config)
     found = count_activations(twin, cpu=next(model.parameters()).is_cpu)

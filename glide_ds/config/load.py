@@ -1,0 +1,293 @@
+"""From files and --set to a configuration, or to one error that names every mistake.
+
+Precedence: defaults < the JSON file's "glide_ds" block < the YAML overlay (what the phases share) < --set key=value.
+What DeepSpeed names itself (batch sizes, ZeRO, bf16, clipping, optimizer, scheduler) stays in its own part of the
+JSON, and only there. Everything is checked here, before any GPU is taken; what depends on the world size is checked
+by `Config.batch_arithmetic`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from glide_ds.config.deepspeed import REFUSED_KEYS, THEIRS, DeepSpeedPart, check_theirs
+from glide_ds.config.renamed import RENAMED, upgraded
+from glide_ds.config.schema import BLOCK, PRESETS, SECTIONS, Config
+from glide_ds.config.section import Mistake, Place, checked, nearest
+from glide_ds.errors import ConfigError, Fault
+
+SCHEMA = "$schema"  # names schema.json for editors
+DEEPSPEED_KEYS = tuple(DeepSpeedPart.model_fields)
+
+
+def cache_dir() -> Path:
+    """GLIDE_DS_CACHE, else the user's cache directory by the XDG convention."""
+    if own := os.environ.get("GLIDE_DS_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "glide_ds"
+
+
+def load_configs(
+    paths: Sequence[str | Path], overlay: str | Path | None = None, sets: Sequence[str] = ()
+) -> list[Config]:
+    """The phases of several --ds_config files, in order. Raises ConfigError with the mistakes of all of them."""
+    configs: list[Config] = []
+    faults: list[Fault] = []
+    for path in paths:
+        try:
+            configs += load_config(path, overlay, sets)
+        except ConfigError as error:
+            faults += error.faults
+    if faults:
+        raise ConfigError.all_of(list(dict.fromkeys(faults)))
+    return configs
+
+
+def load_config(
+    path: str | Path, overlay: str | Path | None = None, sets: Sequence[str] = ()
+) -> tuple[Config, ...]:
+    """Read one --ds_config file with the YAML overlay and the --set values on top.
+
+    A file of ours holds one phase; a run.json holds every phase of its run, in order, under the names that keys had
+    when it was written (renamed.py). Raises ConfigError with every mistake: key, value, nearest known key and remedy.
+    """
+    whole = _read_json(Path(path))
+    documents = [upgraded(one) for one in whole["phases"].values()] if "phases" in whole else [whole]
+    faults: list[Fault] = []
+    layers: list[tuple[str, Any]] = []
+    if overlay:
+        layers.append((f"--config {overlay}", _read_yaml(Path(overlay))))
+    for item in sets:
+        try:
+            layers.append((f"--set {item}", _parse_set(item)))
+        except ConfigError as error:
+            faults += error.faults
+    configs = []
+    for document in documents:
+        config, found = resolve(str(path), document, layers)
+        configs.append(config)
+        faults += found
+    if faults:
+        raise ConfigError.all_of(list(dict.fromkeys(faults)))
+    return tuple(config for config in configs if config)
+
+
+def resolve(
+    path: str, document: Mapping[str, Any], layers: Sequence[tuple[str, Any]] = ()
+) -> tuple[Config | None, list[Fault]]:
+    """One document with `layers` (where from, keys) on top; all that is wrong with it where it gives no Config."""
+    laid = _Laid()
+    laid.lay(document.get(BLOCK, {}), f"{path}", (), SECTIONS)
+    theirs = {key: value for key, value in document.items() if key not in (BLOCK, SCHEMA)}
+    laid.lay(theirs, path, (), (*DEEPSPEED_KEYS, BLOCK))
+    for where, layer in layers:
+        laid.lay(layer, where, (), (*SECTIONS, *DEEPSPEED_KEYS))
+    deepspeed, mistakes = _deepspeed({key: laid.values[key] for key in DEEPSPEED_KEYS if key in laid.values})
+    model = dict(laid.values["model"]) if isinstance(laid.values.get("model"), Mapping) else {}
+    preset = model.get("preset", Config().model.preset)
+    if isinstance(departures := model.get("architecture", {}), Mapping):
+        plain = asdict(PRESETS[preset]()) if preset in PRESETS else {}
+        plain.pop("clip_dim", None)
+        laid.values["model"] = model | {"architecture": plain | dict(departures)}
+    made: dict[str, Any] = {}
+    for name in SECTIONS:
+        values = laid.values.get(name, {})
+        if not isinstance(values, Mapping):
+            keys = ", ".join(Config.model_fields[name].annotation.model_fields)  # type: ignore[union-attr]
+            fault = Fault(f"{name} = {values!r} should be a section with the keys {keys}")
+            mistakes.append(Mistake((name,), fault))
+            continue
+        section, found = checked(Config.model_fields[name].annotation, values, (name,))  # type: ignore[arg-type]
+        mistakes += found
+        if section is not None:
+            made[name] = section
+    faults = [*laid.faults, *(laid.told(mistake, path) for mistake in mistakes)]
+    faults += _conflicts(made, deepspeed)
+    return (None if faults else Config(deepspeed=deepspeed, **made)), faults
+
+
+def recorded(path: str, document: Mapping[str, Any]) -> Config:
+    """A phase of the run.json at `path`. Raises ConfigError where it does not describe one."""
+    config, faults = resolve(path, upgraded(document))
+    if config is None:
+        raise ConfigError.all_of(faults)
+    return config
+
+
+@dataclass
+class _Laid:
+    """Layers laid over each other, and where each value is from."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[Place, str] = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
+
+    def lay(self, layer: Any, where: str, place: Place = (), known: Sequence[str] = ()) -> None:
+        """Lay `layer`, which lies under the keys `place`, on top; types are checked later."""
+        if not isinstance(layer, Mapping):
+            fact = f"{where}: expected a mapping of keys to values, found {layer!r}"
+            self.faults.append(Fault(fact, "", "give key: value pairs"))
+            return
+        into = self.values
+        for name in place:
+            into = into[name]
+        for key, value in layer.items():
+            here = (*place, str(key))
+            if known and key not in known:
+                reason = REFUSED_KEYS.get(key)
+                fault = (
+                    Fault(f"{where}: {key!r} can't be set: {reason}")
+                    if reason
+                    else Fault(
+                        f"{where}: unknown key {key!r}{nearest(str(key), known)}", "", "correct or remove it"
+                    )
+                )
+                self.faults.append(fault)
+            elif renamed := RENAMED.get(".".join(here)):
+                fault = Fault(
+                    f"{where}: {'.'.join(here)} = {value!r} has another name now", "", renamed.advice(value)
+                )
+                self.faults.append(fault)
+            elif isinstance(value, Mapping):
+                inner = into.setdefault(key, {})
+                if isinstance(inner, dict):
+                    into[key] = dict(inner)
+                    self.lay(value, where, here)
+                else:
+                    told = f"{where}: {'.'.join(here)} holds the single value {inner!r}"
+                    self.faults.append(Fault(told, "", "it is no section; give one value"))
+            else:
+                into[key] = value
+                self.origins[here] = where
+
+    def told(self, mistake: Mistake, path: str) -> Fault:
+        """The mistake's fault, with the file or option that it came from."""
+        origin = next((self.origins[p] for p in _upwards(mistake.place) if p in self.origins), path)
+        return mistake.fault._replace(fact=f"{origin}: {mistake.fault.fact}")
+
+
+def _upwards(place: Place) -> list[Place]:
+    return [place[:length] for length in range(len(place), 0, -1)]
+
+
+def _deepspeed(values: dict[str, Any]) -> tuple[dict[str, Any], list[Mistake]]:
+    """DeepSpeed's part as it reads it, and what is wrong with it."""
+    part, mistakes = checked(DeepSpeedPart, values)
+    read = part.model_dump(exclude_unset=True) if part else dict(values)
+    for name in THEIRS:
+        if isinstance(values.get(name), Mapping):
+            read[name], found = check_theirs(name, values[name])
+            mistakes += found
+    if part:
+        read["scheduler"].setdefault("params", {})
+    return read, mistakes
+
+
+def _conflicts(made: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> list[Fault]:
+    """What of two sections does not go together, where both are right."""
+    faults = []
+    scheduler = deepspeed.get("scheduler")
+    total = scheduler.get("params", {}).get("total_num_steps") if isinstance(scheduler, Mapping) else None
+    train, model, clip = made.get("train"), made.get("model"), made.get("clip")
+    if train and isinstance(total, int) and total < train.steps:
+        faults.append(
+            Fault(
+                f"scheduler.params.total_num_steps = {total} is less than train.steps = {train.steps}",
+                f"the last {train.steps - total} steps would train at the lowest learning rate",
+                "remove it (it defaults to train.steps) or raise it",
+            )
+        )
+    if model and model.architecture.inpaints:
+        if clip and clip.source == "image":
+            faults.append(
+                Fault(
+                    "clip.source = 'image' shows an inpaint model what it should fill in",
+                    "",
+                    "use clip.source=text",
+                )
+            )
+        faults.append(
+            Fault(
+                f"model.preset = {model.preset!r}: inpaint models can be loaded and sampled but not yet trained (no "
+                "masks are drawn)",
+                "",
+                "use base or upsample",
+            )
+        )
+    return faults
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    text = _read_text(path, "--ds_config")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        line = text.splitlines()[error.lineno - 1].strip() if text.strip() else ""
+        raise ConfigError(
+            f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}: {line!r}",
+            "",
+            "correct it",
+        ) from error
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"{path} holds {type(value).__name__}, not an object with DeepSpeed's keys", "", "give another file"
+        )
+    return value
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    text = _read_text(path, "--config")
+    try:
+        value = yaml.load(text, _YamlLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}", "", "correct it") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds {type(value).__name__}, not keys and values", "", "give another file")
+    return value
+
+
+def _read_text(path: Path, option: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        near = sorted(p.name for p in path.parent.glob(f"*{path.suffix}")) if path.parent.is_dir() else []
+        beside = f"; {path.parent} holds {', '.join(near)}" if near else ""
+        raise ConfigError(
+            f"{option} {path} can't be read ({error.strerror}){beside}", "", "correct it"
+        ) from error
+
+
+def _parse_set(item: str) -> dict[str, Any]:
+    key, equals, text = item.partition("=")
+    if not equals or not key:
+        raise ConfigError(
+            f"--set {item} is no assignment", "", "give key=value, such as --set train.steps=1000"
+        )
+    try:
+        # A brace pattern such as {000..007}.tar is a shard name, not YAML's inline mapping.
+        value = text if re.match(r"\{\d+\.\.", text) else yaml.load(text, _YamlLoader)
+    except yaml.YAMLError:
+        value = text
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return typing.cast(dict[str, Any], value)
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as the number people mean (YAML 1.1 wants 1.0e-4)."""
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d+(?:\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
