@@ -15,7 +15,7 @@ from torch import Tensor
 from glide_ds.errors import ConfigError
 
 # What is computed again in the backward pass; budget: as little as train.activation_gb allows.
-Recompute = Literal["none", "attention", "blocks", "budget"]
+Recompute = Literal["auto", "none", "attention", "blocks", "budget"]
 # How a GPU takes products of fp32 numbers: in full, on TF32 matrix units, or some of them by the kernels for fp16.
 Precision = Literal["fp32", "tf32", "tf32-fp16-kernels"]
 

@@ -368,7 +368,8 @@ def test_a_good_setup_on_two_ranks_takes_a_step_together(tmp_path: Path, root: P
         "2",
         "--standalone",
         "-m",
-        "glide_ds.preflight",
+        "glide_ds",
+        "preflight",
     )
     config = str(root / "ds_configs" / "tiny" / "phase1.json")
     done = command("--ds_config", config, "--set", f"run.dir={tmp_path}/run", cwd=root, launcher=launcher)

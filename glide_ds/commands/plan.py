@@ -23,8 +23,9 @@ from glide_ds.model.glide import RECOMPUTED, Glide
 from glide_ds.training.preview import describe_batch
 from glide_ds.training.run import check_pipeline
 from glide_ds.training.setup import glide_config, open_source
+from glide_ds.training.speed.fitting import USABLE, fit, host_memory, rank_memory
 from glide_ds.training.speed.flops import count_work
-from glide_ds.training.speed.memory import checkpoint_bytes, checkpoints_kept, gib, memory_estimate
+from glide_ds.training.speed.memory import checkpoint_bytes, checkpoints_kept, gib
 from glide_ds.training.speed.meta import meta_model, weight_bytes
 from glide_ds.training.speed.peak import matrix_peak
 from glide_ds.training.speed.recompute import Activations, count_activations, recomputed
@@ -53,18 +54,8 @@ GPUS = {
 }
 MOST_PICTURES = 2**16  # in a micro-batch; the search ends here
 UTILISATION = 0.35  # of the peak, where nothing was measured
-USABLE = 0.92  # of a GPU's memory; the rest is lost between blocks of the allocator
-WORKSPACE = {"cpu": 0.0}  # beside what is counted, in bytes; on GPUs context, cuDNN and cuBLAS
-GPU_WORKSPACE = 1.5 * 2**30
 LOADER_S = 740e-6  # of a core per picture: read, decode, trim, resize (benchmarks/loader.py)
 PICTURE_BYTES = 50_000
-# Parameters of the text tower and of both, by clip.model.
-CLIP_PARAMETERS = {
-    "ViT-B/32": (63.4e6, 151.3e6),
-    "ViT-B/16": (63.4e6, 149.6e6),
-    "ViT-L/14": (123.7e6, 427.6e6),
-    "builtin:tiny": (0.3e6, 0.6e6),
-}
 
 
 @dataclass(frozen=True)
@@ -74,6 +65,7 @@ class Plan:
     config: Config
     arithmetic: BatchArithmetic
     gpu: str
+    dial: str  # train.recompute, with auto resolved
     limit: float  # usable bytes per GPU
     memory: Mapping[str, Mapping[str, float]]  # by dial, by part
     largest: Mapping[str, int]  # micro-batch that fits, by dial; 0: none
@@ -139,10 +131,12 @@ def make_plan(
     glide = glide_config(config)
     model = meta_model(glide, config)
     found, work = count_activations(model, cpu=gpu == "cpu"), count_work(model)
-    dial = config.train.recompute
-    limit = usable_bytes(gpu, gpus)
+    limit, cpu = usable_bytes(gpu, gpus), gpu == "cpu"
+    dial: str = config.train.recompute
+    if dial == "auto":
+        dial = fit(model, config, arithmetic, limit, found, cpu=cpu).dial
     dials = dict.fromkeys([*RECOMPUTED, dial])
-    memory = {name: rank_memory(model, config, arithmetic, name, found, gpu) for name in dials}
+    memory = {name: rank_memory(model, config, arithmetic, name, found, cpu=cpu) for name in dials}
     largest = {name: largest_micro_batch(model, config, arithmetic, name, found, gpu, limit) for name in dials}
     rate, source = rate_of(config, gpu, results)
     again = sum(work.blocks[block] for block in recomputed(found, config, arithmetic, dial))
@@ -155,6 +149,7 @@ def make_plan(
         config,
         arithmetic,
         gpu,
+        dial,
         limit,
         memory,
         largest,
@@ -165,18 +160,6 @@ def make_plan(
         checkpoint_bytes(model, config),
         source,
     )
-
-
-def rank_memory(
-    model: Glide, config: Config, arithmetic: BatchArithmetic, dial: str, found: Activations, gpu: str
-) -> dict[str, float]:
-    """Bytes per GPU by part, with the frozen encoder and the workspace."""
-    parts = memory_estimate(model, config, arithmetic, dial, found, cpu=gpu == "cpu")
-    towers = CLIP_PARAMETERS.get(config.clip.model, CLIP_PARAMETERS["ViT-L/14"])
-    if config.uses_clip:
-        parts["CLIP"] = 4 * towers[config.clip.source == "image"]
-    parts["workspace"] = WORKSPACE.get(gpu, GPU_WORKSPACE)
-    return parts
 
 
 def largest_micro_batch(
@@ -192,7 +175,7 @@ def largest_micro_batch(
 
     def fits(micro: int) -> bool:
         tried = arithmetic._replace(micro_batch=micro)
-        return sum(rank_memory(model, config, tried, dial, found, gpu).values()) <= limit
+        return sum(rank_memory(model, config, tried, dial, found, cpu=gpu == "cpu").values()) <= limit
 
     most = 1
     while fits(most) and most < MOST_PICTURES:
@@ -204,8 +187,7 @@ def usable_bytes(gpu: str, gpus: int) -> float:
     """What one GPU has for a run; of this machine's free memory, one rank's part."""
     if gpu != "cpu":
         return USABLE * GPUS[gpu].memory_gib * 2**30
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return USABLE * int(lines["MemAvailable"].split()[0]) * 1024 / gpus
+    return USABLE * host_memory() / gpus
 
 
 def communication(model: Any, config: Config, arithmetic: BatchArithmetic) -> dict[str, float]:
@@ -265,7 +247,7 @@ def _measured(gpu: str, bf16: bool, paths: Sequence[Path]) -> Iterator[tuple[flo
 def describe(plan: Plan, nodes: int) -> list[str]:
     """The plan of one phase, a page of plain text."""
     config, arithmetic = plan.config, plan.arithmetic
-    dial, gpus = config.train.recompute, arithmetic.world_size // nodes
+    dial, gpus = plan.dial, arithmetic.world_size // nodes
     lines = [
         f"── glide_ds plan: phase {config.train.phase} on {nodes} x {gpus} {plan.gpu} ".ljust(100, "─"),
         f"batch     {describe_batch(config, arithmetic)}",

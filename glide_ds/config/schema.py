@@ -292,9 +292,10 @@ class TrainConfig(Section):
     kl_weight: float = fixed(0.0, "of the Gaussian KL to the pass without CLIP; 0: no such pass", ge=0)
     kl_every: int = fixed(100, "steps between two KL terms", ge=1)
     recompute: Recompute = free(
-        "blocks",
-        "what the backward pass computes again instead of keeping it: none of it, attention, blocks (all of "
-        "them), or budget: as little as activation_gb allows",
+        "auto",
+        "what the backward pass computes again instead of keeping it: none of it, attention, blocks (all of them), "
+        "budget: as little as activation_gb allows, or auto: the least of the first three that fits by the planner's "
+        "estimate (training/speed/fitting.py), which the opening block shows",
     )
     activation_gb: float = free(
         0.0, "GiB that recompute=budget may keep per rank between forward and backward pass", ge=0

@@ -40,6 +40,7 @@ from glide_ds.training.faults.stopping import STOP_FILE
 from glide_ds.training.preview import describe_batch
 from glide_ds.training.run import check_pipeline
 from glide_ds.training.setup import glide_config
+from glide_ds.training.speed.fitting import USABLE, fit, host_memory
 from glide_ds.training.speed.memory import (
     checkpoint_bytes,
     checkpoints_kept,
@@ -160,13 +161,16 @@ def memory(site: Site) -> Finding:
         site.progress(f"counting phase {config.train.phase}")
         model = meta_model(_glide(config), config)
         cpu = site.device.type == "cpu"
-        parts = memory_estimate(model, config, arithmetic, config.train.recompute, cpu=cpu)
+        dial: str = config.train.recompute
+        if dial == "auto":
+            dial = fit(model, config, arithmetic, USABLE * _memory_per_rank(site), cpu=cpu).dial
+        parts = memory_estimate(model, config, arithmetic, dial, cpu=cpu)
         copy = snapshot_bytes(model, config, site.world_size)
         on_host.append(copy + frozen_masters(model, config))
         needs[config.train.phase] = sum(parts.values()) + (copy if cpu else 0)
     phase, need = max(needs.items(), key=lambda item: item[1])
     text = f"phase {phase} takes about {gib(need)} per rank"
-    have, host = _memory_per_rank(site), _host_memory()
+    have, host = _memory_per_rank(site), host_memory()
     if max(on_host) > host and site.device.type != "cpu":
         fact = f"rank 0 keeps {gib(max(on_host))} in host memory for its saves, but {site.host} has {gib(host)} free"
         return Finding(text, (Fault(fact, remedy="set checkpoint.async_save=false, or use more ranks"),))
@@ -183,12 +187,7 @@ def memory(site: Site) -> Finding:
 def _memory_per_rank(site: Site) -> float:
     if site.device.type == "cuda":
         return float(torch.cuda.mem_get_info(site.device)[0])
-    return _host_memory() / site.gpus
-
-
-def _host_memory() -> float:
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024
+    return host_memory() / site.gpus
 
 
 # ---- the data

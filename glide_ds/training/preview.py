@@ -12,20 +12,26 @@ from glide_ds.config import BatchArithmetic, Config
 from glide_ds.model.glide import RECOMPUTED, Glide
 from glide_ds.training.checkpoint.start import Start, banner, folder_of
 from glide_ds.training.phases import count_by_role, trained_roles
+from glide_ds.training.speed.fitting import USABLE, Fit, rank_memory
 from glide_ds.training.speed.memory import frozen_masters, gib, memory_estimate, snapshot_bytes
 from glide_ds.training.speed.meta import meta_model, weight_bytes
 from glide_ds.types import GlideConfig
 
 WIDTH = 100
-ESTIMATED = 0.85  # of a GPU's memory that an estimate may fill: it leaves out encoder, workspace and fragments
 
 
 def block(
-    config: Config, arithmetic: BatchArithmetic, start: Start, glide: GlideConfig, data: Mapping[str, Any]
+    config: Config,
+    arithmetic: BatchArithmetic,
+    start: Start,
+    glide: GlideConfig,
+    data: Mapping[str, Any],
+    chosen: Fit | None = None,
 ) -> str:
     """Phase, parameters by role, data, batch arithmetic, memory, resume point: a page of plain text.
 
-    `glide` is the architecture to be built, `data` the source's facts.
+    `config` has train.recompute=auto resolved to what was `chosen`, `glide` is the architecture to be built, `data`
+    the source's facts.
     """
     model = meta_model(glide, config)
     counts = count_by_role(model.named_parameters())
@@ -56,6 +62,7 @@ def block(
         ("batch", describe_batch(config, arithmetic)),
         ("steps", f"{steps_left:,} to go of {train.steps:,} ({epochs:.2f} epochs), {describe_rates(config)}"),
         ("memory", describe_memory(model, config, arithmetic)),
+        *([("again", chosen.describe())] if chosen else []),
     ]
     if torch.cuda.is_available():
         on_gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -126,11 +133,13 @@ def describe_faster(model: Glide, config: Config, arithmetic: BatchArithmetic, c
     train = config.train
     dials = list(RECOMPUTED)  # from the fastest; a budget is chosen with care, and only `none` is surely faster
     faster = dials[: dials.index(train.recompute) if train.recompute in dials else 1]
-    needs = {dial: sum(memory_estimate(model, config, arithmetic, dial).values()) for dial in faster}
-    fitting = [dial for dial, need in needs.items() if need <= ESTIMATED * capacity]
+    needs = {dial: sum(rank_memory(model, config, arithmetic, dial, cpu=False).values()) for dial in faster}
+    fitting = [dial for dial, need in needs.items() if need <= USABLE * capacity]
     advice = [
         f"train.recompute={dial} fits, about {gib(needs[dial])} of {gib(capacity)}" for dial in fitting[:1]
     ]
+    if train.precision == "tf32" and weight_bytes(config) == 4:
+        advice.append("train.precision=tf32-fp16-kernels, 8 to 16 % and as exact")
     if not train.compile:
         advice.append("train.compile=true, minutes at the first start")
     return "; ".join(advice)

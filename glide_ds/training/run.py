@@ -21,6 +21,7 @@ from glide_ds.training.faults.watchdog import Watch, guarded
 from glide_ds.training.loop import train
 from glide_ds.training.phases import PHASES
 from glide_ds.training.setup import check_writable, glide_config, open_source, phase_run
+from glide_ds.training.speed.fitting import fitted, limit_here
 from glide_ds.training.stability import RolledBack
 from glide_ds.training.zero.group import start_process_group
 
@@ -69,8 +70,10 @@ def dry_run_report(configs: Sequence[Config], world_size: int) -> None:
     for config in configs:
         arithmetic = config.batch_arithmetic(world_size)
         start = find_start(config, planned, verify=False)
-        data = open_source(config, arithmetic, 0).facts()
-        print(preview.block(config, arithmetic, start, glide_config(config), data), flush=True)
+        data, glide = open_source(config, arithmetic, 0).facts(), glide_config(config)
+        here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        shown, chosen = fitted(config, arithmetic, glide, limit_here(here), cpu=here.type == "cpu")
+        print(preview.block(shown, arithmetic, start, glide, data, chosen), flush=True)
         planned.append(config.train.phase)
 
 

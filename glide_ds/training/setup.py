@@ -18,7 +18,7 @@ from glide_ds.errors import ConfigError, DataError, GlideError
 from glide_ds.files import probe
 from glide_ds.model import create_model
 from glide_ds.model.clip import FrozenClip, embedding_dim
-from glide_ds.model.glide import Glide
+from glide_ds.model.glide import RECOMPUTED, Glide
 from glide_ds.model.reduced import can_reduce
 from glide_ds.training import preview
 from glide_ds.training.checkpoint.commit import Committed
@@ -33,6 +33,7 @@ from glide_ds.training.phases import parameter_groups, phase_seed
 from glide_ds.training.samples import Sampler
 from glide_ds.training.speed.compiling import set_compilation
 from glide_ds.training.speed.cuda_graph import capture, forget
+from glide_ds.training.speed.fitting import Fit, fitted, limit_here, resolved
 from glide_ds.training.speed.flops import step_work
 from glide_ds.training.speed.meta import weight_bytes
 from glide_ds.training.speed.peak import matrix_peak
@@ -74,6 +75,7 @@ class PhaseRun:
 class Ground(NamedTuple):
     """What a phase stands on, found and checked before its model is made."""
 
+    config: Config  # with what follows from this machine: train.recompute=auto resolved
     start: Start
     glide: GlideConfig
     source: Source
@@ -88,8 +90,9 @@ def phase_run(
 
     `model` is used again where its architecture is the same. Collective.
     """
-    arithmetic = config.batch_arithmetic(dist.get_world_size())
+    arithmetic, recorded = config.batch_arithmetic(dist.get_world_size()), config
     ground = find_ground(config, arithmetic, device)
+    config = ground.config
     torch.manual_seed(config.train.seed)
     if model is None or model.config != ground.glide:
         model = create_model(ground.glide)
@@ -104,7 +107,7 @@ def phase_run(
             load_engine(engine, resumed)
         agreed(lambda: capture(model, config, arithmetic, device))
         if dist.get_rank() == 0:
-            record(config, ground.start)
+            record(recorded, ground.start)
         with closing(RunLog(config, dist.get_rank(), ground.start.step)) as log:
             for line in told:
                 log.line(line)
@@ -133,9 +136,25 @@ def find_ground(config: Config, arithmetic: BatchArithmetic, device: torch.devic
     start = find_start(config, verify=True)
     glide = agreed(lambda: glide_config(config))
     source = agreed(lambda: open_source(config, arithmetic, rank))
+    config, chosen = fit_together(config, arithmetic, glide, device)
     if rank == 0:
-        print(preview.block(config, arithmetic, start, glide, source.facts()), flush=True)
-    return Ground(start, glide, source, agreed(lambda: _frozen_clip(config, device)))
+        print(preview.block(config, arithmetic, start, glide, source.facts(), chosen), flush=True)
+    return Ground(config, start, glide, source, agreed(lambda: _frozen_clip(config, device)))
+
+
+def fit_together(
+    config: Config, arithmetic: BatchArithmetic, glide: GlideConfig, device: torch.device
+) -> tuple[Config, Fit | None]:
+    """train.recompute=auto resolved: on all ranks what the one with the least memory needs. Collective."""
+    config, own = agreed(
+        lambda: fitted(config, arithmetic, glide, limit_here(device), cpu=device.type == "cpu")
+    )
+    if own is None:
+        return config, None
+    fits: list[Fit] = [own] * dist.get_world_size()
+    dist.all_gather_object(fits, own)
+    chosen = max(fits, key=lambda fit: list(RECOMPUTED).index(fit.dial))
+    return resolved(config, chosen), chosen
 
 
 def assemble(
@@ -149,7 +168,7 @@ def assemble(
     watch: Watch,
 ) -> PhaseRun:
     """Everything around the engine, each part given what it uses. Collective."""
-    start, glide, source, clip = ground
+    start, glide, source, clip = ground.start, ground.glide, ground.source, ground.clip
     diffusion = create_diffusion(config.model.noise_schedule)
     ema = Ema(engine, config.ema) if config.ema.decay else None
     if ema and start.resumed and not ema.load(start.resumed):

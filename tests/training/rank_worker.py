@@ -18,6 +18,7 @@ from train_kit import IN_BF16, PARITY, make_config, opened, shake, train_phase
 from glide_ds.config import CheckpointConfig
 from glide_ds.environment import read_environment
 from glide_ds.errors import DataError, GlideError
+from glide_ds.training import setup
 from glide_ds.training.checkpoint.commit import committed, newest_good
 from glide_ds.training.checkpoint.saver import Saver
 from glide_ds.training.faults.ranks import agreed
@@ -34,6 +35,7 @@ def main(folder: Path) -> None:
     start_process_group(120)
     results = {
         "agreed": error_on_one_rank(rank),
+        "recompute": recomputing_where_one_rank_has_less(rank, folder),
         "meter": mean_over_ranks(rank),
     }
     train_phase(make_config(folder / "two", **PARITY), shake)
@@ -56,6 +58,16 @@ def train_recorded(folder: Path) -> None:
         train(run)
         capturing.forget(run.model)
     torch.cuda.make_graphed_callables = launched
+
+
+def recomputing_where_one_rank_has_less(rank: int, folder: Path) -> list[str]:
+    """What train.recompute=auto comes to where rank 1's memory holds nothing."""
+    config = make_config(folder / "auto", train={"recompute": "auto"})
+    glide = setup.glide_config(config)
+    setup.limit_here = lambda _: 1e12 if rank == 0 else 1.0  # type: ignore[assignment]
+    chosen, fit = setup.fit_together(config, config.batch_arithmetic(2), glide, torch.device("cpu"))
+    assert fit is not None
+    return [chosen.train.recompute, fit.dial]
 
 
 def error_on_one_rank(rank: int) -> str:

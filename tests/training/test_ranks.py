@@ -110,6 +110,10 @@ def test_no_sample_is_read_by_two_ranks(two_ranks: Launch):
     assert len(ids[0]) == len(ids[1]) == 32  # one epoch of 64
 
 
+def test_all_ranks_recompute_what_the_one_with_the_least_memory_must(two_ranks: Launch):
+    assert [r["recompute"] for r in two_ranks.results] == [["blocks", "blocks"]] * 2
+
+
 def test_an_error_on_one_rank_is_raised_by_all(two_ranks: Launch):
     assert [r["agreed"] for r in two_ranks.results] == ["DataError: only rank 1 sees this"] * 2
 
