@@ -39,12 +39,14 @@ from PIL import Image
 
 from glide_ds import tokenizer
 from glide_ds.config import DataConfig, FilterConfig
-from glide_ds.data import build_source, loader
+from glide_ds.data import build_source
 from glide_ds.data.clip_store import ClipStore, Encoder, StoreNote, store_path, write_store
 from glide_ds.data.pictures.borders import content_box
 from glide_ds.data.pictures.decode import REDUCED_SIDE, DecodeOptions, decode, open_pixels
 from glide_ds.data.pictures.resample import Box, Pixels, resize
-from glide_ds.data.tars.shards import open_shards, scan_shard
+from glide_ds.data.samples import unread
+from glide_ds.data.tars.index import scan_shard
+from glide_ds.data.tars.shards import open_shards
 
 SIDE, BATCH, CONTEXT = 64, 64, 128
 PER_SHARD = 100
@@ -266,7 +268,7 @@ def benchmark(folder: Path, pictures: list[Picture], rounds: int) -> dict[str, d
     write_set(spoilt, [d[: len(d) // 2] if n % CORRUPT == 7 else d for n, d in enumerate(datas)])
     shards = open_shards(str(clean))
     options = DecodeOptions(SIDE)
-    unread = loader.unread(shards, FilterConfig())
+    skipped = unread(shards, FilterConfig())
     wanted = round(SIDE * REDUCED_SIDE)
     opened = [open_pixels(data, options, wanted) for data in datas]
     clip = fill_store(folder / "clip", shards)
@@ -290,7 +292,7 @@ def benchmark(folder: Path, pictures: list[Picture], rounds: int) -> dict[str, d
         "entropy decode": (samples, entropy),
         "decode + trim + resize": (samples, lambda: run_through(partial(decode, options=options), datas)),
         "index scan": (samples, lambda: run_through(scan_shard, urls)),
-        "read + index": (samples, lambda: run_through(shards.read, range(samples), repeat(unread))),
+        "read + index": (samples, lambda: run_through(shards.read, range(samples), repeat(skipped))),
         "decode": (samples, lambda: run_through(partial(open_pixels, options=options, wanted=wanted), datas)),
         "trim": (samples, lambda: run_through(content_box, *zip(*opened, strict=True))),
         "trim, bordered": (len(opened[::5]), lambda: run_through(content_box, *zip(*opened[::5], strict=True))),

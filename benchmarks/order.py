@@ -24,7 +24,8 @@ import numpy as np
 from machine import environment
 
 from glide_ds.data.order import Order, micro_slots
-from glide_ds.data.tars.shards import BLOCK, Member, Scan, ShardIndex, build_index, open_shards, store_index
+from glide_ds.data.tars.index import BLOCK, Member, Scan, ShardIndex, build_index, store_index
+from glide_ds.data.tars.shards import open_shards
 from glide_ds.data.tars.storage import Storage
 
 RANKS = (1, 64, 1024)

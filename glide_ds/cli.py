@@ -39,7 +39,7 @@ COMMANDS = (
     ),
     Command(
         ("prepare", "shapes"),
-        "glide_ds.data.shapes",
+        "glide_ds.commands.prepare_shapes",
         "write the built-in shapes as WebDataset shards",
         "glide-ds prepare shapes --out shards/ --count 10000",
     ),

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from glide_ds import __version__, cli
+from glide_ds.commands import prepare_shapes
 from glide_ds.data import shapes
 
 
@@ -68,19 +69,19 @@ def test_ctrl_c_is_no_traceback(monkeypatch, tmp_path, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shapes, "write_shards", interrupt)
+    monkeypatch.setattr(prepare_shapes, "write_shards", interrupt)
     assert cli.main([*PREPARE, str(tmp_path)]) == 130
     assert "interrupted" in capsys.readouterr().err
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
-    monkeypatch.setattr(shapes, "write_shards", lambda *_: 1 / 0)
+    monkeypatch.setattr(prepare_shapes, "write_shards", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main([*PREPARE, str(tmp_path)])
 
 
 def test_what_a_command_returns_is_the_exit_code(monkeypatch, tmp_path):
-    monkeypatch.setattr(shapes, "run", lambda _: 3)
+    monkeypatch.setattr(prepare_shapes, "run", lambda _: 3)
     assert cli.main([*PREPARE, str(tmp_path)]) == 3
 
 

@@ -18,9 +18,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from glide_ds.data.captions import Unusable, read_caption
+from glide_ds.data.captions import read_caption
 from glide_ds.data.clip_store import Encoder, StoreNote, read_note, store_path, write_store
 from glide_ds.data.pictures.decode import DecodeOptions, Pixels, decode, image_member
+from glide_ds.data.tally import Unusable
 from glide_ds.data.tars.shards import ShardSet, open_shards
 from glide_ds.errors import DataError
 from glide_ds.model.clip import FrozenClip

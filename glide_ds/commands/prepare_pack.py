@@ -26,9 +26,10 @@ import numpy as np
 from PIL import Image
 
 from glide_ds.commands.prepare_index import index_one
-from glide_ds.data.captions import Unusable, read_caption
+from glide_ds.data.captions import read_caption
 from glide_ds.data.pictures.decode import IMAGE_EXTENSIONS, DecodeOptions, decode
-from glide_ds.data.tars.shards import write_atomically
+from glide_ds.data.tally import Unusable
+from glide_ds.data.tars.index import write_atomically
 from glide_ds.data.workers import end_with
 from glide_ds.errors import DataError
 

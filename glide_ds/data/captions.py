@@ -9,37 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from enum import StrEnum
 from typing import Any
+
+from glide_ds.data.tally import Cause, Unusable
 
 TEXT_EXTENSIONS = ("txt", "text", "caption")
 CAPTION_FIELDS = ("caption", "captions", "text", "TEXT", "prompt", "alt_text", "alt", "title", "description")
 TEXT_FIELDS = ("caption", "text", "raw", "TEXT", "value")
 MAX_CHARACTERS = 20_000
-
-
-class Cause(StrEnum):
-    """Why a sample cannot be used."""
-
-    NO_IMAGE = "no image"
-    CORRUPT_IMAGE = "corrupt image"
-    UNKNOWN_FORMAT = "unknown image format"
-    TOO_SMALL = "image too small"
-    TOO_LARGE = "image too large"
-    NO_CAPTION = "no caption"
-    EMPTY_CAPTION = "empty caption"
-    BAD_TEXT = "caption not text"
-    BAD_JSON = "bad json"
-    UNREADABLE = "unreadable"
-
-
-class Unusable(Exception):  # noqa: N818 - a finding about a sample, not a program's error
-    """A sample cannot be used; the loader counts the cause and puts another in its slot."""
-
-    def __init__(self, cause: str, detail: str = "") -> None:
-        super().__init__(cause, detail)
-        self.cause = cause
-        self.detail = detail
 
 
 def decode_text(data: bytes) -> tuple[str, bool]:

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glide_ds.data.tars.shards import ShardSet, write_atomically
+from glide_ds.data.tars.index import write_atomically
+from glide_ds.data.tars.shards import ShardSet
 from glide_ds.data.tars.storage import local_path
 from glide_ds.errors import DataError
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from glide_ds.config import FilterConfig
-from glide_ds.data.captions import Unusable, parse_json
+from glide_ds.data.captions import parse_json
+from glide_ds.data.tally import Unusable
 
 WIDTHS = ("original_width", "width", "WIDTH")
 HEIGHTS = ("original_height", "height", "HEIGHT")

@@ -9,191 +9,35 @@ S image side, B micro-batch, T caption tokens.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial, reduce
-from operator import add
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from glide_ds import tokenizer
-from glide_ds.config import ClipConfig, DataConfig, FilterConfig, cache_dir
-from glide_ds.data import filters, shapes
-from glide_ds.data.captions import TEXT_EXTENSIONS, Cause, Unusable, read_caption
+from glide_ds.config import ClipConfig, DataConfig
 from glide_ds.data.clip_store import ClipStore, Encoder
+from glide_ds.data.filters import Filtered
 from glide_ds.data.handover import Packed, Receiver, Sender
 from glide_ds.data.order import MixOrder, Order, micro_slots, mix, uniform
-from glide_ds.data.pictures.decode import DecodeOptions, decode, image_member
 from glide_ds.data.pictures.resample import Pixels, resize
-from glide_ds.data.tars.shards import ShardSet, open_shards
-from glide_ds.data.tars.storage import CacheOptions, Storage
+from glide_ds.data.samples import Sample, SampleSet, ShardSamples, open_samples
+from glide_ds.data.tally import Tally, Unusable
 from glide_ds.data.workers import heed_the_trainer
 from glide_ds.errors import ConfigError, DataError
 from glide_ds.types import Batch
 
-SHAPES, SHAPES_HELD_OUT = "builtin:shapes", "builtin:shapes-heldout"
 LOW_RES_FACTOR = 4
 SUBSTITUTES = 256  # samples tried in a slot before the set counts as unusable
-EXAMPLES = 5  # kept per cause for the report
 ENOUGH_TO_JUDGE = 200  # samples read before data.max_bad_fraction can stop a run
 PREFETCH = 4  # micro-batches each worker prepares ahead
 
 # What a per-sample random number is for; part of its hash, so the draws are independent.
 _SUBSTITUTE, _CAPTION, _FLIP, _DROP = range(4)
-
-
-class Sample(NamedTuple):
-    pixels: Pixels  # uint8 [S, S, 3]
-    caption: str
-    notes: tuple[str, ...] = ()  # what was tolerated
-
-
-class SampleSet(Protocol):
-    """Numbered samples."""
-
-    sizes: np.ndarray[Any, np.dtype[np.int64]]  # samples per shard
-    part_sizes: list[np.ndarray[Any, np.dtype[np.int64]]]  # the same, by part of a mix
-    fingerprint: str
-    duplicates: int  # samples with a key that an earlier one of their shard has; read like all others
-
-    def __len__(self) -> int: ...
-
-    def span(self, sample: int) -> tuple[int, int]:
-        """(first sample, count) of the part of the mix that a sample belongs to."""
-        ...
-
-    def load(self, sample: int, draw: float) -> Sample:
-        """Raises Unusable with the cause. `draw` in [0, 1) picks among several captions."""
-        ...
-
-    def name(self, sample: int) -> str: ...
-
-
-class ShardSamples:
-    """Samples of tar shards."""
-
-    def __init__(self, parts: Sequence[tuple[ShardSet, FilterConfig]], options: DecodeOptions) -> None:
-        self.shards, self.options = reduce(add, (shards for shards, _ in parts)), options
-        self.part_sizes = [shards.sizes for shards, _ in parts]
-        self._ends = np.cumsum([len(shards) for shards, _ in parts]).tolist()
-        self._filters = [filter for _, filter in parts]
-        self._unread = [unread(shards, filter) for shards, filter in parts]
-        self.sizes, self.fingerprint = self.shards.sizes, self.shards.fingerprint
-        self.duplicates, self.name = self.shards.duplicates, self.shards.name
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    def span(self, sample: int) -> tuple[int, int]:
-        part = bisect_right(self._ends, sample)
-        first = self._ends[part - 1] if part else 0
-        return first, self._ends[part] - first
-
-    def load(self, sample: int, draw: float) -> Sample:
-        part = bisect_right(self._ends, sample)
-        members = self._read(sample, self._unread[part])
-        filters.check(members, self._filters[part])
-        try:
-            caption, notes = read_caption(members, draw)
-        except Unusable as error:
-            if not self._unread[part] or error.cause not in (Cause.NO_CAPTION, Cause.EMPTY_CAPTION):
-                raise
-            caption, notes = read_caption(self._read(sample), draw)
-        return Sample(decode(image_member(members), self.options), caption, notes)
-
-    def _read(self, sample: int, unread: frozenset[str] = frozenset()) -> dict[str, bytes]:
-        try:
-            return self.shards.read(sample, unread)
-        except (OSError, EOFError) as error:
-            raise Unusable(Cause.UNREADABLE, str(error)) from None
-
-
-def unread(shards: ShardSet, filter: FilterConfig) -> frozenset[str]:
-    """What samples are first read without: the JSON record, where no rule asks for it and captions are texts."""
-    texts = all(not set(TEXT_EXTENSIONS).isdisjoint(head.extensions) for head in shards.heads)
-    return frozenset({"json"}) if texts and not filter.active else frozenset()
-
-
-class ShapeSamples:
-    """The built-in shapes, drawn on the fly."""
-
-    def __init__(self, samples: int, size: int, *, held_out: bool = False) -> None:
-        self.sizes = np.array([samples], np.int64)
-        self.fingerprint = f"shapes-{'heldout-' if held_out else ''}{samples}"
-        self.part_sizes, self.duplicates = [self.sizes], 0
-        self._size, self._first = size, shapes.HELD_OUT if held_out else 0
-
-    def __len__(self) -> int:
-        return int(self.sizes[0])
-
-    def span(self, sample: int) -> tuple[int, int]:
-        return 0, len(self)
-
-    def load(self, sample: int, draw: float) -> Sample:
-        return Sample(*shapes.draw(self._first + sample, self._size))
-
-    def name(self, sample: int) -> str:
-        return f"shape {self._first + sample}"
-
-
-# ---- what happened
-
-
-@dataclass
-class Tally:
-    """What was read, and what became of it. Sums over micro-batches."""
-
-    read: int = 0  # samples tried, substitutes among them
-    delivered: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)  # by cause
-    filtered: Counter[str] = field(default_factory=Counter)  # by rule
-    tolerated: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)  # by cause
-
-    def skip(self, cause: str, example: str) -> None:
-        self.skipped[cause] += 1
-        self._example(cause, [example])
-
-    def add(self, other: Tally) -> None:
-        self.read += other.read
-        self.delivered += other.delivered
-        self.skipped.update(other.skipped)
-        self.filtered.update(other.filtered)
-        self.tolerated.update(other.tolerated)
-        for cause, examples in other.examples.items():
-            self._example(cause, examples)
-
-    def _example(self, cause: str, examples: list[str]) -> None:
-        kept = self.examples.setdefault(cause, [])
-        kept.extend(example for example in examples if example not in kept)
-        del kept[EXAMPLES:]
-
-    @property
-    def bad(self) -> int:
-        return sum(self.skipped.values())
-
-    def describe(self) -> str:
-        """The causes and rules in one line, the commonest first."""
-        counts = (
-            self.skipped + Counter({f"filter {rule}": n for rule, n in self.filtered.items()})
-        ).most_common()
-        return ", ".join(f"{cause} {count}" for cause, count in counts) or "none"
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "read": self.read,
-            "delivered": self.delivered,
-            "replaced": self.bad + self.filtered.total(),
-            "skipped": dict(self.skipped.most_common()),
-            "filtered": dict(self.filtered.most_common()),
-            "tolerated": dict(self.tolerated.most_common()),
-            "examples": {cause: list(examples) for cause, examples in self.examples.items()},
-        }
 
 
 class Made(NamedTuple):
@@ -286,7 +130,7 @@ class MicroBatches(Dataset[Made]):
             try:
                 # A store has one embedding per sample: that of the caption its first draw gives.
                 sample = self.samples.load(candidate, 0.0 if self.clip else die)
-            except filters.Filtered as finding:
+            except Filtered as finding:
                 tally.filtered[finding.cause] += 1
             except Unusable as finding:
                 tally.skip(finding.cause, f"{self.samples.name(candidate)}: {finding.detail or finding.cause}")
@@ -456,30 +300,6 @@ def _order(samples: SampleSet, config: DataConfig, layout: Layout) -> Order | Mi
     if config.mix:
         return MixOrder(tuple(parts), tuple(part.weight for part in config.mix_parts))
     return parts[0]
-
-
-def open_samples(config: DataConfig, image_size: int, rank: int = 0, world_size: int = 1) -> SampleSet:
-    """The samples that `data.mix`, or else `data.shards`, names."""
-    if not config.mix:
-        if config.shards in (SHAPES, SHAPES_HELD_OUT):
-            return ShapeSamples(config.shapes_samples, image_size, held_out=config.shards == SHAPES_HELD_OUT)
-        if isinstance(config.shards, str) and config.shards.startswith("builtin:"):
-            raise DataError(
-                f"data.shards={config.shards} does not exist; there is {SHAPES} and {SHAPES_HELD_OUT}"
-            )
-    cache = CacheOptions(config.cache_dir or str(cache_dir() / "blocks"), int(config.cache_gb * 2**30))
-    storage, salvage = Storage(cache), config.damaged_shards == "salvage"
-    parts = [
-        (
-            open_shards(
-                part.shards, config.index_dir, storage=storage, salvage=salvage, part=(rank, world_size)
-            ),
-            part.filter,
-        )
-        for part in config.mix_parts
-    ]
-    options = DecodeOptions(image_size, config.crop, config.trim, config.min_side, config.max_pixels)
-    return ShardSamples(parts, options)
 
 
 def build_source(

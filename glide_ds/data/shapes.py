@@ -7,7 +7,6 @@ Lengths and positions of a scene are fractions of the picture's side; x grows to
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
@@ -303,23 +302,3 @@ def _members(picture: Scene, size: int) -> Iterator[tuple[str, bytes]]:
     yield "png", png.getvalue()
     yield "txt", text.encode()
     yield "json", json.dumps({"caption": text, "scene": asdict(picture)}).encode()
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `glide-ds prepare shapes`."""
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the shards, made if missing")
-    parser.add_argument("--count", type=int, required=True, metavar="N", help="how many samples")
-    parser.add_argument(
-        "--per_shard", type=int, default=1000, metavar="N", help="samples per shard [%(default)s]"
-    )
-    parser.add_argument("--size", type=int, default=64, metavar="PX", help="side of the pictures [%(default)s]")
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws another set [%(default)s]")
-    parser.add_argument("--held_out", action="store_true", help="samples that no training draws")
-
-
-def run(args: argparse.Namespace) -> None:
-    """Write the shards and say where."""
-    start = HELD_OUT if args.held_out else 0
-    paths = write_shards(args.out, args.count, args.per_shard, args.size, args.seed, start)
-    size = sum(path.stat().st_size for path in paths)
-    print(f"{args.count} samples in {len(paths)} shards, {size / 1e6:.1f} MB: {paths[0]} ... {paths[-1].name}")

@@ -22,11 +22,12 @@ import torch
 from braceexpand import braceexpand
 
 from glide_ds.config import Config, DataConfig, cache_dir
-from glide_ds.data.captions import Unusable
 from glide_ds.data.clip_store import ClipStore, Encoder
 from glide_ds.data.filters import Filtered
-from glide_ds.data.loader import SampleSet, ShardSamples, Tally, open_samples
-from glide_ds.data.tars.shards import expand, open_index
+from glide_ds.data.samples import SampleSet, ShardSamples, open_samples
+from glide_ds.data.tally import Tally, Unusable
+from glide_ds.data.tars.index import open_index
+from glide_ds.data.tars.shards import expand
 from glide_ds.data.tars.storage import CacheOptions, Storage, is_remote
 from glide_ds.errors import ConfigError, DataError, Fault, GlideError, WeightsError
 from glide_ds.files import sync_directory

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from glide_ds.config import Config
-from glide_ds.data.loader import SHAPES, SHAPES_HELD_OUT, Source, build_source
+from glide_ds.data.loader import Source, build_source
+from glide_ds.data.samples import SHAPES, SHAPES_HELD_OUT
 from glide_ds.diffusion import Diffusion
 from glide_ds.errors import ConfigError
 from glide_ds.inference.held_out import CHUNK, Figures, HeldOut

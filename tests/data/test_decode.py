@@ -12,9 +12,9 @@ import pytest
 from data_kit import encoded, photo
 from PIL import Image
 
-from glide_ds.data.captions import Cause, Unusable
 from glide_ds.data.pictures.borders import content_box
 from glide_ds.data.pictures.decode import DecodeOptions, decode, image_member, open_pixels
+from glide_ds.data.tally import Cause, Unusable
 
 OPTIONS = DecodeOptions(16)
 WHOLE = DecodeOptions(16, trim=False)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from data_kit import encoded, json_bytes, photo, sample, source, take, write_tar
 
-from glide_ds.data.captions import Cause, Unusable
+from glide_ds.data.tally import Cause, Unusable
 from glide_ds.data.tars.shards import open_shards
 from glide_ds.errors import DataError
 

@@ -20,10 +20,11 @@ from data_kit import encoded, json_bytes, sample, source, take, write_shards, wr
 from PIL import Image
 
 from glide_ds.config import FilterConfig
-from glide_ds.data import loader
+from glide_ds.data import samples
 from glide_ds.data.handover import Receiver, Sender
 from glide_ds.data.loader import ENOUGH_TO_JUDGE
 from glide_ds.data.pictures.decode import decode
+from glide_ds.data.tars.shards import ShardSet
 from glide_ds.errors import ConfigError, DataError
 from glide_ds.types import Batch
 
@@ -83,14 +84,14 @@ def test_a_json_record_is_read_only_where_it_is_needed(tmp_path: Path, monkeypat
     members = [(f"{n}", {"jpg": picture, "json": record, **text}) for n, text in enumerate(texts)]
     path = str(write_tar(tmp_path / "x.tar", members))
     read: list[tuple[int, tuple[str, ...]]] = []
-    whole = loader.ShardSet.read
+    whole = ShardSet.read
 
-    def noted(shards: loader.ShardSet, number: int, unread: frozenset[str]) -> dict[str, bytes]:
+    def noted(shards: ShardSet, number: int, unread: frozenset[str]) -> dict[str, bytes]:
         found = whole(shards, number, unread)
         read.append((number, tuple(sorted(found))))
         return found
 
-    monkeypatch.setattr(loader.ShardSet, "read", noted)
+    monkeypatch.setattr(ShardSet, "read", noted)
     (batch,) = take(source(path, batch=3, drop_caption=0, drop_both=0), 1)
     captions = dict(zip(batch.sample_ids.tolist(), batch.captions, strict=True))
     assert captions == {0: "from the text", 1: "from the record", 2: "from the record"}
@@ -272,7 +273,7 @@ def test_layouts_of_known_sets_side_by_side(tmp_path: Path) -> None:
 
 def test_the_upsamplers_pair_comes_from_one_decode(shards: str, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = []
-    monkeypatch.setattr(loader, "decode", lambda *words: decoded.append(words) or decode(*words))
+    monkeypatch.setattr(samples, "decode", lambda *words: decoded.append(words) or decode(*words))
     (batch,) = take(source(shards, batch=6, size=256, low_res=True, flip=0.5), 1)
     assert len(decoded) == 6
     assert (batch.images.shape, batch.low_res.shape) == ((6, 256, 256, 3), (6, 64, 64, 3))

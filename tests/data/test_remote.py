@@ -144,7 +144,7 @@ def test_the_second_cached_epoch_makes_no_request(local: str, server: FlakyServe
 def test_indexes_beside_remote_shards_are_used(
     local: str, server: FlakyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from glide_ds.data.tars.shards import scan_shard
+    from glide_ds.data.tars.index import scan_shard
 
     monkeypatch.setenv("GLIDE_DS_CACHE", str(tmp_path / "cache"))
     for url in expand(f"{server.url}/s-{{000..002}}.tar"):

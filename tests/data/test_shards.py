@@ -11,18 +11,10 @@ import numpy as np
 import pytest
 from data_kit import sample, source, write_shards, write_tar
 
-from glide_ds.data.captions import Cause, Unusable
+from glide_ds.data.tally import Cause, Unusable
 from glide_ds.data.tars import shards as shards_module
-from glide_ds.data.tars.shards import (
-    BLOCK,
-    ShardIndex,
-    expand,
-    load_index,
-    open_shards,
-    scan_shard,
-    split_name,
-    store_index,
-)
+from glide_ds.data.tars.index import BLOCK, ShardIndex, load_index, scan_shard, split_name, store_index
+from glide_ds.data.tars.shards import expand, open_shards
 from glide_ds.data.tars.storage import Storage
 from glide_ds.errors import DataError
 

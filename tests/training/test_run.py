@@ -767,10 +767,10 @@ def test_options_place_the_index_and_salvage_a_damaged_tar(tmp_path: Path):
 
 
 def test_options_reach_the_cache_of_remote_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photos: str):
-    from glide_ds.data import loader
+    from glide_ds.data import samples
 
     given: list[Any] = []
-    storage = loader.Storage
-    monkeypatch.setattr(loader, "Storage", lambda cache: (given.append(cache), storage(cache))[1])
+    storage = samples.Storage
+    monkeypatch.setattr(samples, "Storage", lambda cache: (given.append(cache), storage(cache))[1])
     what_is_read(tmp_path, photos, cache_dir=str(tmp_path / "blocks"), cache_gb=2.0)
-    assert given == [loader.CacheOptions(str(tmp_path / "blocks"), 2 * 2**30)]
+    assert given == [samples.CacheOptions(str(tmp_path / "blocks"), 2 * 2**30)]

@@ -27,9 +27,9 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from glide_ds.data.captions import Cause, Unusable
 from glide_ds.data.pictures.borders import content_box
 from glide_ds.data.pictures.resample import Box, Pixels, resize
+from glide_ds.data.tally import Cause, Unusable
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "jfif", "gif", "bmp", "tif", "tiff", "img", "image")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")

@@ -1,0 +1,141 @@
+"""Numbered samples, of tar shards or drawn on the fly: a picture and a caption each."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from glide_ds.config import DataConfig, FilterConfig, cache_dir
+from glide_ds.data import filters, shapes
+from glide_ds.data.captions import TEXT_EXTENSIONS, read_caption
+from glide_ds.data.pictures.decode import DecodeOptions, decode, image_member
+from glide_ds.data.pictures.resample import Pixels
+from glide_ds.data.tally import Cause, Unusable
+from glide_ds.data.tars.shards import ShardSet, open_shards
+from glide_ds.data.tars.storage import CacheOptions, Storage
+from glide_ds.errors import DataError
+
+SHAPES, SHAPES_HELD_OUT = "builtin:shapes", "builtin:shapes-heldout"
+
+
+class Sample(NamedTuple):
+    pixels: Pixels  # uint8 [S, S, 3]
+    caption: str
+    notes: tuple[str, ...] = ()  # what was tolerated
+
+
+class SampleSet(Protocol):
+    """Numbered samples."""
+
+    sizes: np.ndarray[Any, np.dtype[np.int64]]  # samples per shard
+    part_sizes: list[np.ndarray[Any, np.dtype[np.int64]]]  # the same, by part of a mix
+    fingerprint: str
+    duplicates: int  # samples with a key that an earlier one of their shard has; read like all others
+
+    def __len__(self) -> int: ...
+
+    def span(self, sample: int) -> tuple[int, int]:
+        """(first sample, count) of the part of the mix that a sample belongs to."""
+        ...
+
+    def load(self, sample: int, draw: float) -> Sample:
+        """Raises Unusable with the cause. `draw` in [0, 1) picks among several captions."""
+        ...
+
+    def name(self, sample: int) -> str: ...
+
+
+class ShardSamples:
+    """Samples of tar shards."""
+
+    def __init__(self, parts: Sequence[tuple[ShardSet, FilterConfig]], options: DecodeOptions) -> None:
+        self.shards, self.options = reduce(add, (shards for shards, _ in parts)), options
+        self.part_sizes = [shards.sizes for shards, _ in parts]
+        self._ends = np.cumsum([len(shards) for shards, _ in parts]).tolist()
+        self._filters = [filter for _, filter in parts]
+        self._unread = [unread(shards, filter) for shards, filter in parts]
+        self.sizes, self.fingerprint = self.shards.sizes, self.shards.fingerprint
+        self.duplicates, self.name = self.shards.duplicates, self.shards.name
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def span(self, sample: int) -> tuple[int, int]:
+        part = bisect_right(self._ends, sample)
+        first = self._ends[part - 1] if part else 0
+        return first, self._ends[part] - first
+
+    def load(self, sample: int, draw: float) -> Sample:
+        part = bisect_right(self._ends, sample)
+        members = self._read(sample, self._unread[part])
+        filters.check(members, self._filters[part])
+        try:
+            caption, notes = read_caption(members, draw)
+        except Unusable as error:
+            if not self._unread[part] or error.cause not in (Cause.NO_CAPTION, Cause.EMPTY_CAPTION):
+                raise
+            caption, notes = read_caption(self._read(sample), draw)
+        return Sample(decode(image_member(members), self.options), caption, notes)
+
+    def _read(self, sample: int, unread: frozenset[str] = frozenset()) -> dict[str, bytes]:
+        try:
+            return self.shards.read(sample, unread)
+        except (OSError, EOFError) as error:
+            raise Unusable(Cause.UNREADABLE, str(error)) from None
+
+
+def unread(shards: ShardSet, filter: FilterConfig) -> frozenset[str]:
+    """What samples are first read without: the JSON record, where no rule asks for it and captions are texts."""
+    texts = all(not set(TEXT_EXTENSIONS).isdisjoint(head.extensions) for head in shards.heads)
+    return frozenset({"json"}) if texts and not filter.active else frozenset()
+
+
+class ShapeSamples:
+    """The built-in shapes, drawn on the fly."""
+
+    def __init__(self, samples: int, size: int, *, held_out: bool = False) -> None:
+        self.sizes = np.array([samples], np.int64)
+        self.fingerprint = f"shapes-{'heldout-' if held_out else ''}{samples}"
+        self.part_sizes, self.duplicates = [self.sizes], 0
+        self._size, self._first = size, shapes.HELD_OUT if held_out else 0
+
+    def __len__(self) -> int:
+        return int(self.sizes[0])
+
+    def span(self, sample: int) -> tuple[int, int]:
+        return 0, len(self)
+
+    def load(self, sample: int, draw: float) -> Sample:
+        return Sample(*shapes.draw(self._first + sample, self._size))
+
+    def name(self, sample: int) -> str:
+        return f"shape {self._first + sample}"
+
+
+def open_samples(config: DataConfig, image_size: int, rank: int = 0, world_size: int = 1) -> SampleSet:
+    """The samples that `data.mix`, or else `data.shards`, names."""
+    if not config.mix:
+        if config.shards in (SHAPES, SHAPES_HELD_OUT):
+            return ShapeSamples(config.shapes_samples, image_size, held_out=config.shards == SHAPES_HELD_OUT)
+        if isinstance(config.shards, str) and config.shards.startswith("builtin:"):
+            raise DataError(
+                f"data.shards={config.shards} does not exist; there is {SHAPES} and {SHAPES_HELD_OUT}"
+            )
+    cache = CacheOptions(config.cache_dir or str(cache_dir() / "blocks"), int(config.cache_gb * 2**30))
+    storage, salvage = Storage(cache), config.damaged_shards == "salvage"
+    parts = [
+        (
+            open_shards(
+                part.shards, config.index_dir, storage=storage, salvage=salvage, part=(rank, world_size)
+            ),
+            part.filter,
+        )
+        for part in config.mix_parts
+    ]
+    options = DecodeOptions(image_size, config.crop, config.trim, config.min_side, config.max_pixels)
+    return ShardSamples(parts, options)
