@@ -29,9 +29,9 @@ from glide_ds.commands.prepare_index import index_one
 from glide_ds.data.captions import read_caption
 from glide_ds.data.pictures.decode import IMAGE_EXTENSIONS, DecodeOptions, decode
 from glide_ds.data.tally import Unusable
-from glide_ds.data.tars.index import write_atomically
 from glide_ds.data.workers import end_with
 from glide_ds.errors import DataError
+from glide_ds.files import replacing, write_file
 
 IMAGE_FIELDS = ("image", "image_path", "path", "file_name", "filename", "file", "jpg")
 TEXT_FIELDS = ("caption", "text", "TEXT", "prompt", "title")
@@ -87,8 +87,8 @@ def pack(source: Path, out: Path, per_shard: int = 1000, workers: int = 1) -> di
     else:
         packed = list(map(task, parts))
     summary = _summary(packed)
-    write_atomically(out / "summary.json", json.dumps(summary, indent=1).encode())
-    write_atomically(out / "contact.png", _contact_sheet(pairs, source))
+    write_file(out / "summary.json", json.dumps(summary, indent=1))
+    write_file(out / "contact.png", _contact_sheet(pairs, source))
     return summary
 
 
@@ -158,9 +158,8 @@ def _write_shard(root: Path, part: tuple[Path, Sequence[Pair]]) -> Packed:
         earlier = Packed(**json.loads(note.read_bytes()))
         if earlier.input_hash == digest:
             return earlier
-    body = io.BytesIO()
     lengths, skipped = [], []
-    with tarfile.open(fileobj=body, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with replacing(path) as partial, tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
         for number, pair in enumerate(pairs):
             try:
                 image, members = _members(root, pair)
@@ -172,10 +171,9 @@ def _write_shard(root: Path, part: tuple[Path, Sequence[Pair]]) -> Packed:
                 info = tarfile.TarInfo(f"{path.stem}{number:06d}.{extension}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-    packed = Packed(digest, len(lengths), body.tell(), lengths, skipped)
-    write_atomically(path, body.getvalue())
+    packed = Packed(digest, len(lengths), path.stat().st_size, lengths, skipped)
     index_one(str(path), force=True)
-    write_atomically(note, json.dumps(packed._asdict()).encode())
+    write_file(note, json.dumps(packed._asdict()))
     return packed
 
 

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glide_ds.data.tars.index import write_atomically
 from glide_ds.data.tars.shards import ShardSet
 from glide_ds.data.tars.storage import local_path
 from glide_ds.errors import DataError
+from glide_ds.files import write_file
 
 OPEN_ARRAYS = 256
 Rows = NDArray[np.float16]
@@ -74,8 +74,8 @@ def write_store(path: Path, rows: Rows, note: StoreNote) -> None:
     data = io.BytesIO()
     np.save(data, rows, allow_pickle=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, data.getvalue())
-    write_atomically(path.with_suffix(".json"), note.to_json())
+    write_file(path, data.getvalue())
+    write_file(path.with_suffix(".json"), note.to_json())
 
 
 class ClipStore:

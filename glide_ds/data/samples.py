@@ -11,10 +11,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from glide_ds.config import DataConfig, FilterConfig, cache_dir
-from glide_ds.data import filters, shapes
 from glide_ds.data.captions import TEXT_EXTENSIONS, read_caption
+from glide_ds.data.filters import check as check_rules
 from glide_ds.data.pictures.decode import DecodeOptions, decode, image_member
 from glide_ds.data.pictures.resample import Pixels
+from glide_ds.data.shapes import HELD_OUT
+from glide_ds.data.shapes import draw as draw_shape
 from glide_ds.data.tally import Cause, Unusable
 from glide_ds.data.tars.shards import ShardSet, open_shards
 from glide_ds.data.tars.storage import CacheOptions, Storage
@@ -73,7 +75,7 @@ class ShardSamples:
     def load(self, sample: int, draw: float) -> Sample:
         part = bisect_right(self._ends, sample)
         members = self._read(sample, self._unread[part])
-        filters.check(members, self._filters[part])
+        check_rules(members, self._filters[part])
         try:
             caption, notes = read_caption(members, draw)
         except Unusable as error:
@@ -102,7 +104,7 @@ class ShapeSamples:
         self.sizes = np.array([samples], np.int64)
         self.fingerprint = f"shapes-{'heldout-' if held_out else ''}{samples}"
         self.part_sizes, self.duplicates = [self.sizes], 0
-        self._size, self._first = size, shapes.HELD_OUT if held_out else 0
+        self._size, self._first = size, HELD_OUT if held_out else 0
 
     def __len__(self) -> int:
         return int(self.sizes[0])
@@ -111,7 +113,7 @@ class ShapeSamples:
         return 0, len(self)
 
     def load(self, sample: int, draw: float) -> Sample:
-        return Sample(*shapes.draw(self._first + sample, self._size))
+        return Sample(*draw_shape(self._first + sample, self._size))
 
     def name(self, sample: int) -> str:
         return f"shape {self._first + sample}"

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from glide_ds.errors import DataError
+from glide_ds.files import replacing
 
 # Indices below are for training, from here on held out: no training run ever draws them.
 HELD_OUT = 2**40
@@ -282,17 +283,12 @@ def write_shards(
 
 
 def _write_shard(path: Path, indices: range, size: int, seed: int) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for index in indices:
-                for extension, content in _members(scene(index, seed), size):
-                    member = tarfile.TarInfo(f"{index:09d}.{extension}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial, tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for index in indices:
+            for extension, content in _members(scene(index, seed), size):
+                member = tarfile.TarInfo(f"{index:09d}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
 
 
 def _members(picture: Scene, size: int) -> Iterator[tuple[str, bytes]]:

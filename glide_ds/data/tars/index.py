@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 from glide_ds.config import cache_dir
 from glide_ds.data.tars.storage import LocalFile, RemoteFile, Stat, Storage, is_remote, local_path
 from glide_ds.errors import DataError
+from glide_ds.files import write_file
 
 BLOCK = 512
 MAGIC = b"glide_ds index 1\n"
@@ -267,22 +267,6 @@ def build_index(scan: Scan, version: str = "") -> ShardIndex:
     return ShardIndex(head, *tables)
 
 
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a file so that a reader, or a kill at any instant, sees all of it or none."""
-    folder = os.path.dirname(os.path.abspath(path))
-    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def index_urls(url: str, index_dir: str | None) -> list[str]:
     """Where a shard's index may lie, the preferred place first."""
     absolute = url if is_remote(url) else os.path.abspath(local_path(url))
@@ -329,7 +313,7 @@ def store_index(
         if _read_only(Path(place).parent):
             continue
         Path(place).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(place, index.to_bytes())
+        write_file(place, index.to_bytes())
         return place
     raise DataError(f"no place to write the index of {url}; set data.index_dir to a folder that can be written")
 
