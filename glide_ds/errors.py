@@ -8,7 +8,7 @@ from typing import NamedTuple, Self
 # Exit codes of a command; any other is a crash. 0: done, or stopped well (RUN/STOPPED.json says which).
 EXIT_MISTAKE = 2  # a GlideError: a person must mend something
 EXIT_UNSTABLE = 3  # the stability guard gave up, with a report: starting again would not help
-EXIT_LOST = 75  # a hang, or a peer that is gone: start the same command again
+EXIT_LOST = 75  # a hang, a peer that is gone, a disk or network that fails: start the same command again
 
 
 class Fault(NamedTuple):
@@ -66,6 +66,12 @@ class UnstableError(GlideError):
     """The training went wrong in a way that rolling back does not mend; RUN/stopped-report.json says how."""
 
     exit_code = EXIT_UNSTABLE
+
+
+class SurroundingsError(GlideError):
+    """A disk, a mount, a cache or the network fails under a run that was right when it started."""
+
+    exit_code = EXIT_LOST
 
 
 class LostError(GlideError):

@@ -25,22 +25,25 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.
 
 
 @contextmanager
-def replacing(path: PathLike) -> Iterator[Path]:
+def replacing(path: PathLike, *, sync: bool = True) -> Iterator[Path]:
     """A partial file to write, by name, which becomes `path` at the end; where the body raises, `path` stays as it was.
 
+    `sync=False` leaves it to the system when it comes to the disk: for what can be had again, as in a cache.
     Raises OSError where the place can't be written.
     """
     target = Path(path)
     with _partial(target) as partial:
         try:
             yield partial
-            with partial.open("rb+") as written:
-                os.fsync(written.fileno())
+            if sync:
+                with partial.open("rb+") as written:
+                    os.fsync(written.fileno())
             partial.replace(target)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-    sync_directory(target.parent)
+    if sync:
+        sync_directory(target.parent)
 
 
 def write_file(path: PathLike, data: bytes | str) -> None:

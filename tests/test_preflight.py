@@ -62,13 +62,13 @@ def batch_that_does_not_divide(folder: Path) -> Any:
 def missing_shard(folder: Path) -> Any:
     config = on_shards(folder)
     (folder / "shards" / "shapes-000002.tar").unlink()
-    return make_site(config), "shards", "1 of 4 shards do not exist", "Correct the pattern"
+    return make_site(config), "shards", "1 of 4 shards do not exist", "correct the pattern"
 
 
 def truncated_shard(folder: Path) -> Any:
     config, path = on_shards(folder), folder / "shards" / "shapes-000001.tar"
     path.write_bytes(path.read_bytes()[:5000])
-    return make_site(config), "shards", "000001.tar is damaged", "Fetch it again"
+    return make_site(config), "shards", "000001.tar is damaged", "fetch it again"
 
 
 def changed_shard(folder: Path) -> Any:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -25,6 +24,7 @@ from glide_ds.data.tally import Unusable
 from glide_ds.data.tars.shards import ShardSet, open_shards
 from glide_ds.errors import DataError
 from glide_ds.model.clip import FrozenClip
+from glide_ds.progress import Progress
 
 PICTURE_SIDE = 224  # what pictures are decoded at before the encoder resizes them to its own input
 
@@ -59,11 +59,9 @@ def run(args: argparse.Namespace) -> None:
     if not todo:
         return
     clip = FrozenClip(args.model, args.weights, place.device, source=args.source)
-    start = time.monotonic()
-    for done, shard in enumerate(todo, 1):
-        embed_shard(args.out, shards, shard, encoder, clip, args.batch)
-        left = (time.monotonic() - start) / done * (len(todo) - done)
-        print(f"rank {place.rank}: {done}/{len(todo)} shards, {left:.0f} s left", flush=True)
+    with Progress(f"rank {place.rank}: embedding", len(todo), "shards") as progress:
+        for shard in progress.over(todo):
+            embed_shard(args.out, shards, shard, encoder, clip, args.batch)
 
 
 def _place(local_rank: int) -> Place:
@@ -80,7 +78,9 @@ def _is_done(out: str, shards: ShardSet, shard: int, encoder: Encoder) -> bool:
         return False
     if note.encoder != encoder:
         raise DataError(
-            f"{path} holds embeddings of {note.encoder}, not of {encoder}; choose another --out, or --force"
+            f"{path} holds embeddings of {note.encoder}, not of {encoder}",
+            "",
+            "choose another --out, or --force",
         )
     return path.exists()
 
@@ -118,7 +118,7 @@ def _batches(
             members = shards.read(first + number)
             # 0.0 is the draw that the loader uses with a store, where several captions could be chosen.
             item = read_caption(members, 0.0)[0] if source == "text" else decode(image_member(members), options)
-        except (Unusable, OSError, EOFError):
+        except Unusable:
             continue
         numbers.append(number)
         inputs.append(item)

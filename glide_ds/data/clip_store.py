@@ -10,20 +10,20 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cachetools import LRUCache
 from numpy.typing import NDArray
 
 from glide_ds.data.tars.shards import ShardSet
-from glide_ds.data.tars.storage import local_path
+from glide_ds.data.tars.storage import allow_open_files, local_path, reading
 from glide_ds.errors import DataError
 from glide_ds.files import write_file
 
-OPEN_ARRAYS = 256
+OPEN_ARRAYS = 256  # per process, at least
 Rows = NDArray[np.float16]
 
 
@@ -58,8 +58,10 @@ def read_note(path: Path) -> StoreNote:
         return StoreNote(**{**stored, "encoder": Encoder(**stored["encoder"])})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"no CLIP embeddings at {path} ({error}); run `glide-ds prepare clip` for these shards, or unset "
-            "data.clip_store to encode captions while training"
+            f"no CLIP embeddings at {path} ({error})",
+            "",
+            "run `glide-ds prepare clip` for these shards, or unset data.clip_store to encode captions "
+            "while training",
         ) from error
 
 
@@ -99,9 +101,22 @@ class ClipStore:
             _check(note, encoder, url, key_hash, samples)
             dims.add(note.dim)
         if len(dims) != 1:
-            raise DataError(f"the embeddings in {folder} have the widths {sorted(dims)}; prepare them anew")
+            raise DataError(
+                f"the embeddings in {folder} have the widths {sorted(dims)}",
+                "",
+                "prepare them anew",
+            )
         self.dim = dims.pop()
-        self._open: OrderedDict[int, Rows] = OrderedDict()
+        self._open_at_once = OPEN_ARRAYS
+        self._open = self._none_open()
+
+    def keep_open(self, arrays: int) -> None:
+        """Have room for that many open arrays in each process, beside their shards and indexes."""
+        self._open_at_once = max(OPEN_ARRAYS, arrays)
+        self._open = self._none_open()
+
+    def _none_open(self) -> LRUCache[int, Rows]:
+        return LRUCache(allow_open_files(3 * self._open_at_once) // 3)
 
     def rows(self, samples: NDArray[np.int64]) -> Rows:
         """float16 [B, D] of the given sample numbers."""
@@ -114,29 +129,35 @@ class ClipStore:
         missing = ~out.any(axis=1)
         if missing.any():
             raise DataError(
-                f"sample {int(samples[missing][0])} has no embedding in {self._paths[int(shards[missing][0])]}: "
-                "it could not be read when the store was made; run `glide-ds prepare clip --force`"
+                f"sample {int(samples[missing][0])} has no embedding in "
+                f"{self._paths[int(shards[missing][0])]}: it could not be read when the store was made",
+                "",
+                "run `glide-ds prepare clip --force`",
             )
         return out
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}
+        return {**self.__dict__, "_open": self._none_open()}
 
     def _array(self, shard: int) -> Rows:
         array = self._open.get(shard)
         if array is None:
             path, samples = self._paths[shard], int(self._sizes[shard])
             try:
-                array = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError) as error:
-                raise DataError(f"the embeddings {path} can't be read: {error}; prepare them anew") from error
+                with reading(str(path)):
+                    array = np.load(path, mmap_mode="r", allow_pickle=False)
+            except ValueError as error:
+                raise DataError(
+                    f"the embeddings {path} can't be read: {error}",
+                    "",
+                    "prepare them anew",
+                ) from error
             if array.shape != (samples, self.dim) or array.dtype != np.float16:
                 raise DataError(
-                    f"the embeddings {path} are {array.dtype} {array.shape}, not float16 {(samples, self.dim)}; "
-                    "prepare them anew"
+                    f"the embeddings {path} are {array.dtype} {array.shape}, not float16 {(samples, self.dim)}",
+                    "",
+                    "prepare them anew",
                 )
-            if len(self._open) >= OPEN_ARRAYS:
-                self._open.popitem(last=False)
             self._open[shard] = array
         return array
 
@@ -146,10 +167,13 @@ def _check(note: StoreNote, encoder: Encoder, url: str, key_hash: str, samples: 
         found = getattr(note.encoder, name)
         if found != wanted:
             raise DataError(
-                f"the embeddings of {url} were made with clip.{name}={found}, this run has {wanted}; run "
-                f"`glide-ds prepare clip` for {wanted}, or set clip.{name}={found}"
+                f"the embeddings of {url} were made with clip.{name}={found}, this run has {wanted}",
+                "",
+                f"run `glide-ds prepare clip` for {wanted}, or set clip.{name}={found}",
             )
     if (note.key_hash, note.samples) != (key_hash, samples):
         raise DataError(
-            f"the embeddings of {url} belong to {note.samples} other samples; run `glide-ds prepare clip` again"
+            f"the embeddings of {url} belong to {note.samples} other samples",
+            "",
+            "run `glide-ds prepare clip` again",
         )

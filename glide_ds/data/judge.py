@@ -75,7 +75,9 @@ def judge(image: NDArray[np.uint8]) -> list[Found]:
     """The objects in a picture, uint8 [S, S, 3] RGB, largest first; tested at S of 32 and 64."""
     if image.ndim != 3 or image.shape[0] != image.shape[1] or image.shape[2] != 3 or image.dtype != np.uint8:
         raise DataError(
-            f"picture is {image.dtype} {list(image.shape)}, the judge reads square ones; give uint8 [S, S, 3]"
+            f"picture is {image.dtype} {list(image.shape)}, the judge reads square ones",
+            "",
+            "give uint8 [S, S, 3]",
         )
     background = _background(image)
     offset = image - background

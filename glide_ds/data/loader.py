@@ -28,7 +28,7 @@ from glide_ds.data.pictures.resample import Pixels, resize
 from glide_ds.data.samples import Sample, SampleSet, ShardSamples, open_samples
 from glide_ds.data.tally import Tally, Unusable
 from glide_ds.data.workers import heed_the_trainer
-from glide_ds.errors import ConfigError, DataError
+from glide_ds.errors import ConfigError, DataError, GlideError
 from glide_ds.types import Batch
 
 LOW_RES_FACTOR = 4
@@ -41,11 +41,11 @@ _SUBSTITUTE, _CAPTION, _FLIP, _DROP = range(4)
 
 
 class Made(NamedTuple):
-    """What a worker hands over: a batch, or the message of what stops the run, and what it counted."""
+    """What a worker hands over: a batch, or what stops the run, and what it counted."""
 
     batch: Batch | Packed | None
     tally: Tally
-    error: str = ""
+    error: GlideError | None = None
 
 
 def pack(sender: Sender, made: Made) -> Made:
@@ -77,9 +77,10 @@ class Layout:
         per_pass = self.micro_batch * self.world_size
         if per_pass <= 0 or self.global_batch % per_pass:
             raise ConfigError(
-                f"a global batch of {self.global_batch} is no multiple of {self.micro_batch} per micro-batch x "
-                f"{self.world_size} ranks = {per_pass}, so ranks would get unequal parts; use "
-                f"{max(per_pass, self.global_batch // per_pass * per_pass) if per_pass > 0 else 1}"
+                f"a global batch of {self.global_batch} is no multiple of {self.micro_batch} per "
+                f"micro-batch x {self.world_size} ranks = {per_pass}",
+                "ranks would get unequal parts",
+                f"use {max(per_pass, self.global_batch // per_pass * per_pass) if per_pass > 0 else 1}",
             )
         if not 0 <= self.rank < self.world_size:
             raise ConfigError(f"rank {self.rank} is outside 0..{self.world_size - 1}")
@@ -110,10 +111,10 @@ class MicroBatches(Dataset[Made]):
         dice = uniform(_CAPTION, layout.seed, drawn.epochs, drawn.ids).tolist()
         wishes = zip(drawn.ids.tolist(), drawn.epochs.tolist(), dice, strict=True)
         for row, (wanted, epoch, die) in enumerate(wishes):
-            found = self._usable(wanted, epoch, die, tally)
-            if found is None:
-                return Made(None, tally, self._hopeless(wanted, tally))
-            ids[row], sample = found
+            try:
+                ids[row], sample = self._usable(wanted, epoch, die, tally)
+            except GlideError as error:  # a worker can't raise it: torch would make another one of it
+                return Made(None, tally, error)
             images[row] = sample.pixels
             captions.append(sample.caption)
         tally.delivered = len(slots)
@@ -122,8 +123,11 @@ class MicroBatches(Dataset[Made]):
             batch = replace(batch, sample_ids=torch.from_numpy(np.where(drawn.padding, -1 - ids, ids)))
         return Made(batch, tally)
 
-    def _usable(self, wanted: int, epoch: int, die: float, tally: Tally) -> tuple[int, Sample] | None:
-        """The wanted sample, or the first usable one of a sequence that follows from its id and epoch."""
+    def _usable(self, wanted: int, epoch: int, die: float, tally: Tally) -> tuple[int, Sample]:
+        """The wanted sample, or the first usable one of a sequence that follows from its id and epoch.
+
+        Raises GlideError where there is none, and where the set can't be read.
+        """
         seed, candidate = self.layout.seed, wanted
         for attempt in range(1, SUBSTITUTES + 1):
             tally.read += 1
@@ -140,14 +144,12 @@ class MicroBatches(Dataset[Made]):
             first, count = self.samples.span(wanted)
             candidate = first + int(mix(_SUBSTITUTE, seed, epoch, wanted, attempt)[0] % np.uint64(count))
             die = float(uniform(_CAPTION, seed, epoch, candidate)[0])
-        return None
-
-    def _hopeless(self, wanted: int, tally: Tally) -> str:
         examples = "; ".join(names[0] for names in tally.examples.values()) or "none"
-        return (
-            f"no usable sample in {SUBSTITUTES} tried in place of sample {wanted}: {tally.describe()}. "
-            f"Examples: {examples}. Mend the data, loosen data.filter, or check that data.shards names "
-            "image-caption shards"
+        raise DataError(
+            f"no usable sample in {SUBSTITUTES} tried in place of sample {wanted}: {tally.describe()}; for example "
+            f"{examples}",
+            "a batch can't be filled",
+            "mend the data, loosen data.filter, or check that data.shards names image-caption shards",
         )
 
     def _batch(
@@ -211,6 +213,10 @@ class Source:
     ) -> None:
         self.samples, self.config, self.layout, self.clip = samples, config, layout, clip
         self.order = _order(samples, config, layout)
+        in_turn = self.order.shards_in_turn(layout.world_size)
+        samples.keep_open(in_turn)
+        if clip:
+            clip.keep_open(in_turn)
         self._tally = Tally()
 
     @property
@@ -255,16 +261,17 @@ class Source:
         )
         for made in loader:
             self._tally.add(made.tally)
-            if made.batch is None:
-                raise DataError(made.error)
+            if made.error is not None:
+                raise made.error
             self._check_bad_fraction()
             yield receiver.unpack(made.batch) if isinstance(made.batch, Packed) else made.batch
 
     def one(self, number: int) -> Batch:
         """Micro-batch `number` of this rank's global batch 0, made here and now. Raises DataError."""
         made = MicroBatches(self.samples, self.order, self.config, self.layout, self.clip)[0, number]
-        if not isinstance(made.batch, Batch):
-            raise DataError(made.error)
+        if made.error is not None:
+            raise made.error
+        assert isinstance(made.batch, Batch)
         return made.batch
 
     def report(self) -> dict[str, Any]:
@@ -277,9 +284,11 @@ class Source:
             return
         examples = "; ".join(names[0] for names in tally.examples.values())
         raise DataError(
-            f"{tally.bad} of {tally.read} samples read are unusable, more than data.max_bad_fraction="
-            f"{self.config.max_bad_fraction}: {tally.describe()}. For example {examples}. Mend the data, or "
-            "raise data.max_bad_fraction"
+            f"{tally.bad} of {tally.read} samples read are unusable, more than "
+            f"data.max_bad_fraction={self.config.max_bad_fraction}: {tally.describe()}. For example "
+            f"{examples}",
+            "",
+            "mend the data, or raise data.max_bad_fraction",
         )
 
 
@@ -331,6 +340,8 @@ def _open_store(config: DataConfig, samples: SampleSet, clip: ClipConfig | None)
         return None
     if not isinstance(samples, ShardSamples):
         raise DataError(
-            f"data.clip_store={config.clip_store} can't go with {config.shards}, which has no shards; unset it"
+            f"data.clip_store={config.clip_store} can't go with {config.shards}, which has no shards",
+            "",
+            "unset it",
         )
     return ClipStore(config.clip_store, samples.shards, Encoder(clip.model, clip.weights, clip.source))

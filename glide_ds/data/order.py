@@ -19,6 +19,7 @@ and the shards meet in another order every epoch.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -141,9 +142,10 @@ class Order:
             object.__setattr__(self, "lanes", default_lanes(len(self.sizes)))
         if self.samples < (self.batch if self.drop_last else 1):
             raise DataError(
-                f"the data has {self.samples} samples, fewer than one global batch of {self.batch}, so an "
-                f"epoch would hold no batch; lower train_batch_size to {max(self.samples, 1)} or less, add "
-                "shards, or set data.drop_last=false"
+                f"the data has {self.samples} samples, fewer than one global batch of {self.batch}",
+                "an epoch would hold no batch",
+                f"lower train_batch_size to {max(self.samples, 1)} or less, add shards, or set "
+                "data.drop_last=false",
             )
 
     @property
@@ -170,6 +172,12 @@ class Order:
             return np.asarray(position, np.int64)
         key = int(mix(self.seed, self.fingerprint, epoch)[0])
         return self._deck(key).sample(self._shuffled(key, np.asarray(position, np.int64)))
+
+    def shards_in_turn(self, ranks: int) -> int:
+        """About how many shards one of that many ranks reads by turns: its lanes', each over a window."""
+        lanes = self.lanes // math.gcd(self.lanes, ranks)
+        in_lane = self.window / self.lanes * len(self.sizes) / max(1, self.samples) if self.shuffle else 0.0
+        return min(len(self.sizes), math.ceil(lanes * (in_lane + 1.25)) + 8)
 
     def _shuffled(self, key: int, position: Ints) -> Ints:
         """Positions of the epoch to places in the deck."""
@@ -249,6 +257,9 @@ class MixOrder:
             ids[mine] = base + found
             first, base = first + int(counts[part]), base + order.samples
         return Draw(ids, epochs, np.zeros(len(slots), np.bool_))
+
+    def shards_in_turn(self, ranks: int) -> int:
+        return sum(part.shards_in_turn(ranks) for part in self.parts)
 
     def _given(self, total: int) -> list[int]:
         """How many of the first `total` samples each set gives."""

@@ -19,7 +19,7 @@ from glide_ds.data.shapes import HELD_OUT
 from glide_ds.data.shapes import draw as draw_shape
 from glide_ds.data.tally import Cause, Unusable
 from glide_ds.data.tars.shards import ShardSet, open_shards
-from glide_ds.data.tars.storage import CacheOptions, Storage
+from glide_ds.data.tars.storage import CacheOptions, Storage, is_remote
 from glide_ds.errors import DataError
 
 SHAPES, SHAPES_HELD_OUT = "builtin:shapes", "builtin:shapes-heldout"
@@ -46,7 +46,14 @@ class SampleSet(Protocol):
         ...
 
     def load(self, sample: int, draw: float) -> Sample:
-        """Raises Unusable with the cause. `draw` in [0, 1) picks among several captions."""
+        """Raises Unusable with the cause, and GlideError where the set itself can't be read.
+
+        `draw` in [0, 1) picks among several captions.
+        """
+        ...
+
+    def keep_open(self, shards: int) -> None:
+        """How many shards are read in turn."""
         ...
 
     def name(self, sample: int) -> str: ...
@@ -74,21 +81,18 @@ class ShardSamples:
 
     def load(self, sample: int, draw: float) -> Sample:
         part = bisect_right(self._ends, sample)
-        members = self._read(sample, self._unread[part])
+        members = self.shards.read(sample, self._unread[part])
         check_rules(members, self._filters[part])
         try:
             caption, notes = read_caption(members, draw)
         except Unusable as error:
             if not self._unread[part] or error.cause not in (Cause.NO_CAPTION, Cause.EMPTY_CAPTION):
                 raise
-            caption, notes = read_caption(self._read(sample), draw)
+            caption, notes = read_caption(self.shards.read(sample), draw)
         return Sample(decode(image_member(members), self.options), caption, notes)
 
-    def _read(self, sample: int, unread: frozenset[str] = frozenset()) -> dict[str, bytes]:
-        try:
-            return self.shards.read(sample, unread)
-        except (OSError, EOFError) as error:
-            raise Unusable(Cause.UNREADABLE, str(error)) from None
+    def keep_open(self, shards: int) -> None:
+        self.shards.keep_open(shards)
 
 
 def unread(shards: ShardSet, filter: FilterConfig) -> frozenset[str]:
@@ -115,8 +119,15 @@ class ShapeSamples:
     def load(self, sample: int, draw: float) -> Sample:
         return Sample(*draw_shape(self._first + sample, self._size))
 
+    def keep_open(self, shards: int) -> None:
+        """Nothing is opened."""
+
     def name(self, sample: int) -> str:
         return f"shape {self._first + sample}"
+
+
+def _patterns(shards: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (shards,) if isinstance(shards, str) else shards
 
 
 def open_samples(config: DataConfig, image_size: int, rank: int = 0, world_size: int = 1) -> SampleSet:
@@ -126,9 +137,13 @@ def open_samples(config: DataConfig, image_size: int, rank: int = 0, world_size:
             return ShapeSamples(config.shapes_samples, image_size, held_out=config.shards == SHAPES_HELD_OUT)
         if isinstance(config.shards, str) and config.shards.startswith("builtin:"):
             raise DataError(
-                f"data.shards={config.shards} does not exist; there is {SHAPES} and {SHAPES_HELD_OUT}"
+                f"data.shards={config.shards} does not exist",
+                "",
+                f"there is {SHAPES} and {SHAPES_HELD_OUT}",
             )
     cache = CacheOptions(config.cache_dir or str(cache_dir() / "blocks"), int(config.cache_gb * 2**30))
+    if any(is_remote(pattern) for part in config.mix_parts for pattern in _patterns(part.shards)):
+        cache.check()
     storage, salvage = Storage(cache), config.damaged_shards == "salvage"
     parts = [
         (

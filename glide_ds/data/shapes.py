@@ -194,8 +194,9 @@ def parse_caption(text: str) -> Description:
     match = _CAPTION.fullmatch(text.strip().lower())
     if match is None:
         raise DataError(
-            f"caption {text!r} is not one of the built-in shapes, so it cannot be graded; "
-            'write it like "a large red circle above a small blue square"'
+            f"caption {text!r} is not one of the built-in shapes",
+            "it cannot be graded",
+            'write it like "a large red circle above a small blue square"',
         )
     groups = match.groups()
     first, relation = Label(*groups[:3]), groups[3]
@@ -223,7 +224,11 @@ def coverage(kind: str, dx: NDArray[np.float32], dy: NDArray[np.float32], radius
     if kind == "ring":
         middle, half_width = radius * (1 + RING_HOLE) / 2, radius * (1 - RING_HOLE) / 2
         return np.clip(0.5 + half_width - np.abs(distance - middle), 0, 1)
-    raise DataError(f"shape {kind!r} does not exist; choose one of {', '.join(KINDS)}")
+    raise DataError(
+        f"shape {kind!r} does not exist",
+        "",
+        f"choose one of {', '.join(KINDS)}",
+    )
 
 
 def _span(offset: NDArray[np.float32], half: float) -> NDArray[np.float32]:
@@ -271,7 +276,11 @@ def write_shards(
     The same arguments give the same bytes. Each shard appears under its name only when complete.
     """
     if count < 1 or per_shard < 1:
-        raise DataError(f"count={count} and per_shard={per_shard} give no shard; both must be at least 1")
+        raise DataError(
+            f"count={count} and per_shard={per_shard} give no shard",
+            "",
+            "both must be at least 1",
+        )
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []

@@ -22,7 +22,6 @@ class Cause(StrEnum):
     EMPTY_CAPTION = "empty caption"
     BAD_TEXT = "caption not text"
     BAD_JSON = "bad json"
-    UNREADABLE = "unreadable"
 
 
 class Unusable(Exception):  # noqa: N818 - a finding about a sample, not a program's error

@@ -86,7 +86,7 @@ def test_a_json_record_is_read_only_where_it_is_needed(tmp_path: Path, monkeypat
     read: list[tuple[int, tuple[str, ...]]] = []
     whole = ShardSet.read
 
-    def noted(shards: ShardSet, number: int, unread: frozenset[str]) -> dict[str, bytes]:
+    def noted(shards: ShardSet, number: int, unread: frozenset[str] = frozenset()) -> dict[str, bytes]:
         found = whole(shards, number, unread)
         read.append((number, tuple(sorted(found))))
         return found

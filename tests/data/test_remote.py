@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import threading
 from collections import Counter
@@ -14,10 +15,11 @@ import pytest
 import torch
 from data_kit import source, take, write_shards
 
+from glide_ds.data import Source
 from glide_ds.data.tars import storage as storage_module
 from glide_ds.data.tars.shards import expand
 from glide_ds.data.tars.storage import CacheOptions, DiskCache, Stat, Storage
-from glide_ds.errors import DataError
+from glide_ds.errors import ConfigError, DataError, SurroundingsError
 
 pytest.importorskip("aiohttp", reason="reading HTTP shards needs aiohttp")
 
@@ -159,7 +161,7 @@ def test_indexes_beside_remote_shards_are_used(
 def test_missing_and_unknown_urls_are_named(server: FlakyServer) -> None:
     with pytest.raises(DataError, match=r"nothing\.tar can't be opened"):
         source(f"{server.url}/nothing.tar")
-    with pytest.raises(DataError, match=r"warp://x\.tar can't be read.*Install"):
+    with pytest.raises(DataError, match=r"warp://x\.tar can't be read.*install"):
         source("warp://x.tar")
 
 
@@ -170,14 +172,55 @@ def test_a_dead_server_ends_in_an_error(server: FlakyServer, monkeypatch: pytest
         Storage().open(f"{server.url}/s-000.tar", Stat(1000, "v")).read(0, 10)
 
 
+def indexed_only(server: FlakyServer, folder: Path, **options: Any) -> Source:
+    """A source whose shards have indexes, and none of whose blocks is in the cache."""
+    pattern = f"{server.url}/s-{{000..002}}.tar"
+    source(pattern, index_dir=str(folder / "i"), cache_dir=str(folder / "other"))
+    return source(pattern, index_dir=str(folder / "i"), cache_dir=str(folder / "c"), **options)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_server_that_dies_under_way_is_no_bad_sample(
+    server: FlakyServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, workers: int
+) -> None:
+    monkeypatch.setattr(storage_module, "ATTEMPTS", 2)
+    made = indexed_only(server, tmp_path, workers=workers)
+    server.fail = 1.0
+    with pytest.raises(SurroundingsError, match=r"2 attempts failed.*start the same command again") as caught:
+        take(made, 6)
+    assert caught.value.exit_code == 75
+    assert made.report()["skipped"] == {}
+
+
+def test_a_cache_that_cannot_be_written_is_told_at_the_start(server: FlakyServer, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"data\.cache_dir: .*file can't be written.*choose another"):
+        source(f"{server.url}/s-{{000..002}}.tar", cache_dir=str(tmp_path / "file"))
+
+
+def test_a_cache_that_fills_up_under_way_is_no_bad_sample(
+    server: FlakyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = indexed_only(server, tmp_path)
+
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(SurroundingsError, match=r"data\.cache_dir.*takes no block: No space left on device"):
+        take(made, 6)
+    assert made.report()["skipped"] == {}
+
+
 def test_the_cache_is_bounded_and_keyed_by_version(tmp_path: Path) -> None:
     cache = DiskCache(tmp_path, 10_000)
     for number in range(100):
         cache.put(("u", "v1", number), bytes(1000))
     cache._evict()
     assert sum(p.stat().st_size for p in tmp_path.glob("*/*")) <= 10_000
-    assert cache.get(("u", "v1", 99)) is not None
-    assert cache.get(("u", "v2", 99)) is None
+    assert cache.read(("u", "v1", 99), 1000, slice(10, 30)) == bytes(20)
+    assert cache.read(("u", "v1", 99), 999, slice(10, 30)) is None  # cut by a power cut
+    assert cache.read(("u", "v2", 99), 1000, slice(10, 30)) is None
     assert not list(tmp_path.glob("*/.*"))
 
 

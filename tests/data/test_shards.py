@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from data_kit import sample, source, write_shards, write_tar
+from data_kit import sample, source, take, write_shards, write_tar
 
-from glide_ds.data.tally import Cause, Unusable
+from glide_ds.data.order import Order
 from glide_ds.data.tars import shards as shards_module
 from glide_ds.data.tars.index import BLOCK, ShardIndex, load_index, scan_shard, split_name, store_index
-from glide_ds.data.tars.shards import expand, open_shards
+from glide_ds.data.tars.shards import ShardSet, expand, open_shards
 from glide_ds.data.tars.storage import Storage
-from glide_ds.errors import DataError
+from glide_ds.errors import DataError, SurroundingsError
 
 
 def test_patterns(tmp_path: Path) -> None:
@@ -149,19 +152,75 @@ def test_a_tar_that_is_cut_off_while_it_is_read_is_named(tmp_path: Path) -> None
     first = made.samples.load(0, 0.0)
     os.truncate(path, offset + 100)
     assert np.array_equal(made.samples.load(0, 0.0).pixels, first.pixels)
-    with pytest.raises(Unusable, match=rf"s-000\.tar ends after {offset + 100} bytes") as finding:
+    with pytest.raises(DataError, match=rf"s-000\.tar ends after {offset + 100} bytes.*prepare index --force"):
         made.samples.load(2, 0.0)
-    assert finding.value.cause == Cause.UNREADABLE
     assert made.samples.name(2) == f"{path} 000002.jpg"
 
 
 def test_no_more_shards_stay_open_than_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shards = open_shards(write_shards(tmp_path, [1] * 6))
     monkeypatch.setattr(shards_module, "OPEN_SHARDS", 2)
+    shards = open_shards(write_shards(tmp_path, [1] * 6))
     before = len(os.listdir("/dev/fd"))
     for number in (*range(6), *range(6)):
         assert shards.read(number)["txt"] == f"photo {number}".encode()
-        assert len(os.listdir("/dev/fd")) <= before + 2
+        assert len(os.listdir("/dev/fd")) <= before + 2 * 2  # each with its index
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_shards_that_are_read_in_turn_stay_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """More than a process holds open unless it is told: a cache in turn over more than it holds never hits."""
+    count = 300
+    opens = tmp_path / "opens"
+    opens.touch()
+    whole = ShardSet._open
+
+    def counted(shards: ShardSet, shard: int) -> Any:
+        with opens.open("a") as file:
+            file.write(f"{shard}\n")
+        return whole(shards, shard)
+
+    monkeypatch.setattr(ShardSet, "_open", counted)
+    made = source(write_shards(tmp_path, [2] * count), batch=50, workers=workers)
+    take(made, 4 * 2 * count // 50)  # four epochs
+    assert len(opens.read_text().split()) == count
+
+
+def test_the_order_says_how_many_shards_a_rank_reads_in_turn() -> None:
+    def in_turn(shards: int, samples: int, ranks: int) -> int:
+        return Order(np.full(shards, samples), 64, 0, 0).shards_in_turn(ranks)
+
+    assert in_turn(10, 100, 1) == 10  # all there are
+    assert in_turn(41_000, 10_000, 8) == 489  # 3072 lanes, 384 a rank's, at times two shards in one
+    assert in_turn(41_000, 10_000, 1) == 3855
+    assert in_turn(41_000, 10_000, 7) == 3855  # which does not divide the lanes: each rank reads all
+
+
+def test_a_limit_of_open_files_is_raised_as_far_as_it_may(tmp_path: Path) -> None:
+    code = """
+import resource, sys
+from glide_ds.data.tars.storage import allow_open_files
+resource.setrlimit(resource.RLIMIT_NOFILE, (600, 2000))
+print(allow_open_files(100), *resource.getrlimit(resource.RLIMIT_NOFILE))
+print(allow_open_files(1000), *resource.getrlimit(resource.RLIMIT_NOFILE))
+print(allow_open_files(9000), *resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["100 612 2000", "1000 1512 2000", "1488 2000 2000"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_is_lost_under_way_is_no_bad_sample(tmp_path: Path, workers: int) -> None:
+    pattern = write_shards(tmp_path, [4] * 3)
+    made = source(pattern, batch=4, workers=workers, shuffle=False)
+    (tmp_path / "s-001.tar").rename(tmp_path / "elsewhere")
+    with pytest.raises(
+        SurroundingsError, match=r"s-001\.tar can't be read.*start the same command again"
+    ) as caught:
+        take(made, 3)
+    assert caught.value.exit_code == 75
+    assert made.report()["skipped"] == {}
 
 
 def test_a_corrupt_header_loses_one_member_not_the_rest(tmp_path: Path) -> None:

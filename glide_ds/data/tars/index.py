@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import re
 from collections.abc import Callable
@@ -194,20 +195,38 @@ class ShardIndex:
         return MAGIC + hashlib.blake2b(body, digest_size=16).digest() + body
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> ShardIndex:
-        """Raises ValueError where the bytes are no whole, undamaged index."""
+    def mapped(cls, path: str, head: IndexHead) -> ShardIndex | None:
+        """The index in a local file, its tables read where they are used and shared by all processes.
+
+        None where there is none, or another one than `head`, which was verified when it was opened first.
+        """
+        try:
+            with open(path, "rb") as file:
+                index = cls.from_bytes(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), verified=True)
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+        return index if index.head == head else None
+
+    @classmethod
+    def from_bytes(cls, data: bytes | mmap.mmap, *, verified: bool = False) -> ShardIndex:
+        """Raises ValueError where the bytes are no whole, undamaged index; `verified` leaves the hash out."""
         start = len(MAGIC) + 16
-        digest = hashlib.blake2b(data[start:], digest_size=16).digest()
-        if not data.startswith(MAGIC) or data[len(MAGIC) : start] != digest:
-            raise ValueError("no index, or a damaged one")
-        end = data.index(b"\n", start)
+        if data[: len(MAGIC)] != MAGIC:
+            raise ValueError("no index")
+        if not verified and data[len(MAGIC) : start] != hashlib.blake2b(data[start:], digest_size=16).digest():
+            raise ValueError("a damaged index")
+        end = data.find(b"\n", start)
         stored = json.loads(data[start:end])
         stored |= {name: tuple(stored[name]) for name in ("extensions", "damage")}
         head = IndexHead(**stored)
-        tables, offset = [], end + 1
-        for dtype, count in (("u4", head.samples + 1), *(("u4", head.members),) * 2, ("u1", head.members)):
-            tables.append(np.frombuffer(data, dtype, count, offset).copy().data)  # aligned, as it must be
-            offset += tables[-1].nbytes
+        tables: list[memoryview] = []
+        offset, whole = end + 1, memoryview(data)
+        for size in (4 * (head.samples + 1), 4 * head.members, 4 * head.members, head.members):
+            part = whole[offset : offset + size]
+            tables.append(part.cast("I") if len(tables) < 3 else part)
+            offset += size
+        if offset != len(data):
+            raise ValueError("a cut index")
         return cls(head, *tables)
 
 
@@ -315,7 +334,11 @@ def store_index(
         Path(place).parent.mkdir(parents=True, exist_ok=True)
         write_file(place, index.to_bytes())
         return place
-    raise DataError(f"no place to write the index of {url}; set data.index_dir to a folder that can be written")
+    raise DataError(
+        f"no place to write the index of {url}",
+        "",
+        "set data.index_dir to a folder that can be written",
+    )
 
 
 def scan_shard(url: str, storage: Storage | None = None) -> ShardIndex:
@@ -324,7 +347,11 @@ def scan_shard(url: str, storage: Storage | None = None) -> ShardIndex:
     stat = storage.stat(url)
     file = storage.open(url, stat)
     if stat.size >= 2 and file.read(0, 2) == b"\x1f\x8b":
-        raise DataError(f"shard {url} is gzip-compressed, so no sample can be read alone; gunzip it first")
+        raise DataError(
+            f"shard {url} is gzip-compressed",
+            "no sample can be read alone",
+            "gunzip it first",
+        )
     return build_index(scan_tar(file.read, stat.size), stat.version)
 
 
@@ -333,12 +360,18 @@ def open_index(url: str, storage: Storage, index_dir: str | None = None) -> tupl
     try:
         stat = storage.stat(url)
     except OSError as error:
-        raise DataError(f"shard {url} can't be opened: {error}; check the URL and the access to it") from error
+        raise DataError(
+            f"shard {url} can't be opened: {error}",
+            "",
+            "check the URL and the access to it",
+        ) from error
     index = load_index(url, storage, index_dir)
     if index is not None and index.head.tar_size != stat.size:
         raise DataError(
-            f"shard {url} has {stat.size} bytes, its index was made for {index.head.tar_size}: the tar was "
-            "truncated or replaced. Restore it, or run `glide-ds prepare index --force` to accept it"
+            f"shard {url} has {stat.size} bytes, its index was made for {index.head.tar_size}: the tar "
+            "was truncated or replaced",
+            "",
+            "restore it, or run `glide-ds prepare index --force` to accept it",
         )
     if index is not None and index.head.version == stat.version:
         if is_remote(url) and not os.path.exists(index_urls(url, index_dir)[-1]):
@@ -347,8 +380,9 @@ def open_index(url: str, storage: Storage, index_dir: str | None = None) -> tupl
     fresh = scan_shard(url, storage)
     if index is not None and index.head.fingerprint != fresh.head.fingerprint:
         raise DataError(
-            f"shard {url} changed since its index was made (same size, other members). Restore it, or run "
-            "`glide-ds prepare index --force` to accept it as it is"
+            f"shard {url} changed since its index was made (same size, other members)",
+            "",
+            "restore it, or run `glide-ds prepare index --force` to accept it as it is",
         )
     store_index(url, fresh, storage, index_dir)
     return fresh, stat

@@ -7,18 +7,28 @@ import glob
 import hashlib
 import os
 from bisect import bisect_right
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from braceexpand import braceexpand
+from cachetools import LRUCache
 
-from glide_ds.data.tars.index import BLOCK, IndexHead, ShardIndex, header_name, load_index, open_index
-from glide_ds.data.tars.storage import LocalFile, RemoteFile, Stat, Storage, is_remote, local_path
-from glide_ds.errors import DataError
+from glide_ds.data.tars.index import BLOCK, IndexHead, ShardIndex, header_name, index_urls, open_index
+from glide_ds.data.tars.storage import (
+    LocalFile,
+    RemoteFile,
+    Stat,
+    Storage,
+    allow_open_files,
+    fault,
+    is_remote,
+    local_path,
+)
+from glide_ds.errors import DataError, GlideError
 
-OPEN_SHARDS = 256  # with their indexes, per process
+OPEN_SHARDS = 256  # with their indexes, per process, at least
 
 
 # ---- URLs
@@ -33,11 +43,12 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
     wanted = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     urls = [url for pattern in wanted for url in _expand_one(pattern)]
     if not urls:
-        raise DataError("data.shards is empty: name tar files, a brace pattern, or builtin:shapes")
+        raise DataError("data.shards is empty", "", "name tar files, a brace pattern, or builtin:shapes")
     if doubled := [url for url, count in Counter(urls).items() if count > 1]:
         raise DataError(
-            f"data.shards names {doubled[0]} more than once ({len(doubled)} such shards), so its samples would "
-            "be read twice an epoch; name each shard once"
+            f"data.shards names {doubled[0]} more than once ({len(doubled)} such shards)",
+            "its samples would be read twice an epoch",
+            "name each shard once",
         )
     return urls
 
@@ -46,13 +57,17 @@ def _expand_one(pattern: str) -> list[str]:
     try:
         urls = list(braceexpand(pattern))
     except ValueError as error:
-        raise DataError(f"data.shards pattern {pattern!r} has unbalanced braces; close them") from error
+        raise DataError(
+            f"data.shards pattern {pattern!r} has unbalanced braces",
+            "",
+            "close them",
+        ) from error
     if pattern == "" or not urls:
-        raise DataError("data.shards has an empty pattern: name tar files, or builtin:shapes")
+        raise DataError("data.shards has an empty pattern", "", "name tar files, or builtin:shapes")
     found = [match for url in urls for match in _matches(url)]
     missing = [path for path in found if not is_remote(path) and not os.path.isfile(local_path(path))]
     if not found or missing:
-        raise DataError(_missing_message(pattern, missing or urls, len(found) - len(missing), len(urls)))
+        raise _missing(pattern, missing or urls, len(found) - len(missing), len(urls))
     return found
 
 
@@ -67,7 +82,7 @@ def _matches(url: str) -> list[str]:
     return [path]
 
 
-def _missing_message(pattern: str, missing: list[str], found: int, total: int) -> str:
+def _missing(pattern: str, missing: list[str], found: int, total: int) -> DataError:
     near = nearest_files(local_path(missing[0]))
     example = "" if missing[0] == pattern else f" (the first is {missing[0]})"
     if found:
@@ -75,7 +90,8 @@ def _missing_message(pattern: str, missing: list[str], found: int, total: int) -
     else:
         fact = f"data.shards pattern {pattern!r} matches no file{example}"
     hint = f"the nearest existing are {', '.join(near)}" if near else "no tar file lies in or near that folder"
-    return f"{fact}; {hint}. Correct the pattern, or use data.shards=builtin:shapes to try without data"
+    remedy = "correct the pattern, or use data.shards=builtin:shapes to try without data"
+    return DataError(f"{fact}; {hint}", "", remedy)
 
 
 def nearest_files(path: str, count: int = 3) -> list[str]:
@@ -111,20 +127,31 @@ class ShardSet:
         self.damaged = [(url, note) for url, head in zip(urls, heads, strict=True) for note in head.damage]
         digest = hashlib.blake2b("".join(head.fingerprint for head in heads).encode(), digest_size=8)
         self.fingerprint = digest.hexdigest()
-        self._index_dir = index_dir
-        self._opened: OrderedDict[int, tuple[ShardIndex, LocalFile | RemoteFile]] = OrderedDict()
+        self._index_dir, self._open_at_once = index_dir, OPEN_SHARDS
+        self._opened = self._none_open()
         self._stats, self._storage = list(stats), storage
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": OrderedDict()}
+        return {**self.__dict__, "_opened": self._none_open()}
 
     def __add__(self, other: ShardSet) -> ShardSet:
         """Both sets' samples, this one's first."""
         urls, heads, stats = self.urls + other.urls, self.heads + other.heads, self._stats + other._stats
         return ShardSet(urls, heads, stats, self._storage, self._index_dir)
+
+    def keep_open(self, shards: int) -> None:
+        """Have room for that many open shards in each process: what is read in turn must all stay open.
+
+        An index is a second file. Where the system allows fewer, the least recently read are closed.
+        """
+        self._open_at_once = max(OPEN_SHARDS, shards)
+        self._opened = self._none_open()
+
+    def _none_open(self) -> LRUCache[int, tuple[ShardIndex, LocalFile | RemoteFile]]:
+        return LRUCache(allow_open_files(2 * self._open_at_once) // 2)
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(shard number, sample's number in that shard)."""
@@ -134,11 +161,14 @@ class ShardSet:
     def read(self, sample: int, unread: frozenset[str] = frozenset()) -> dict[str, bytes]:
         """A sample's members by extension, but for those of the extensions `unread`.
 
-        Raises OSError or EOFError where the shard cannot give them.
+        Raises SurroundingsError where the shard can't be read, DataError where it is not what it was.
         """
         shard = bisect_right(self._ends, sample)  # as `locate` does, without a call
-        index, file = self._opened.get(shard) or self._open(shard)
-        return index.read(sample - (self._ends[shard - 1] if shard else 0), file, unread)
+        try:
+            index, file = self._opened.get(shard) or self._open(shard)
+            return index.read(sample - (self._ends[shard - 1] if shard else 0), file, unread)
+        except (OSError, EOFError) as error:
+            raise fault(self.urls[shard], error) from error
 
     def name(self, sample: int) -> str:
         """A sample as a person finds it: shard and key."""
@@ -146,18 +176,22 @@ class ShardSet:
         try:
             index, file = self._opened.get(shard) or self._open(shard)
             name = header_name(file.read(index.members(row)[0][1] - BLOCK, BLOCK))
-        except (OSError, EOFError):
+        except (OSError, EOFError, GlideError):
             name = f"sample {row}"
         return f"{self.urls[shard]} {name}"
 
     def _open(self, shard: int) -> tuple[ShardIndex, LocalFile | RemoteFile]:
         url = self.urls[shard]
         file = self._storage.open(url, self._stats[shard])
-        index = load_index(url, self._storage, self._index_dir)
+        places = [place for place in index_urls(url, self._index_dir) if not is_remote(place)]
+        found = (ShardIndex.mapped(place, self.heads[shard]) for place in places)
+        index = next((index for index in found if index is not None), None)
         if index is None:
-            raise DataError(f"the index of {url} vanished during the run; start it again")
-        if len(self._opened) >= OPEN_SHARDS:
-            self._opened.popitem(last=False)
+            raise DataError(
+                f"the index of {url} vanished or changed during the run",
+                "its samples can't be found",
+                "start the same command again",
+            )
         self._opened[shard] = index, file
         return index, file
 
@@ -185,18 +219,21 @@ def open_shards(
     heads, stats = zip(*(opened[number] for number in range(len(urls))), strict=True)
     shards = ShardSet(urls, heads, stats, storage, index_dir)
     if shards.damaged and not salvage:
-        raise DataError(_damage_message(shards.damaged))
+        raise _damage(shards.damaged)
     if not len(shards):
         raise DataError(
-            f"the {len(urls)} shards of {patterns!r} hold no sample: no member is named KEY.EXTENSION"
+            f"the {len(urls)} shards of {patterns!r} hold no sample",
+            "",
+            "name their members KEY.EXTENSION, as in 000001.jpg beside 000001.txt",
         )
     return shards
 
 
-def _damage_message(damaged: list[tuple[str, str]]) -> str:
+def _damage(damaged: list[tuple[str, str]]) -> DataError:
     names = "; ".join(f"{url}: {note}" for url, note in damaged[:5])
     more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
-    return (
-        f"{len({url for url, _ in damaged})} shard(s) are damaged, so samples would be missing: {names}{more}. "
-        "Fetch them again, or set data.damaged_shards=salvage to train on the members that are whole"
+    return DataError(
+        f"{len({url for url, _ in damaged})} shard(s) are damaged: {names}{more}",
+        "samples would be missing",
+        "fetch them again, or set data.damaged_shards=salvage to train on the members that are whole",
     )
