@@ -173,7 +173,7 @@ def _tars(shards: Any) -> Any:
 class MixConfig(Section):
     """One data set of a mix."""
 
-    shards: Annotated[Patterns, AfterValidator(_tars)] = fixed(..., "tar shards, as in data.shards")
+    shards: Annotated[Patterns, AfterValidator(_tars)] = free(..., "tar shards, as in data.shards")
     weight: float = fixed(1.0, "how often it is drawn from, beside the other sets' weights", gt=0)
     filter: FilterConfig | None = fixed(None, "as data.filter, which holds where it is null")
 
@@ -189,7 +189,8 @@ class MixPart(NamedTuple):
 class DataConfig(Section):
     """Which samples, and how a picture and its caption become a training pair."""
 
-    shards: Patterns = fixed(
+    # Free, for a resume compares the samples themselves (their fingerprint): shards may have moved.
+    shards: Patterns = free(
         "builtin:shapes", "brace patterns or a list of them, paths or URLs; or builtin:shapes"
     )
     workers: int = free(2, "loader processes per rank; 0 loads in the training process", ge=0)

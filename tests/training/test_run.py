@@ -31,6 +31,7 @@ from train_kit import (
 )
 
 from glide_ds.config import load_config
+from glide_ds.data import shapes
 from glide_ds.data.clip_store import Encoder, StoreNote, store_path, write_store
 from glide_ds.data.tars.shards import open_shards
 from glide_ds.diffusion.losses import QUARTILES
@@ -650,6 +651,20 @@ def test_nothing_but_bad_samples_is_an_error(tmp_path: Path, start: Callable[...
     assert "no usable sample" in message
     assert "corrupt image 256" in message
     assert not list((tmp_path / "run").glob("phase1/step-*"))
+
+
+def test_shards_that_moved_are_the_same_data(tmp_path: Path, group: torch.device):
+    shapes.write_shards(tmp_path / "here", 16, 8, 16)
+    sections: dict[str, Any] = {"checkpoint": {"every": 2}, "validation": {"every": 0}}
+    train_phase(make_config(tmp_path, data={"shards": str(tmp_path / "here")}, train={"steps": 2}, **sections))
+    (tmp_path / "here").rename(tmp_path / "there")
+    config = make_config(tmp_path, data={"shards": str(tmp_path / "there")}, train={"steps": 4}, **sections)
+    with opened(config) as run:
+        assert run.start.step == 2
+    shapes.write_shards(tmp_path / "other", 16, 8, 16, seed=9, start=500)
+    other = make_config(tmp_path, data={"shards": str(tmp_path / "other")}, train={"steps": 4}, **sections)
+    with pytest.raises(DataError, match="other samples than when"), opened(other):
+        pass
 
 
 def test_the_log_is_closed_whatever_ends_the_phase(tmp_path: Path, group: torch.device):
