@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from glide_ds.commands import prepare_clip as prepare
 from glide_ds.data.clip_store import ClipStore, Encoder
+from glide_ds.data.pictures.decode import DecodeOptions, decode, image_member
 from glide_ds.data.shapes import write_shards
 from glide_ds.data.tars.shards import open_shards
 from glide_ds.errors import DataError
@@ -41,10 +43,15 @@ def test_embeddings_are_the_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert {p.name: p.read_bytes() for p in (tmp_path / "c").iterdir()} == before
     shards = open_shards(str(tmp_path / "s"))
     store = ClipStore(tmp_path / "c", shards, Encoder("builtin:tiny", "builtin", source))
+    members = [shards.read(n) for n in range(10)]
+    encoder = FrozenClip("builtin:tiny", "builtin", source=source)
     if source == "text":
-        captions = [shards.read(n)["txt"].decode() for n in range(10)]
-        wanted = FrozenClip("builtin:tiny", "builtin", source="text").encode_text(captions).numpy()
-        assert np.abs(store.rows(np.arange(10)) - wanted).max() < 1e-3
+        wanted = encoder.encode_text([each["txt"].decode() for each in members])
+    else:
+        pictures = [decode(image_member(each), DecodeOptions(prepare.PICTURE_SIDE)) for each in members]
+        wanted = encoder.encode_image(torch.from_numpy(np.stack(pictures)))
+    assert np.abs(store.rows(np.arange(10)) - wanted.numpy()).max() < 1e-3
+    assert np.ptp(wanted.numpy(), axis=0).max() > 0.1  # they differ, so that none stands for another
     assert np.allclose(np.linalg.norm(store.rows(np.arange(10)).astype(float), axis=1), 1, atol=1e-2)
     with pytest.raises(DataError, match="another --out"):
         prepare.run(arguments(*words, "--source", "image" if source == "text" else "text"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -16,8 +15,7 @@ from glide_ds.data.tars.shards import expand
 from glide_ds.data.tars.storage import Storage
 from glide_ds.data.workers import end_with
 from glide_ds.errors import DataError
-
-SECONDS_BETWEEN_LINES = 2.0
+from glide_ds.progress import Progress
 
 
 class Indexed(NamedTuple):
@@ -53,14 +51,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _with_progress(args: argparse.Namespace) -> Iterator[Indexed]:
     urls = expand(args.shards)
-    start = last = time.monotonic()
-    for done, result in enumerate(index_shards(urls, args.index_dir, args.force, args.workers), 1):
-        yield result
-        now = time.monotonic()
-        if now - last > SECONDS_BETWEEN_LINES:
-            last = now
-            left = (now - start) / done * (len(urls) - done)
-            print(f"indexed {done}/{len(urls)} shards, {left:.0f} s left", flush=True)
+    print(f"indexing {len(urls):,} shards", flush=True)
+    with Progress("indexing", len(urls), "shards") as progress:
+        yield from progress.over(index_shards(urls, args.index_dir, args.force, args.workers))
 
 
 def index_shards(

@@ -32,6 +32,7 @@ from glide_ds.data.tally import Unusable
 from glide_ds.data.workers import end_with
 from glide_ds.errors import DataError
 from glide_ds.files import replacing, write_file
+from glide_ds.progress import Progress
 
 IMAGE_FIELDS = ("image", "image_path", "path", "file_name", "filename", "file", "jpg")
 TEXT_FIELDS = ("caption", "text", "TEXT", "prompt", "title")
@@ -75,17 +76,24 @@ def pack(source: Path, out: Path, per_shard: int = 1000, workers: int = 1) -> di
     """Write shards, their indexes, summary.json and contact.png under `out`; returns the summary."""
     pairs = list(read_pairs(source))
     if not pairs or per_shard < 1:
-        raise DataError(f"{source} has {len(pairs)} pictures for shards of {per_shard}; nothing to pack")
+        raise DataError(
+            f"{source} has {len(pairs)} pictures for shards of {per_shard}",
+            "",
+            "nothing to pack",
+        )
     out.mkdir(parents=True, exist_ok=True)
     count = -(-len(pairs) // per_shard)
     edges = [len(pairs) * n // count for n in range(count + 1)]
     parts = [(out / f"{n:06d}.tar", pairs[edges[n] : edges[n + 1]]) for n in range(count)]
     task = partial(_write_shard, source.parent if source.is_file() else source)
-    if workers > 1:
-        with ProcessPoolExecutor(min(workers, count), initializer=end_with, initargs=(os.getpid(),)) as pool:
-            packed = list(pool.map(task, parts))
-    else:
-        packed = list(map(task, parts))
+    with Progress("packing", count, "shards") as progress:
+        if workers > 1:
+            with ProcessPoolExecutor(
+                min(workers, count), initializer=end_with, initargs=(os.getpid(),)
+            ) as pool:
+                packed = list(progress.over(pool.map(task, parts)))
+        else:
+            packed = list(progress.over(map(task, parts)))
     summary = _summary(packed)
     write_file(out / "summary.json", json.dumps(summary, indent=1))
     write_file(out / "contact.png", _contact_sheet(pairs, source))
@@ -109,16 +117,28 @@ def read_pairs(source: Path) -> Iterator[Pair]:
         for number, record in enumerate(_parquet_rows(source)):
             yield _pair(record, f"{source} row {number}")
     else:
-        raise DataError(f"{source} is no folder, .jsonl or .parquet that exists; name one of these")
+        raise DataError(
+            f"{source} is no folder, .jsonl or .parquet that exists",
+            "",
+            "name one of these",
+        )
 
 
 def _json_line(source: Path, number: int, line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise DataError(f"{source} line {number} is no JSON: {error}; correct it") from error
+        raise DataError(
+            f"{source} line {number} is no JSON: {error}",
+            "",
+            "correct it",
+        ) from error
     if not isinstance(record, dict):
-        raise DataError(f"{source} line {number} is no JSON object; give it an image and a caption")
+        raise DataError(
+            f"{source} line {number} is no JSON object",
+            "",
+            "give it an image and a caption",
+        )
     return record
 
 
@@ -126,7 +146,11 @@ def _parquet_rows(source: Path) -> Iterator[dict[str, Any]]:
     try:
         from pyarrow import parquet  # optional: nothing else needs it
     except ImportError as error:
-        raise DataError(f"reading {source} needs pyarrow; pip install pyarrow") from error
+        raise DataError(
+            f"reading {source} needs pyarrow",
+            "",
+            "pip install pyarrow",
+        ) from error
     for batch in parquet.ParquetFile(source).iter_batches():
         yield from batch.to_pylist()
 
@@ -138,8 +162,9 @@ def _pair(record: dict[str, Any], where: str) -> Pair:
     text = next((record[name] for name in TEXT_FIELDS if isinstance(record.get(name), str)), None)
     if not isinstance(image, str | bytes) or text is None:
         raise DataError(
-            f"{where} has the fields {', '.join(record)}; it needs one of {', '.join(IMAGE_FIELDS)} and one of "
-            f"{', '.join(TEXT_FIELDS)}"
+            f"{where} has the fields {', '.join(record)}",
+            "",
+            f"it needs one of {', '.join(IMAGE_FIELDS)} and one of {', '.join(TEXT_FIELDS)}",
         )
     rest = {
         k: v for k, v in record.items() if k not in IMAGE_FIELDS and isinstance(v, str | int | float | bool)

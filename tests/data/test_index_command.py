@@ -45,7 +45,8 @@ def test_damage_and_change_give_exit_code_1(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.slow
 def test_killed_at_random_instants_it_ends_byte_identical(tmp_path: Path) -> None:
     pattern = write_shards(tmp_path, [60] * 80)
-    code = "import sys; from glide_ds.data import index; import argparse; p = argparse.ArgumentParser(); "
+    code = "import argparse, sys; from glide_ds.commands import prepare_index as index; "
+    code += "p = argparse.ArgumentParser(); "
     code += "index.add_arguments(p); sys.exit(index.run(p.parse_args(sys.argv[1:])))"
     folder = tmp_path / "killed"
     words = [pattern, "--index_dir", str(folder), "--workers", "2"]
