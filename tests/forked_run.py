@@ -19,10 +19,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import imported  # noqa: F401
 from train_kit import document
 
+from glide_ds.config.phases import PHASES
 from glide_ds.training import run as product
 from glide_ds.training import setup
 from glide_ds.training.checkpoint.commit import LAST, Committed, committed
-from glide_ds.training.phases import PHASES
 
 setup.PEERS_S = 5.0  # a rank that lost its peer in a save would wait half a minute
 

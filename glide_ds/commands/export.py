@@ -15,11 +15,11 @@ from torch import Tensor
 
 import glide_ds
 from glide_ds.commands.load import find_checkpoint, trained, user_path
+from glide_ds.config.phases import PHASES
 from glide_ds.errors import WeightsError
 from glide_ds.files import sha256
 from glide_ds.model.tensor_files import State, write_sidecar, write_state
 from glide_ds.training.checkpoint.commit import Committed
-from glide_ds.training.phases import PHASES
 from glide_ds.training.zero.elastic import frozen_weights, model_state
 from glide_ds.types import GlideConfig
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from glide_ds.config import PRESETS, ClipConfig
+from glide_ds.config.phases import PHASES
 from glide_ds.errors import CheckpointError, ConfigError, WeightsError
 from glide_ds.model import create_model
 from glide_ds.model.clip import FrozenClip
@@ -17,7 +18,6 @@ from glide_ds.model.glide import Glide
 from glide_ds.model.tensor_files import StateFile, sidecar
 from glide_ds.model.weights import BUILTIN, load_state, load_weights, stored_config
 from glide_ds.training.checkpoint.commit import LAST, MANIFEST, Committed, committed, unreadable, verify
-from glide_ds.training.phases import PHASES
 from glide_ds.training.zero.elastic import MODEL_FILE, masters, trained_weights, weights
 from glide_ds.training.zero.ema import has_average, read_files
 from glide_ds.types import GlideConfig

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_origin, ge
 
 from pydantic import AfterValidator, BeforeValidator, PlainValidator, create_model
 
+from glide_ds.config.phases import PHASES
 from glide_ds.config.section import Conflict, Patterns, Section, Texts, WrongError, fixed, free, listed
 from glide_ds.errors import ConfigError, Fault
 from glide_ds.types import KINDS, GlideConfig, Precision, Recompute
@@ -271,7 +272,7 @@ class LrScale(Section):
 class TrainConfig(Section):
     """What one phase optimises, for how long, and how its steps are computed."""
 
-    phase: Literal["base", "adapter_only", "adapter_gates", "full"] = fixed(
+    phase: Literal[tuple(PHASES)] = fixed(  # type: ignore[valid-type]
         "full", "what is trained: base GLIDE without CLIP, the adapter, adapter and gates, or all"
     )
     steps: int = free(1000, "the phase's total, counted over all resumes", ge=1)
@@ -328,7 +329,7 @@ class TrainConfig(Section):
                 "train.cuda_graph=false",
             )
             yield Conflict(("cuda_graph", "recompute"), fault)
-        if self.phase != "base" and self.scope != "all":
+        if not PHASES[self.phase].scoped and self.scope != "all":
             fault = Fault(
                 f"train.scope = {self.scope!r} belongs to phase base; phase {self.phase!r} fixes what trains",
                 "",
@@ -429,7 +430,7 @@ class Config(Section):
 
     @property
     def uses_clip(self) -> bool:
-        return self.train.phase != "base"
+        return PHASES[self.train.phase].clip
 
     def batch_arithmetic(self, world_size: int) -> BatchArithmetic:
         """Split `train_batch_size` over the ranks.

@@ -1,21 +1,18 @@
-"""The phases of training as data: what trains, in which parameter groups, whose checkpoint it continues."""
+"""What a phase makes of a model: which parameters train, in which groups, how far its gates are open."""
 
 from __future__ import annotations
 
 import hashlib
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from glide_ds.config import Config
+from glide_ds.config.phases import PHASES, ROLES
 from glide_ds.model.glide import Glide
 
-ADAPTER_ROLES = ("adapter", "gates")
-PRETRAINED_ROLES = ("unet", "text")
-ROLES = (*ADAPTER_ROLES, *PRETRAINED_ROLES)
 TEXT_MODULES = (
     "transformer.",
     "transformer_proj.",
@@ -26,33 +23,6 @@ TEXT_MODULES = (
 )
 
 
-@dataclass(frozen=True)
-class Phase:
-    """One stage of the run, trained by its own DeepSpeed engine."""
-
-    name: str
-    folder: str  # below the run directory
-    trains: tuple[str, ...]  # roles
-    parents: tuple[str, ...]  # phases it continues, the preferred one first
-    needs_adapter: bool  # weights without a trained adapter are no start for it
-
-
-PHASES = {
-    phase.name: phase
-    for phase in (
-        Phase("base", "base", ("unet", "text"), (), False),
-        Phase("adapter_only", "phase1", ("adapter",), ("base",), False),
-        Phase("adapter_gates", "phase2", ("adapter", "gates"), ("adapter_only",), True),
-        Phase("full", "phase3", ROLES, ("adapter_gates", "adapter_only"), True),
-    )
-}
-
-
-# What a phase's seed follows from. These phases were numbered by their place once; any other follows from its name,
-# so that a new phase changes the order of nobody's data.
-_NUMBERS = {"base": 0, "adapter_only": 1, "adapter_gates": 2, "full": 3}
-
-
 def hash64(*parts: int) -> int:
     """A well-mixed non-negative 63-bit seed from whole numbers."""
     digest = hashlib.blake2b(struct.pack(f"<{len(parts)}q", *parts), digest_size=8).digest()
@@ -61,8 +31,8 @@ def hash64(*parts: int) -> int:
 
 def phase_seed(config: Config) -> int:
     """Of everything random in a phase, so that no phase sees another's noise and order of data again."""
-    name = config.train.phase
-    return hash64(config.train.seed, _NUMBERS[name] if name in _NUMBERS else hash64(*name.encode()))
+    phase = PHASES[config.train.phase]
+    return hash64(config.train.seed, hash64(*phase.name.encode()) if phase.number is None else phase.number)
 
 
 def role_of(name: str) -> str:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from glide_ds.config import Config, load_config
+from glide_ds.config.phases import PHASES
 from glide_ds.environment import read_environment
 from glide_ds.errors import ConfigError
 from glide_ds.model.glide import Glide
@@ -19,7 +20,6 @@ from glide_ds.training.faults.ranks import agreed
 from glide_ds.training.faults.stopping import Stop, mark_stopped, start_again
 from glide_ds.training.faults.watchdog import Watch, guarded
 from glide_ds.training.loop import train
-from glide_ds.training.phases import PHASES
 from glide_ds.training.setup import check_writable, glide_config, open_source, phase_run
 from glide_ds.training.speed.fitting import fitted, limit_here
 from glide_ds.training.stability import RolledBack

@@ -14,10 +14,10 @@ from elastic_runs import CHAINS, KINDS, STEPS
 from train_kit import make_config, metrics, read_lines, shake
 
 from glide_ds.commands.export import export
+from glide_ds.config.phases import PHASES
 from glide_ds.model import create_model
 from glide_ds.model.tensor_files import read_state
 from glide_ds.training.checkpoint.commit import Committed, committed
-from glide_ds.training.phases import PHASES
 from glide_ds.training.setup import glide_config
 from glide_ds.training.zero.elastic import model_state, own_part
 

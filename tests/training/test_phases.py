@@ -9,17 +9,9 @@ import pytest
 import torch
 from train_kit import ARCHITECTURE, make_config
 
+from glide_ds.config.phases import PHASES, ROLES
 from glide_ds.model import GlideConfig, create_model
-from glide_ds.training.phases import (
-    PHASES,
-    ROLES,
-    count_by_role,
-    gate_offset,
-    gates,
-    parameter_groups,
-    role_of,
-    trained_roles,
-)
+from glide_ds.training.phases import count_by_role, gate_offset, gates, parameter_groups, role_of, trained_roles
 
 WITH_CLIP = GlideConfig(**{**ARCHITECTURE, "clip_dim": 24})
 

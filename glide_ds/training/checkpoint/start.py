@@ -16,12 +16,12 @@ from glide_ds import __version__
 from glide_ds.config import Config
 from glide_ds.config.keys import free_on_resume, leaves
 from glide_ds.config.load import recorded
+from glide_ds.config.phases import PHASES
 from glide_ds.errors import ConfigError, WeightsError
 from glide_ds.files import write_file
 from glide_ds.model.tensor_files import StateFile
 from glide_ds.model.weights import load_state, load_weights
 from glide_ds.training.checkpoint.commit import Committed, committed, newest_good
-from glide_ds.training.phases import PHASES
 from glide_ds.training.speed.meta import weight_bytes
 from glide_ds.training.zero.elastic import frozen_weights, weights
 
@@ -208,7 +208,7 @@ def _check_recorded(config: Config, phase: str) -> None:
         compared = [key for key in sorted(now.keys() | then.keys()) if not free_on_resume(key)]
     else:
         compared = [key for key in now if key.startswith("glide_ds.model.architecture.")]
-        if PHASES[phase].needs_adapter or phase == "adapter_only":
+        if PHASES[phase].clip:
             compared.append("glide_ds.clip.model")
     changed = [
         f"{key}: {then.get(key)!r} → {now.get(key)!r}" for key in compared if now.get(key) != then.get(key)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from glide_ds.config import Config
-from glide_ds.training.phases import ADAPTER_ROLES, PRETRAINED_ROLES, ROLES
+from glide_ds.config.phases import ADAPTER_ROLES, PRETRAINED_ROLES, ROLES
 
 RUN = 4096  # numbers that a CPU may add in fp32
 
