@@ -1,7 +1,7 @@
 """The `glide-ds` command: a table of subcommands, each imported only when it is called.
 
-A subcommand is a module with `add_arguments(parser)` and `run(args)`; what `run` returns is the exit code, None
-is 0. To add one, add a line to COMMANDS.
+A subcommand is a module, or a class in one, with `add_arguments(parser)` and `run(args)`; what `run` returns is the
+exit code, None is 0. To add one, add a line to COMMANDS.
 """
 
 from __future__ import annotations
@@ -75,6 +75,24 @@ COMMANDS = (
         "glide-ds plan --ds_config ds_configs/phase3.json --nodes 16 --gpus 8 --gpu h100",
     ),
     Command(
+        ("config", "explain"),
+        "glide_ds.commands.config:Explain",
+        "say what a key is for, by its name or by words of its meaning",
+        "glide-ds config explain train.recompute",
+    ),
+    Command(
+        ("config", "schema"),
+        "glide_ds.commands.config:Schema",
+        "a JSON Schema of a --ds_config file, by which editors complete and check",
+        "glide-ds config schema --out ds_configs/schema.json",
+    ),
+    Command(
+        ("config", "diff"),
+        "glide_ds.commands.config:Diff",
+        "how two configurations or run directories differ",
+        "glide-ds config diff ds_configs/phase1.json ds_configs/phase2.json",
+    ),
+    Command(
         ("export",),
         "glide_ds.commands.export",
         "consolidated fp32 weights of a run, verified; drops into stock GLIDE code",
@@ -93,7 +111,10 @@ COMMANDS = (
         "glide-ds evaluate mine.pt --captions 64",
     ),
 )
-GROUPS = {"prepare": "make shards and what goes with them"}
+GROUPS = {
+    "prepare": "make shards and what goes with them",
+    "config": "explain and compare configurations",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -124,7 +145,9 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         *group, name = command.words
         subparser = _add(groups[group[0]] if group else menu, name, command.summary, [command.example])
         if tuple(arguments[: len(command.words)]) == command.words:
-            module = import_module(command.module)
+            home, _, name = command.module.partition(":")
+            module = import_module(home)
+            module = getattr(module, name) if name else module
             module.add_arguments(subparser)
             # No argument is named so.
             subparser.set_defaults(handler=module.run, together=command.together)

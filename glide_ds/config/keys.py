@@ -7,9 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
-from glide_ds.config.deepspeed import THEIRS, DeepSpeedPart
+from glide_ds.config.deepspeed import THEIRS, DeepSpeedPart, their_model
 from glide_ds.config.schema import BLOCK, SECTIONS, Config, plain
 from glide_ds.config.section import (
     Section,
@@ -19,6 +18,7 @@ from glide_ds.config.section import (
     follow,
     is_mapping,
     section_of,
+    type_name,
 )
 
 
@@ -62,7 +62,9 @@ def _keys(cls: type[Section], prefix: str, *, deepspeed: bool) -> Iterator[Key]:
             )
         elif prefix + name in THEIRS and deepspeed:
             for key, meaning in THEIRS[name].items():
-                yield Key(f"{name}.{key}", "as DeepSpeed's", "", "DeepSpeed's", meaning, _resume(field), True)
+                theirs = next(f for n, f in their_model(name).model_fields.items() if key in (n, f.alias))
+                kind = type_name(theirs.annotation)
+                yield Key(f"{name}.{key}", kind, "", _default(theirs), meaning, _resume(field), True)
         else:
             yield Key(
                 f"{prefix}{name}",
@@ -76,7 +78,9 @@ def _keys(cls: type[Section], prefix: str, *, deepspeed: bool) -> Iterator[Key]:
 
 
 def _default(field: FieldInfo) -> str:
-    return "required" if field.default is PydanticUndefined else json.dumps(plain(field.default))
+    return (
+        "required" if field.is_required() else json.dumps(plain(field.get_default(call_default_factory=True)))
+    )
 
 
 def _resume(field: FieldInfo) -> str:

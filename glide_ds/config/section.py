@@ -9,6 +9,7 @@ import difflib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
@@ -236,21 +237,23 @@ def describe_type(field: FieldInfo) -> str:
     if section := section_of(field):
         told = f"section with the keys {', '.join(section.model_fields)}"
         return f"mapping of names, each to a {told}" if is_mapping(field) else told
-    return _type_name(field.annotation)
+    return type_name(field.annotation)
 
 
-def _type_name(hint: Any) -> str:
+def type_name(hint: Any) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return _type_name(arguments[0])
+        return type_name(arguments[0])
     if origin is Literal:
         return "str"
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(_type_name, arguments))
+        return " or ".join(map(type_name, arguments))
     if origin is tuple:
-        return f"list of {_type_name(arguments[0])}"
+        return f"list of {type_name(arguments[0])}"
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return "section"
+    if isinstance(hint, type) and issubclass(hint, int) and issubclass(hint, Enum):
+        return "int"
     return "null" if hint is types.NoneType else str(hint.__name__)
 
 
