@@ -83,6 +83,7 @@ def test_a_result_of_the_same_device_replaces_the_assumption(tmp_path: Path):
         {"engine": False, "tflops": 400.0},
         {"phase": "adapter_only", "tflops": 300.0},
         {"precision": "bf16"},
+        {"reduced": True, "tflops": 190.0},
     ]
     rows = [row, *({**row, **other} for other in others), {**row, "tflops": 140.0}]
     device = {"device": "NVIDIA H100 80GB HBM3"}
@@ -91,6 +92,10 @@ def test_a_result_of_the_same_device_replaces_the_assumption(tmp_path: Path):
     assert rate == pytest.approx(150e12)
     assert "150 TFLOP/s" in source
     assert str(path) in source
+    kernels = make_config(tmp_path, "full", train={"precision": "tf32-fp16-kernels"})
+    assert plan.rate_of(kernels, "h100", [path])[0] == pytest.approx(190e12)
+    full = make_config(tmp_path, "full", train={"precision": "fp32"})
+    assert plan.rate_of(full, "h100", [path])[0] == pytest.approx(plan.UTILISATION * 67e12)
     other, words = plan.rate_of(config, "a100-80", [path])
     assert other == pytest.approx(plan.UTILISATION * 156e12)
     assert "assumed" in words

@@ -203,7 +203,7 @@ def communication(model: Any, config: Config, arithmetic: BatchArithmetic) -> di
 def rate_of(config: Config, gpu: str, results: Sequence[Path]) -> tuple[float, str]:
     """Operations per second of one GPU in training, and where the figure comes from."""
     bf16 = weight_bytes(config) == 2
-    measured = list(_measured(gpu, bf16, results))
+    measured = list(_measured(gpu, _measured_as(config, gpu), results))
     if measured:
         rate, path = max(measured)
         return rate, f"{rate / 1e12:,.3g} TFLOP/s, as {path} measured"
@@ -218,7 +218,7 @@ def rate_of(config: Config, gpu: str, results: Sequence[Path]) -> tuple[float, s
     return peak * UTILISATION, f"{UTILISATION:.0%} of the {name}, assumed: run benchmarks/step.py there"
 
 
-def _measured(gpu: str, bf16: bool, paths: Sequence[Path]) -> Iterator[tuple[float, Path]]:
+def _measured(gpu: str, precision: str, paths: Sequence[Path]) -> Iterator[tuple[float, Path]]:
     """(operations per second, file) of full training under DeepSpeed on such a device, by benchmarks/step.py."""
     for path in paths:
         try:
@@ -229,7 +229,7 @@ def _measured(gpu: str, bf16: bool, paths: Sequence[Path]) -> Iterator[tuple[flo
             rates = [
                 row["tflops"] * 1e12
                 for row in report["rows"]
-                if row["engine"] and row["phase"] == "full" and (row["precision"] == "bf16") == bf16
+                if row["engine"] and row["phase"] == "full" and _precision(row) == precision
             ]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
@@ -239,6 +239,17 @@ def _measured(gpu: str, bf16: bool, paths: Sequence[Path]) -> Iterator[tuple[flo
             ) from error
         if all(word in device for word in gpu.split("-")):
             yield from ((rate, path) for rate in rates)
+
+
+def _precision(row: Mapping[str, Any]) -> str:
+    return str(row["precision"]) + ("-fp16-kernels" if row.get("reduced") else "")
+
+
+def _measured_as(config: Config, gpu: str) -> str:
+    """How benchmarks/step.py calls the precision that the run has there."""
+    if weight_bytes(config) == 2:
+        return "bf16"
+    return "fp32" if gpu == "cpu" else config.train.precision
 
 
 # ---- what a person sees
