@@ -83,7 +83,7 @@ report() {
   say "compiling what a launch imports (seconds)"
   env -u PYTHONDONTWRITEBYTECODE DS_ACCELERATOR=cpu "$venv/bin/python" - <<'PYTHON'
 import platform, torch, torch.distributed.run, torch.utils.tensorboard
-import deepspeed.launcher.launch, deepspeed.launcher.runner
+import deepspeed.launcher.launch, deepspeed.launcher.runner, open_clip
 import glide_ds, glide_ds.cli, glide_ds.training.run
 gpus = torch.cuda.device_count()
 device = f"{gpus} x {torch.cuda.get_device_name(0)}" if gpus else "CPU"

@@ -78,6 +78,13 @@ def test_the_schema_finds_what_the_loader_finds(tmp_path: Path, section: str, ke
         jsonschema.validate(whole, json_schema())
 
 
+def test_the_readme_s_commands_work(root: Path, capsys: pytest.CaptureFixture[str]):
+    assert "train.recompute" in told(capsys, "train.recompute")
+    files = [str(root / "ds_configs" / f"phase{n}.json") for n in (1, 2)]
+    assert cli.main(["config", "diff", *files]) == 1
+    assert "train.phase: 'adapter_only' → 'adapter_gates'" in capsys.readouterr().out
+
+
 def test_two_files_and_two_runs_are_compared_key_by_key(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], group: object
 ):

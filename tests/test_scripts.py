@@ -66,6 +66,7 @@ IMPORTED = (
     "torch.utils.tensorboard",
     "deepspeed.launcher.launch",
     "deepspeed.launcher.runner",
+    "open_clip",
     "glide_ds.cli",
     "glide_ds.training.run",
 )
