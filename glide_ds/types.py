@@ -50,7 +50,7 @@ class GlideConfig:
         object.__setattr__(self, "attention_ds", tuple(self.attention_ds))
         if self.kind not in KINDS:
             raise ConfigError(
-                f"model kind {self.kind!r} does not exist", "", f"choose one of {', '.join(KINDS)}"
+                f"model kind {self.kind!r} does not exist", remedy=f"choose one of {', '.join(KINDS)}"
             )
 
     @classmethod

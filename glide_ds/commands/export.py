@@ -62,7 +62,7 @@ def export(
     the checkpoint.
     """
     if out.suffix not in FORMATS:
-        raise WeightsError(f"--out {out} names no format", "", f"end it in {' or '.join(FORMATS)}")
+        raise WeightsError(f"--out {out} names no format", remedy=f"end it in {' or '.join(FORMATS)}")
     written = _write(out, assembled(checkpoint, ema=ema), split_adapter)
     for path, part in written.items():  # the weights written are gone from memory by now
         compare(path, checkpoint, ema=ema)

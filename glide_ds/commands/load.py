@@ -57,8 +57,7 @@ def load_model(source: str, device: torch.device, *, kind: str = "base", ema: bo
         if ema:
             raise ConfigError(
                 f"--ema: {source} is no run directory",
-                "",
-                "an export holds the average if it was made with --ema",
+                remedy="an export holds the average if it was made with --ema",
             )
         about = (sidecar(path) or {}) if path.is_file() else {}
         model = create_model(_architecture(source, path, kind))
@@ -76,7 +75,7 @@ def _architecture(source: str, path: Path, kind: str) -> GlideConfig:
         return GlideConfig.published(kind)
     if not path.is_file():
         raise WeightsError(
-            f"{source!r} is neither a file, a folder, openai nor {BUILTIN}", "", "correct the path"
+            f"{source!r} is neither a file, a folder, openai nor {BUILTIN}", remedy="correct the path"
         )
     return stored_config(path)
 
@@ -104,8 +103,7 @@ def find_checkpoint(place: Path, phase: str | None = None) -> Committed:
         wanted_phase = f" of phase {phase}" if phase else ""
         raise CheckpointError(
             f"{place} holds no committed checkpoint{wanted_phase}",
-            "",
-            "give a run directory in which training has saved at least once",
+            remedy="give a run directory in which training has saved at least once",
         )
     if problems := [f"{MANIFEST} can't be read"] if broken else verify(found[0]):
         raise CheckpointError(
@@ -124,8 +122,7 @@ def trained(checkpoint: Committed, *, ema: bool) -> Iterator[tuple[str, Tensor]]
     if ema and not has_average(checkpoint):
         raise CheckpointError(
             f"{checkpoint.path} holds no average of the weights: it was trained with ema.decay=0",
-            "",
-            "do without --ema",
+            remedy="do without --ema",
         )
     ranks = [file["parts"] for file in read_files(checkpoint)] if ema else masters(checkpoint)
     return trained_weights(checkpoint.read(MODEL_FILE), ranks)

@@ -233,9 +233,7 @@ def _measured(gpu: str, precision: str, paths: Sequence[Path]) -> Iterator[tuple
             ]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
-                f"--results {path} is no result of benchmarks/step.py ({error!r})",
-                "",
-                "give another",
+                f"--results {path} is no result of benchmarks/step.py ({error!r})", remedy="give another"
             ) from error
         if all(word in device for word in gpu.split("-")):
             yield from ((rate, path) for rate in rates)

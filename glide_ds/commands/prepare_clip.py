@@ -79,8 +79,7 @@ def _is_done(out: str, shards: ShardSet, shard: int, encoder: Encoder) -> bool:
     if note.encoder != encoder:
         raise DataError(
             f"{path} holds embeddings of {note.encoder}, not of {encoder}",
-            "",
-            "choose another --out, or --force",
+            remedy="choose another --out, or --force",
         )
     return path.exists()
 

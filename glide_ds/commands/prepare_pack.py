@@ -77,9 +77,7 @@ def pack(source: Path, out: Path, per_shard: int = 1000, workers: int = 1) -> di
     pairs = list(read_pairs(source))
     if not pairs or per_shard < 1:
         raise DataError(
-            f"{source} has {len(pairs)} pictures for shards of {per_shard}",
-            "",
-            "nothing to pack",
+            f"{source} has {len(pairs)} pictures for shards of {per_shard}", remedy="nothing to pack"
         )
     out.mkdir(parents=True, exist_ok=True)
     count = -(-len(pairs) // per_shard)
@@ -117,28 +115,16 @@ def read_pairs(source: Path) -> Iterator[Pair]:
         for number, record in enumerate(_parquet_rows(source)):
             yield _pair(record, f"{source} row {number}")
     else:
-        raise DataError(
-            f"{source} is no folder, .jsonl or .parquet that exists",
-            "",
-            "name one of these",
-        )
+        raise DataError(f"{source} is no folder, .jsonl or .parquet that exists", remedy="name one of these")
 
 
 def _json_line(source: Path, number: int, line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise DataError(
-            f"{source} line {number} is no JSON: {error}",
-            "",
-            "correct it",
-        ) from error
+        raise DataError(f"{source} line {number} is no JSON: {error}", remedy="correct it") from error
     if not isinstance(record, dict):
-        raise DataError(
-            f"{source} line {number} is no JSON object",
-            "",
-            "give it an image and a caption",
-        )
+        raise DataError(f"{source} line {number} is no JSON object", remedy="give it an image and a caption")
     return record
 
 
@@ -146,11 +132,7 @@ def _parquet_rows(source: Path) -> Iterator[dict[str, Any]]:
     try:
         from pyarrow import parquet  # optional: nothing else needs it
     except ImportError as error:
-        raise DataError(
-            f"reading {source} needs pyarrow",
-            "",
-            "pip install pyarrow",
-        ) from error
+        raise DataError(f"reading {source} needs pyarrow", remedy="pip install pyarrow") from error
     for batch in parquet.ParquetFile(source).iter_batches():
         yield from batch.to_pylist()
 
@@ -163,8 +145,7 @@ def _pair(record: dict[str, Any], where: str) -> Pair:
     if not isinstance(image, str | bytes) or text is None:
         raise DataError(
             f"{where} has the fields {', '.join(record)}",
-            "",
-            f"it needs one of {', '.join(IMAGE_FIELDS)} and one of {', '.join(TEXT_FIELDS)}",
+            remedy=f"it needs one of {', '.join(IMAGE_FIELDS)} and one of {', '.join(TEXT_FIELDS)}",
         )
     rest = {
         k: v for k, v in record.items() if k not in IMAGE_FIELDS and isinstance(v, str | int | float | bool)

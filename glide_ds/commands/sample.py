@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     loaded = load_model(args.model, device, ema=args.ema)
     modes = {"both": ["on", "off"], None: ["on" if loaded.clip else "off"]}.get(args.clip, [args.clip])
     if "on" in modes and loaded.clip is None:
-        raise ConfigError(f"--clip {args.clip}: {args.model} has no CLIP adapter", "", "use --clip off")
+        raise ConfigError(f"--clip {args.clip}: {args.model} has no CLIP adapter", remedy="use --clip off")
     upsampler = load_upsampler(args.upsampler, loaded, device) if args.upsampler else None
     encoder = loaded.text_encoder(device) if "on" in modes else None
     embedding = encoder.encode_text(args.prompt) if encoder else None
@@ -76,8 +76,7 @@ def load_upsampler(source: str, base: Loaded, device: torch.device) -> Loaded:
         raise ConfigError(
             f"--upsampler {source} is of kind {config.kind!r} and reads {config.image_size // 4} px; the pictures "
             f"have {side} px",
-            "",
-            "give an upsampler that fits",
+            remedy="give an upsampler that fits",
         )
     return upsampler
 

@@ -150,7 +150,8 @@ def check_theirs(name: str, values: Mapping[str, Any]) -> tuple[dict[str, Any], 
                 )
                 if key in theirs
                 else Fault(
-                    f"unknown key {f'{name}.{key}'!r}{nearest(key, tuple(passed))}", "", "correct or remove it"
+                    f"unknown key {f'{name}.{key}'!r}{nearest(key, tuple(passed))}",
+                    remedy="correct or remove it",
                 )
             )
             mistakes.append(Mistake((name, key), fault))
@@ -161,15 +162,14 @@ def check_theirs(name: str, values: Mapping[str, Any]) -> tuple[dict[str, Any], 
         for found in error.errors(include_url=False):
             place = (name, *(str(part) for part in found["loc"][:1]))
             message = f"{found['msg'][0].lower()}{found['msg'][1:]}"
-            fault = Fault(f"{'.'.join(place)} = {found['input']!r}", "", f"DeepSpeed says: {message}")
+            fault = Fault(f"{'.'.join(place)} = {found['input']!r}", remedy=f"DeepSpeed says: {message}")
             mistakes.append(Mistake(place, fault))
         return dict(values), mistakes
     stage = values.get("stage", 0)
     if name == "zero_optimization" and stage != 2:
         fault = Fault(
             f"zero_optimization.stage = {stage!r}; clipping by role and checkpoints are built on stage 2",
-            "",
-            "set it to 2",
+            remedy="set it to 2",
         )
         mistakes.append(Mistake((name, "stage"), fault))
     return {key: getattr(read, key) if key in passed else value for key, value in values.items()}, mistakes

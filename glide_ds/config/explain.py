@@ -32,8 +32,7 @@ def find(words: Sequence[str]) -> list[Key]:
     near = difflib.get_close_matches(told, [key.name for key in keys], n=3, cutoff=0.4)
     raise ConfigError(
         f"no key is named {told!r}, and no key's meaning has it",
-        "",
-        f"did you mean {', '.join(near)}?" if near else "leave it out to see all keys",
+        remedy=f"did you mean {', '.join(near)}?" if near else "leave it out to see all keys",
     )
 
 

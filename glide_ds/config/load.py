@@ -135,7 +135,7 @@ class _Laid:
         """Lay `layer`, which lies under the keys `place`, on top; types are checked later."""
         if not isinstance(layer, Mapping):
             fact = f"{where}: expected a mapping of keys to values, found {layer!r}"
-            self.faults.append(Fault(fact, "", "give key: value pairs"))
+            self.faults.append(Fault(fact, remedy="give key: value pairs"))
             return
         into = self.values
         for name in place:
@@ -148,13 +148,13 @@ class _Laid:
                     Fault(f"{where}: {key!r} can't be set: {reason}")
                     if reason
                     else Fault(
-                        f"{where}: unknown key {key!r}{nearest(str(key), known)}", "", "correct or remove it"
+                        f"{where}: unknown key {key!r}{nearest(str(key), known)}", remedy="correct or remove it"
                     )
                 )
                 self.faults.append(fault)
             elif renamed := RENAMED.get(".".join(here)):
                 fault = Fault(
-                    f"{where}: {'.'.join(here)} = {value!r} has another name now", "", renamed.advice(value)
+                    f"{where}: {'.'.join(here)} = {value!r} has another name now", remedy=renamed.advice(value)
                 )
                 self.faults.append(fault)
             elif isinstance(value, Mapping):
@@ -164,7 +164,7 @@ class _Laid:
                     self.lay(value, where, here)
                 else:
                     told = f"{where}: {'.'.join(here)} holds the single value {inner!r}"
-                    self.faults.append(Fault(told, "", "it is no section; give one value"))
+                    self.faults.append(Fault(told, remedy="it is no section; give one value"))
             else:
                 into[key] = value
                 self.origins[here] = where
@@ -211,16 +211,14 @@ def _conflicts(made: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> list[Fa
             faults.append(
                 Fault(
                     "clip.source = 'image' shows an inpaint model what it should fill in",
-                    "",
-                    "use clip.source=text",
+                    remedy="use clip.source=text",
                 )
             )
         faults.append(
             Fault(
                 f"model.preset = {model.preset!r}: inpaint models can be loaded and sampled but not yet trained (no "
                 "masks are drawn)",
-                "",
-                "use base or upsample",
+                remedy="use base or upsample",
             )
         )
     return faults
@@ -234,12 +232,12 @@ def _read_json(path: Path) -> dict[str, Any]:
         line = text.splitlines()[error.lineno - 1].strip() if text.strip() else ""
         raise ConfigError(
             f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}: {line!r}",
-            "",
-            "correct it",
+            remedy="correct it",
         ) from error
     if not isinstance(value, dict):
         raise ConfigError(
-            f"{path} holds {type(value).__name__}, not an object with DeepSpeed's keys", "", "give another file"
+            f"{path} holds {type(value).__name__}, not an object with DeepSpeed's keys",
+            remedy="give another file",
         )
     return value
 
@@ -249,9 +247,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         value = yaml.load(text, _YamlLoader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}", "", "correct it") from error
+        raise ConfigError(f"{path} is not valid YAML: {error}", remedy="correct it") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds {type(value).__name__}, not keys and values", "", "give another file")
+        raise ConfigError(
+            f"{path} holds {type(value).__name__}, not keys and values", remedy="give another file"
+        )
     return value
 
 
@@ -262,7 +262,7 @@ def _read_text(path: Path, option: str) -> str:
         near = sorted(p.name for p in path.parent.glob(f"*{path.suffix}")) if path.parent.is_dir() else []
         beside = f"; {path.parent} holds {', '.join(near)}" if near else ""
         raise ConfigError(
-            f"{option} {path} can't be read ({error.strerror}){beside}", "", "correct it"
+            f"{option} {path} can't be read ({error.strerror}){beside}", remedy="correct it"
         ) from error
 
 
@@ -270,7 +270,7 @@ def _parse_set(item: str) -> dict[str, Any]:
     key, equals, text = item.partition("=")
     if not equals or not key:
         raise ConfigError(
-            f"--set {item} is no assignment", "", "give key=value, such as --set train.steps=1000"
+            f"--set {item} is no assignment", remedy="give key=value, such as --set train.steps=1000"
         )
     try:
         # A brace pattern such as {000..007}.tar is a shard name, not YAML's inline mapping.

@@ -234,8 +234,7 @@ class DataConfig(Section):
             fault = Fault(
                 f"data.drop_caption={self.drop_caption} and data.drop_both={self.drop_both} add up to more than 1, "
                 "but a sample is dropped in one way only",
-                "",
-                "lower one of them",
+                remedy="lower one of them",
             )
             yield Conflict(("drop_caption", "drop_both"), fault)
 
@@ -324,16 +323,14 @@ class TrainConfig(Section):
             fault = Fault(
                 f"train.cuda_graph=true with train.recompute={self.recompute!r}: what is computed again must draw the "
                 "same dropout again, which a recording can't",
-                "",
-                "set train.recompute=none, with a smaller micro-batch if that takes too much memory, or "
+                remedy="set train.recompute=none, with a smaller micro-batch if that takes too much memory, or "
                 "train.cuda_graph=false",
             )
             yield Conflict(("cuda_graph", "recompute"), fault)
         if not PHASES[self.phase].scoped and self.scope != "all":
             fault = Fault(
                 f"train.scope = {self.scope!r} belongs to phase base; phase {self.phase!r} fixes what trains",
-                "",
-                "remove train.scope or set train.phase=base",
+                remedy="remove train.scope or set train.phase=base",
             )
             yield Conflict(("scope", "phase"), fault)
 
@@ -444,8 +441,7 @@ class Config(Section):
             nearest = [size for size in (below, below + world_size) if size]
             raise ConfigError(
                 f"train_batch_size {total} can't be split evenly over {world_size} ranks",
-                "",
-                f"use {' or '.join(map(str, nearest))}, or another number of ranks",
+                remedy=f"use {' or '.join(map(str, nearest))}, or another number of ranks",
             )
         share = total // world_size
         most = self.deepspeed.get("train_micro_batch_size_per_gpu", share)

@@ -153,17 +153,19 @@ def _fault(name: str, kind: str, reason: Exception | None, spot: Spot, value: An
     if spot.field is None and (why := spot.refused.get(spot.place[-1])):
         return Fault(f"{name} = {value!r} can't be set: {why}")
     if spot.field is None:
-        return Fault(f"unknown key {name!r}{nearest(spot.place[-1], spot.known)}", "", "correct or remove it")
+        return Fault(
+            f"unknown key {name!r}{nearest(spot.place[-1], spot.known)}", remedy="correct or remove it"
+        )
     wanted = describe_type(spot.field)
     if kind == "missing":
-        return Fault(f"{name} is missing", "", f"give it: {spot.field.description}")
+        return Fault(f"{name} is missing", remedy=f"give it: {spot.field.description}")
     if section_of(spot.field) is not None:
-        return Fault(f"{name} = {value!r} is a single value", "", f"give a {wanted}")
+        return Fault(f"{name} = {value!r} is a single value", remedy=f"give a {wanted}")
     if options := choices(spot.field):
-        return Fault(f"{name} = {value!r}", "", f"choose one of {', '.join(options)}")
+        return Fault(f"{name} = {value!r}", remedy=f"choose one of {', '.join(options)}")
     if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"):
-        return Fault(f"{name} = {value}", "", f"give {describe_range(spot.field) or 'a finite number'}")
-    return Fault(f"{name} = {value!r} has the wrong type", "", f"give a value of type {wanted}")
+        return Fault(f"{name} = {value}", remedy=f"give {describe_range(spot.field) or 'a finite number'}")
+    return Fault(f"{name} = {value!r} has the wrong type", remedy=f"give a value of type {wanted}")
 
 
 def _without(values: Mapping[str, Any], wrong: set[Place]) -> dict[str, Any]:

@@ -59,8 +59,7 @@ def read_note(path: Path) -> StoreNote:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"no CLIP embeddings at {path} ({error})",
-            "",
-            "run `glide-ds prepare clip` for these shards, or unset data.clip_store to encode captions "
+            remedy="run `glide-ds prepare clip` for these shards, or unset data.clip_store to encode captions "
             "while training",
         ) from error
 
@@ -102,9 +101,7 @@ class ClipStore:
             dims.add(note.dim)
         if len(dims) != 1:
             raise DataError(
-                f"the embeddings in {folder} have the widths {sorted(dims)}",
-                "",
-                "prepare them anew",
+                f"the embeddings in {folder} have the widths {sorted(dims)}", remedy="prepare them anew"
             )
         self.dim = dims.pop()
         self._open_at_once = OPEN_ARRAYS
@@ -131,8 +128,7 @@ class ClipStore:
             raise DataError(
                 f"sample {int(samples[missing][0])} has no embedding in "
                 f"{self._paths[int(shards[missing][0])]}: it could not be read when the store was made",
-                "",
-                "run `glide-ds prepare clip --force`",
+                remedy="run `glide-ds prepare clip --force`",
             )
         return out
 
@@ -148,15 +144,12 @@ class ClipStore:
                     array = np.load(path, mmap_mode="r", allow_pickle=False)
             except ValueError as error:
                 raise DataError(
-                    f"the embeddings {path} can't be read: {error}",
-                    "",
-                    "prepare them anew",
+                    f"the embeddings {path} can't be read: {error}", remedy="prepare them anew"
                 ) from error
             if array.shape != (samples, self.dim) or array.dtype != np.float16:
                 raise DataError(
                     f"the embeddings {path} are {array.dtype} {array.shape}, not float16 {(samples, self.dim)}",
-                    "",
-                    "prepare them anew",
+                    remedy="prepare them anew",
                 )
             self._open[shard] = array
         return array
@@ -168,12 +161,10 @@ def _check(note: StoreNote, encoder: Encoder, url: str, key_hash: str, samples: 
         if found != wanted:
             raise DataError(
                 f"the embeddings of {url} were made with clip.{name}={found}, this run has {wanted}",
-                "",
-                f"run `glide-ds prepare clip` for {wanted}, or set clip.{name}={found}",
+                remedy=f"run `glide-ds prepare clip` for {wanted}, or set clip.{name}={found}",
             )
     if (note.key_hash, note.samples) != (key_hash, samples):
         raise DataError(
             f"the embeddings of {url} belong to {note.samples} other samples",
-            "",
-            "run `glide-ds prepare clip` again",
+            remedy="run `glide-ds prepare clip` again",
         )

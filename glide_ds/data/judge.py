@@ -76,8 +76,7 @@ def judge(image: NDArray[np.uint8]) -> list[Found]:
     if image.ndim != 3 or image.shape[0] != image.shape[1] or image.shape[2] != 3 or image.dtype != np.uint8:
         raise DataError(
             f"picture is {image.dtype} {list(image.shape)}, the judge reads square ones",
-            "",
-            "give uint8 [S, S, 3]",
+            remedy="give uint8 [S, S, 3]",
         )
     background = _background(image)
     offset = image - background

@@ -287,8 +287,7 @@ class Source:
             f"{tally.bad} of {tally.read} samples read are unusable, more than "
             f"data.max_bad_fraction={self.config.max_bad_fraction}: {tally.describe()}. For example "
             f"{examples}",
-            "",
-            "mend the data, or raise data.max_bad_fraction",
+            remedy="mend the data, or raise data.max_bad_fraction",
         )
 
 
@@ -341,7 +340,6 @@ def _open_store(config: DataConfig, samples: SampleSet, clip: ClipConfig | None)
     if not isinstance(samples, ShardSamples):
         raise DataError(
             f"data.clip_store={config.clip_store} can't go with {config.shards}, which has no shards",
-            "",
-            "unset it",
+            remedy="unset it",
         )
     return ClipStore(config.clip_store, samples.shards, Encoder(clip.model, clip.weights, clip.source))

@@ -137,9 +137,7 @@ def open_samples(config: DataConfig, image_size: int, rank: int = 0, world_size:
             return ShapeSamples(config.shapes_samples, image_size, held_out=config.shards == SHAPES_HELD_OUT)
         if isinstance(config.shards, str) and config.shards.startswith("builtin:"):
             raise DataError(
-                f"data.shards={config.shards} does not exist",
-                "",
-                f"there is {SHAPES} and {SHAPES_HELD_OUT}",
+                f"data.shards={config.shards} does not exist", remedy=f"there is {SHAPES} and {SHAPES_HELD_OUT}"
             )
     cache = CacheOptions(config.cache_dir or str(cache_dir() / "blocks"), int(config.cache_gb * 2**30))
     if any(is_remote(pattern) for part in config.mix_parts for pattern in _patterns(part.shards)):

@@ -224,11 +224,7 @@ def coverage(kind: str, dx: NDArray[np.float32], dy: NDArray[np.float32], radius
     if kind == "ring":
         middle, half_width = radius * (1 + RING_HOLE) / 2, radius * (1 - RING_HOLE) / 2
         return np.clip(0.5 + half_width - np.abs(distance - middle), 0, 1)
-    raise DataError(
-        f"shape {kind!r} does not exist",
-        "",
-        f"choose one of {', '.join(KINDS)}",
-    )
+    raise DataError(f"shape {kind!r} does not exist", remedy=f"choose one of {', '.join(KINDS)}")
 
 
 def _span(offset: NDArray[np.float32], half: float) -> NDArray[np.float32]:
@@ -277,9 +273,7 @@ def write_shards(
     """
     if count < 1 or per_shard < 1:
         raise DataError(
-            f"count={count} and per_shard={per_shard} give no shard",
-            "",
-            "both must be at least 1",
+            f"count={count} and per_shard={per_shard} give no shard", remedy="both must be at least 1"
         )
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)

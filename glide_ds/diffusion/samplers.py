@@ -127,20 +127,12 @@ def sample(
 
 def _step(sampler: str, eta: float) -> Step:
     if sampler not in SAMPLERS:
-        raise GlideError(
-            f"sampler {sampler!r} does not exist",
-            "",
-            f"choose one of {', '.join(SAMPLERS)}",
-        )
+        raise GlideError(f"sampler {sampler!r} does not exist", remedy=f"choose one of {', '.join(SAMPLERS)}")
     step = SAMPLERS[sampler]
     if not eta:
         return step
     if "eta" not in inspect.signature(step).parameters:
-        raise GlideError(
-            f"eta={eta} has no effect on sampler {sampler!r}",
-            "",
-            "leave it out, or use ddim",
-        )
+        raise GlideError(f"eta={eta} has no effect on sampler {sampler!r}", remedy="leave it out, or use ddim")
     return partial(step, eta=eta)
 
 

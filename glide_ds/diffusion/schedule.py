@@ -39,9 +39,7 @@ def betas_of(schedule: str, steps: int) -> FloatArray:
     """The betas of a named schedule, float64 [steps]."""
     if schedule not in SCHEDULES:
         raise ConfigError(
-            f"noise schedule {schedule!r} does not exist",
-            "",
-            f"choose one of {', '.join(SCHEDULES)}",
+            f"noise schedule {schedule!r} does not exist", remedy=f"choose one of {', '.join(SCHEDULES)}"
         )
     return SCHEDULES[schedule](steps)
 
@@ -65,8 +63,7 @@ def kept_timesteps(steps: int, respacing: str | int | None) -> list[int]:
     if not all(count.strip().isdecimal() and int(count) for count in counts):
         raise ConfigError(
             f"respacing {respacing!r} is not understood",
-            "",
-            "write a number such as 100, counts per section such as 10,10,3,2,2, ddim50 or fast27",
+            remedy="write a number such as 100, counts per section such as 10,10,3,2,2, ddim50 or fast27",
         )
     return _sectioned(steps, [int(count) for count in counts])
 
@@ -78,8 +75,7 @@ def _strided(steps: int, count: int) -> list[int]:
             return list(kept)
     raise ConfigError(
         f"no integer stride through {steps} timesteps gives exactly {count}",
-        "",
-        f"write {count} without ddim to space them evenly",
+        remedy=f"write {count} without ddim to space them evenly",
     )
 
 
@@ -91,8 +87,7 @@ def _sectioned(steps: int, counts: list[int]) -> list[int]:
         if size < count:
             raise ConfigError(
                 f"section {place + 1} of the respacing has {size} timesteps and cannot give {count}",
-                "",
-                "ask for fewer",
+                remedy="ask for fewer",
             )
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
         # Summed, not multiplied: the rounding of exact halves then equals the published samplers'.

@@ -64,7 +64,7 @@ class FrozenClip:
     ) -> None:
         if source not in SOURCES:
             raise ConfigError(
-                f"clip.source {source!r} does not exist", "", f"choose one of {', '.join(SOURCES)}"
+                f"clip.source {source!r} does not exist", remedy=f"choose one of {', '.join(SOURCES)}"
             )
         found = _find(model, weights)
         self.name = found.name
@@ -199,7 +199,7 @@ def _architecture(model: str) -> tuple[str, dict[str, Any]]:
         near = difflib.get_close_matches(name.lower(), known, n=3)
         near_names = ", ".join(known[key] for key in near) or "ViT-B/32, ViT-B/16, ViT-L/14"
         raise ConfigError(
-            f"clip.model {model!r} is no CLIP model that open_clip knows", "", f"did you mean {near_names}?"
+            f"clip.model {model!r} is no CLIP model that open_clip knows", remedy=f"did you mean {near_names}?"
         )
     name = known[name.lower()]
     return name, _open_clip().get_model_config(name)
@@ -210,8 +210,7 @@ def _builtin_architecture() -> dict[str, Any]:
     if about is None or not BUILTIN_WEIGHTS.exists():
         raise WeightsError(
             f"the built-in CLIP model is missing at {BUILTIN_WEIGHTS}",
-            "",
-            "install the package again, or train it with launch/train_tiny_clip.py",
+            remedy="install the package again, or train it with launch/train_tiny_clip.py",
         )
     return dict(about["model_cfg"])
 
@@ -222,15 +221,13 @@ def _read_architecture(path: Path) -> dict[str, Any]:
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"cannot read the CLIP architecture {path}: {error}",
-            "",
-            "give an open_clip architecture, or a name",
+            remedy="give an open_clip architecture, or a name",
         ) from error
     architecture = content.get("model_cfg", content)
     if missing := {"embed_dim", "vision_cfg", "text_cfg"} - set(architecture):
         raise ConfigError(
             f"{path} describes no CLIP model: {', '.join(sorted(missing))} missing",
-            "",
-            "give an open_clip architecture, or a name",
+            remedy="give an open_clip architecture, or a name",
         )
     return dict(architecture)
 
@@ -244,8 +241,7 @@ def _local(model: str, weights: str) -> Path | None:
         if not path.exists():
             raise WeightsError(
                 f"there are no CLIP weights at {path}",
-                "",
-                "check clip.weights, or give an open_clip tag: openai",
+                remedy="check clip.weights, or give an open_clip tag: openai",
             )
         return path
     return None
@@ -258,8 +254,7 @@ def _tag(name: str, weights: str) -> Mapping[str, Any]:
         tags = open_clip.list_pretrained_tags_by_model(name)
         raise ConfigError(
             f"open_clip has no weights {weights!r} for {name}",
-            "",
-            "give clip.weights a local file" + (f" or one of {', '.join(tags)}" if tags else ""),
+            remedy="give clip.weights a local file" + (f" or one of {', '.join(tags)}" if tags else ""),
         )
     return about
 
@@ -272,8 +267,7 @@ def _download(name: str, weights: str, about: Mapping[str, Any]) -> Path:
         raise WeightsError(
             f"the CLIP weights {weights!r} of {name} are not on this machine and could not be downloaded from "
             f"{source} ({str(error)[:300]})",
-            "",
-            "run once where there is a network, or give a local file by clip.weights=/path/to/weights.pt",
+            remedy="run once where there is a network, or give a local file by clip.weights=/path/to/weights.pt",
         ) from error
 
 
@@ -342,7 +336,9 @@ def _build(architecture: Mapping[str, Any]) -> Any:
     """The model as open_clip.create_model builds it, which takes listed names only; weights are still to be loaded."""
     parts = copy.deepcopy(dict(architecture))
     if "multimodal_cfg" in parts:
-        raise ConfigError("CoCa models have no plain CLIP encoder", "", "choose a CLIP model such as ViT-L/14")
+        raise ConfigError(
+            "CoCa models have no plain CLIP encoder", remedy="choose a CLIP model such as ViT-L/14"
+        )
     foreign_text = "hf_model_name" in parts["text_cfg"]
     if foreign_text:
         parts["text_cfg"]["hf_model_pretrained"] = False
@@ -366,7 +362,7 @@ def _check_fit(expected: State, state: State, found: _Found) -> None:
             if names
         )
         raise WeightsError(
-            f"{found.path} does not fit clip.model={found.name}: {first}", "", "give this model's weights"
+            f"{found.path} does not fit clip.model={found.name}: {first}", remedy="give this model's weights"
         )
 
 
@@ -398,7 +394,6 @@ def _tokenizer(found: _Found) -> Callable[[list[str]], Tensor]:
     except (ImportError, OSError) as error:
         raise ConfigError(
             f"clip.model={found.name} has a tokenizer of its own, which cannot be had ({error})",
-            "",
-            "pip install transformers and run once where there is a network, or choose ViT-L/14",
+            remedy="pip install transformers and run once where there is a network, or choose ViT-L/14",
         ) from error
     return tokenizer

@@ -61,8 +61,7 @@ def fetch(url: str, path: Path, *, size: int | None = None, digest: str | None =
     except OSError as error:
         raise WeightsError(
             f"cannot keep {path.name} in {path.parent} ({error.strerror or error})",
-            "",
-            "make room, or set GLIDE_DS_CACHE to a directory that can be written",
+            remedy="make room, or set GLIDE_DS_CACHE to a directory that can be written",
         ) from error
 
 
@@ -108,7 +107,7 @@ def _from_server(url: str, path: Path, size: int | None, digest: str | None) -> 
     except _DamagedError as damage:
         partial.unlink()  # going on from damaged bytes would fail for ever
         raise WeightsError(
-            f"{path.name} arrived damaged ({damage}) and was removed", "", "try again"
+            f"{path.name} arrived damaged ({damage}) and was removed", remedy="try again"
         ) from damage
     partial.replace(path)
     _record(path, found)
@@ -196,8 +195,7 @@ class _Transfer:
             if failures >= ATTEMPTS:
                 raise WeightsError(
                     f"could not download {self.url} ({problem}) in {ATTEMPTS} attempts",
-                    "",
-                    f"{before:,} bytes are kept, the same command goes on from there; or fetch the file elsewhere "
+                    remedy=f"{before:,} bytes are kept, the same command goes on from there; or fetch the file elsewhere "
                     "and give its path",
                 )
             logger.warning("%s: %s; trying again", self.url, problem)
@@ -215,7 +213,7 @@ class _Transfer:
         try:
             response = requests.get(self.url, headers=headers, stream=True, timeout=TIMEOUT)
         except ValueError as error:  # requests' errors of this kind say that the address is none
-            raise WeightsError(f"{self.url} is no address of a file ({error})", "", "correct it") from error
+            raise WeightsError(f"{self.url} is no address of a file ({error})", remedy="correct it") from error
         with response:
             if not response.ok:
                 return self._refusal(response, have)
@@ -237,14 +235,13 @@ class _Transfer:
             raise _PassingError(f"HTTP {code}")
         raise WeightsError(
             f"{self.url} answered HTTP {code} {response.reason}",
-            "",
-            "check the address and the network's rules, or fetch the file elsewhere and give its path",
+            remedy="check the address and the network's rules, or fetch the file elsewhere and give its path",
         )
 
     def _total(self, response: requests.Response, offset: int) -> int:
         if "html" in response.headers.get("Content-Type", ""):
             raise WeightsError(
-                f"{self.url} answered with a web page, not a file", "", "check the address and the proxy"
+                f"{self.url} answered with a web page, not a file", remedy="check the address and the proxy"
             )
         length = response.headers.get("Content-Length")
         if length is None:
@@ -264,8 +261,7 @@ class _Transfer:
         if free < total - offset:
             raise WeightsError(
                 f"{self.partial.parent} has {free:,} bytes free, the download needs {total - offset:,}",
-                "",
-                "make room, or set GLIDE_DS_CACHE to another disk",
+                remedy="make room, or set GLIDE_DS_CACHE to another disk",
             )
         return total
 

@@ -95,14 +95,12 @@ class Glide(UNet):
         if tokens is None or mask is None:
             raise GlideError(
                 "the model was called without a caption, which GLIDE always reads",
-                "",
-                "pass tokens and mask (tokenizer.encode(['']) is the empty caption), or text",
+                remedy="pass tokens and mask (tokenizer.encode(['']) is the empty caption), or text",
             )
         if tokens.shape[1] != self.config.text_ctx:
             raise GlideError(
                 f"captions of {tokens.shape[1]} tokens were given to a model that reads {self.config.text_ctx}",
-                "",
-                f"encode them with context_length={self.config.text_ctx}",
+                remedy=f"encode them with context_length={self.config.text_ctx}",
             )
         h = self.token_embedding(tokens) + self.positional_embedding
         h = torch.where(mask[..., None], h, self.padding_embedding)
@@ -151,8 +149,7 @@ class Glide(UNet):
         if embedding.shape[-1] != self.config.clip_dim:
             raise GlideError(
                 f"clip_embedding is {embedding.shape[-1]} wide, the adapter reads {self.config.clip_dim}",
-                "",
-                "use the CLIP encoder the model was made for, or create the model with that clip_dim",
+                remedy="use the CLIP encoder the model was made for, or create the model with that clip_dim",
             )
         if drop is None:
             drop = torch.zeros(len(embedding), dtype=torch.bool, device=embedding.device)
@@ -189,14 +186,16 @@ def _check_inputs(
 ) -> None:
     if config.upsamples != (low_res is not None):
         problem = "needs low_res [B, 3, S/4, S/4]" if config.upsamples else "has no use for low_res"
-        raise GlideError(f"a model of kind {config.kind!r} {problem}", "", "check which model is being called")
+        raise GlideError(
+            f"a model of kind {config.kind!r} {problem}", remedy="check which model is being called"
+        )
     if (inpaint_image is None) != (inpaint_mask is None):
         raise GlideError(
-            "inpaint_image and inpaint_mask go together", "", "pass both, or neither for all unknown"
+            "inpaint_image and inpaint_mask go together", remedy="pass both, or neither for all unknown"
         )
     if inpaint_image is not None and not config.inpaints:
         raise GlideError(
-            f"a model of kind {config.kind!r} has no use for inpaint_image", "", f"use {config.kind}-inpaint"
+            f"a model of kind {config.kind!r} has no use for inpaint_image", remedy=f"use {config.kind}-inpaint"
         )
 
 
@@ -207,18 +206,15 @@ def _check(config: GlideConfig) -> None:
             raise ConfigError(
                 f"model_channels {config.model_channels} times channel_mult {mult} is {channels}, which "
                 f"GroupNorm cannot divide into {_NORM_GROUPS} groups",
-                "",
-                f"choose a multiple of {_NORM_GROUPS}",
+                remedy=f"choose a multiple of {_NORM_GROUPS}",
             )
         if channels % config.num_head_channels:
             raise ConfigError(
                 f"{channels} channels cannot be divided into heads of num_head_channels={config.num_head_channels}",
-                "",
-                "choose a divisor",
+                remedy="choose a divisor",
             )
     if config.xf_width % config.xf_heads:
         raise ConfigError(
             f"xf_width {config.xf_width} cannot be divided into xf_heads={config.xf_heads}",
-            "",
-            "choose a divisor",
+            remedy="choose a divisor",
         )

@@ -76,7 +76,7 @@ def write_state(path: PathLike, state: Mapping[str, Tensor]) -> None:
             torch.save(standalone, file)
     else:
         raise WeightsError(
-            f"cannot write weights to {path}: {path.suffix!r} names no format", "", "use .pt or .safetensors"
+            f"cannot write weights to {path}: {path.suffix!r} names no format", remedy="use .pt or .safetensors"
         )
 
 
@@ -88,10 +88,10 @@ def sidecar(path: PathLike) -> dict[str, Any] | None:
     try:
         about = json.loads(beside.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise WeightsError(f"{beside} is not JSON ({error})", "", "restore it or delete it") from error
+        raise WeightsError(f"{beside} is not JSON ({error})", remedy="restore it or delete it") from error
     if not isinstance(about, dict):
         raise WeightsError(
-            f"{beside} holds a {type(about).__name__}, not an object", "", "restore it or delete it"
+            f"{beside} holds a {type(about).__name__}, not an object", remedy="restore it or delete it"
         )
     return about
 
@@ -147,7 +147,7 @@ def _written(path: Path) -> Iterator[Path]:
             yield partial
     except (OSError, SafetensorError) as error:
         raise WeightsError(
-            f"cannot write {path}: {error}", "", "what stood there before still stands"
+            f"cannot write {path}: {error}", remedy="what stood there before still stands"
         ) from error
 
 
@@ -172,15 +172,15 @@ def _read_content(path: Path) -> tuple[Any, bool]:
     """What the file holds, and whether it is a TorchScript archive."""
     if path.is_dir():
         raise WeightsError(
-            f"{path} is a directory, not a weight file", "", "name the .pt or .safetensors file in it"
+            f"{path} is a directory, not a weight file", remedy="name the .pt or .safetensors file in it"
         )
     try:
         with path.open("rb") as file:
             head = file.read(256)
     except FileNotFoundError as error:
-        raise WeightsError(f"there is no weight file at {path}", "", "check the path") from error
+        raise WeightsError(f"there is no weight file at {path}", remedy="check the path") from error
     except OSError as error:
-        raise WeightsError(f"cannot read {path}: {error.strerror}", "", "check its permissions") from error
+        raise WeightsError(f"cannot read {path}: {error.strerror}", remedy="check its permissions") from error
     if head.startswith(b"PK\x03\x04"):
         return _read_zip(path)
     if head[:1] == b"\x80":  # a pickle's protocol mark: torch.save before version 1.6
@@ -188,7 +188,7 @@ def _read_content(path: Path) -> tuple[Any, bool]:
     if head[8:9] == b"{" and not head.lstrip().startswith((b"{", b"[")):
         return _read_safetensors(path), False
     raise WeightsError(
-        f"{path} is not a weight file: {_looks_like(head)}", "", "give a .pt or .safetensors file"
+        f"{path} is not a weight file: {_looks_like(head)}", remedy="give a .pt or .safetensors file"
     )
 
 
@@ -226,7 +226,7 @@ def _read_zip(path: Path) -> tuple[Any, bool]:
         data = [name for name in names if name.endswith("data.pkl")]
         if not data:
             raise WeightsError(
-                f"{path} is a zip archive without tensors, not a weight file", "", "give a .pt file"
+                f"{path} is a zip archive without tensors, not a weight file", remedy="give a .pt file"
             )
         if any(name.endswith("/constants.pkl") for name in names):
             return _read_scripted(archive, data[0].removesuffix("data.pkl"), path), True
@@ -359,7 +359,7 @@ def _only_tensors(content: Any, path: Path, notes: list[str]) -> State:
     tensors = {str(name): value for name, value in entries.items() if isinstance(value, Tensor)}
     if not tensors:
         holds = f"only {sorted(map(str, entries))[:5]}" if entries else type(content).__name__
-        raise WeightsError(f"{path} holds no tensors ({holds})", "", "give the state dict of a model")
+        raise WeightsError(f"{path} holds no tensors ({holds})", remedy="give the state dict of a model")
     if extra := [str(name) for name in entries if str(name) not in tensors]:
         notes.append(f"{len(extra)} entries that are no tensors were passed over ({', '.join(extra[:3])})")
     return tensors

@@ -153,7 +153,8 @@ def infer_config(state: Mapping[str, Tensor]) -> GlideConfig:
     except (KeyError, ValueError, ZeroDivisionError, ConfigError) as error:
         family, remedy = _family(state)
         raise WeightsError(
-            f"the names and shapes are not those of a GLIDE model ({error}): it looks like {family}", "", remedy
+            f"the names and shapes are not those of a GLIDE model ({error}): it looks like {family}",
+            remedy=remedy,
         ) from error
 
 
@@ -196,7 +197,7 @@ def _config(model: nn.Module) -> GlideConfig:
     config = getattr(model, "config", None)
     if not isinstance(config, GlideConfig):
         raise WeightsError(
-            f"a {type(model).__name__} is no GLIDE model", "", "make one with glide_ds.model.create_model"
+            f"a {type(model).__name__} is no GLIDE model", remedy="make one with glide_ds.model.create_model"
         )
     return config
 
@@ -211,15 +212,13 @@ def _open(
     if source == BUILTIN and not BUILTIN_WEIGHTS.exists():
         raise WeightsError(
             f"the built-in GLIDE model is missing at {BUILTIN_WEIGHTS}",
-            "",
-            "install the package again, or train it with launch/train_tiny_glide.py",
+            remedy="install the package again, or train it with launch/train_tiny_glide.py",
         )
     path = BUILTIN_WEIGHTS if source == BUILTIN else Path(source).expanduser()
     if not path.exists() and "/" not in source and not path.suffix:
         raise WeightsError(
             f"model.weights {source!r} is no file and no known source",
-            "",
-            f"give the path of a .pt or .safetensors file, openai, random or {BUILTIN}",
+            remedy=f"give the path of a .pt or .safetensors file, openai, random or {BUILTIN}",
         )
     file = read_state_file(path)
     return file, file.notes
@@ -234,8 +233,7 @@ def _sidecar_config(path: PathLike) -> GlideConfig | None:
     if unknown := sorted(set(stored) - known):
         raise WeightsError(
             f"{path}.json describes a model by {', '.join(unknown)}, which this version does not know",
-            "",
-            "update glide_ds, or remove the JSON to read the architecture off the shapes",
+            remedy="update glide_ds, or remove the JSON to read the architecture off the shapes",
         )
     return GlideConfig(**stored)
 
@@ -270,7 +268,9 @@ def _check_fit(config: GlideConfig, own: State, file: StateFile) -> None:
             if names
         )
         cause, remedy = _diagnosis(config, state)
-        raise WeightsError(f"{file.path} does not fit a {config.kind} model: {problems}. {cause}", "", remedy)
+        raise WeightsError(
+            f"{file.path} does not fit a {config.kind} model: {problems}. {cause}", remedy=remedy
+        )
     if broken := next((key for key in own if key in state and not state[key].isfinite().all()), None):
         raise WeightsError(
             f"{file.path} holds numbers that are not finite (first in {broken})",

@@ -127,9 +127,7 @@ def read_hostfile(path: Path) -> list[tuple[str, int]]:
         lines = [line.split("#")[0].split() for line in path.read_text().splitlines()]
     except OSError as error:
         raise ConfigError(
-            f"--hostfile {path} can't be read ({error.strerror})",
-            "",
-            "correct the path",
+            f"--hostfile {path} can't be read ({error.strerror})", remedy="correct the path"
         ) from error
     found = []
     for words in filter(None, lines):
@@ -138,16 +136,11 @@ def read_hostfile(path: Path) -> list[tuple[str, int]]:
         if not slots.isdigit():
             raise ConfigError(
                 f"--hostfile {path} has the line {' '.join(words)!r}, which DeepSpeed can't read",
-                "",
-                "write 'HOST slots=N'",
+                remedy="write 'HOST slots=N'",
             )
         found.append((name, int(slots)))
     if not found:
-        raise ConfigError(
-            f"--hostfile {path} names no host",
-            "",
-            "write one line 'HOST slots=N' per node",
-        )
+        raise ConfigError(f"--hostfile {path} names no host", remedy="write one line 'HOST slots=N' per node")
     return found
 
 
@@ -342,8 +335,7 @@ def clip(site: Site) -> Finding:
     if not isinstance(opened, ShardSamples):
         raise DataError(
             f"data.clip_store={config.data.clip_store} can't go with {config.data.shards}, which has no shards",
-            "",
-            "unset it",
+            remedy="unset it",
         )
     encoder = Encoder(config.clip.model, config.clip.weights, config.clip.source)
     store = ClipStore(config.data.clip_store, opened.shards, encoder)

@@ -94,8 +94,7 @@ def check_pipeline(configs: Sequence[Config]) -> None:
             raise ConfigError(
                 f"phase {phase.name!r} comes after {', '.join(seen)}: the order is {' → '.join(PHASES)} "
                 "and each phase once",
-                "",
-                "reorder the --ds_config files",
+                remedy="reorder the --ds_config files",
             )
         seen.append(phase.name)
 

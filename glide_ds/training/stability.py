@@ -178,7 +178,7 @@ class Guard:
             }
             write_file(path, json.dumps(finite(report), indent=1) + "\n")
         fact = f"step {done} of phase {self.log.phase!r}: {reason}"
-        error = UnstableError(fact, "", f"{remedy}; the report: {path}")
+        error = UnstableError(fact, remedy=f"{remedy}; the report: {path}")
         error.on_all_ranks = True
         raise error
 

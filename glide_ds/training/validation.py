@@ -169,8 +169,7 @@ def open_held_out(config: Config, shards: str | tuple[str, ...]) -> Source:
     if held < samples:
         raise ConfigError(
             f"validation.samples = {samples}, but validation.shards hold {held}",
-            "",
-            f"set validation.samples={held}",
+            remedy=f"set validation.samples={held}",
         )
     return source
 
@@ -180,9 +179,7 @@ def load_held_out(config: Config, source: Source, diffusion: Diffusion, clip: Fr
     count, world = config.validation.samples, dist.get_world_size()
     if count < world:
         raise ConfigError(
-            f"validation.samples = {count} are fewer than {world} ranks",
-            "",
-            f"give at least {world}",
+            f"validation.samples = {count} are fewer than {world} ranks", remedy=f"give at least {world}"
         )
     rows = torch.arange(dist.get_rank(), count, world)
     batches = agreed(lambda: [source.one(row) for row in rows.tolist()])

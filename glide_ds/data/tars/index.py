@@ -335,9 +335,7 @@ def store_index(
         write_file(place, index.to_bytes())
         return place
     raise DataError(
-        f"no place to write the index of {url}",
-        "",
-        "set data.index_dir to a folder that can be written",
+        f"no place to write the index of {url}", remedy="set data.index_dir to a folder that can be written"
     )
 
 
@@ -347,11 +345,7 @@ def scan_shard(url: str, storage: Storage | None = None) -> ShardIndex:
     stat = storage.stat(url)
     file = storage.open(url, stat)
     if stat.size >= 2 and file.read(0, 2) == b"\x1f\x8b":
-        raise DataError(
-            f"shard {url} is gzip-compressed",
-            "no sample can be read alone",
-            "gunzip it first",
-        )
+        raise DataError(f"shard {url} is gzip-compressed", "no sample can be read alone", "gunzip it first")
     return build_index(scan_tar(file.read, stat.size), stat.version)
 
 
@@ -361,17 +355,14 @@ def open_index(url: str, storage: Storage, index_dir: str | None = None) -> tupl
         stat = storage.stat(url)
     except OSError as error:
         raise DataError(
-            f"shard {url} can't be opened: {error}",
-            "",
-            "check the URL and the access to it",
+            f"shard {url} can't be opened: {error}", remedy="check the URL and the access to it"
         ) from error
     index = load_index(url, storage, index_dir)
     if index is not None and index.head.tar_size != stat.size:
         raise DataError(
             f"shard {url} has {stat.size} bytes, its index was made for {index.head.tar_size}: the tar "
             "was truncated or replaced",
-            "",
-            "restore it, or run `glide-ds prepare index --force` to accept it",
+            remedy="restore it, or run `glide-ds prepare index --force` to accept it",
         )
     if index is not None and index.head.version == stat.version:
         if is_remote(url) and not os.path.exists(index_urls(url, index_dir)[-1]):
@@ -381,8 +372,7 @@ def open_index(url: str, storage: Storage, index_dir: str | None = None) -> tupl
     if index is not None and index.head.fingerprint != fresh.head.fingerprint:
         raise DataError(
             f"shard {url} changed since its index was made (same size, other members)",
-            "",
-            "restore it, or run `glide-ds prepare index --force` to accept it as it is",
+            remedy="restore it, or run `glide-ds prepare index --force` to accept it as it is",
         )
     store_index(url, fresh, storage, index_dir)
     return fresh, stat

@@ -43,7 +43,7 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
     wanted = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     urls = [url for pattern in wanted for url in _expand_one(pattern)]
     if not urls:
-        raise DataError("data.shards is empty", "", "name tar files, a brace pattern, or builtin:shapes")
+        raise DataError("data.shards is empty", remedy="name tar files, a brace pattern, or builtin:shapes")
     if doubled := [url for url, count in Counter(urls).items() if count > 1]:
         raise DataError(
             f"data.shards names {doubled[0]} more than once ({len(doubled)} such shards)",
@@ -58,12 +58,10 @@ def _expand_one(pattern: str) -> list[str]:
         urls = list(braceexpand(pattern))
     except ValueError as error:
         raise DataError(
-            f"data.shards pattern {pattern!r} has unbalanced braces",
-            "",
-            "close them",
+            f"data.shards pattern {pattern!r} has unbalanced braces", remedy="close them"
         ) from error
     if pattern == "" or not urls:
-        raise DataError("data.shards has an empty pattern", "", "name tar files, or builtin:shapes")
+        raise DataError("data.shards has an empty pattern", remedy="name tar files, or builtin:shapes")
     found = [match for url in urls for match in _matches(url)]
     missing = [path for path in found if not is_remote(path) and not os.path.isfile(local_path(path))]
     if not found or missing:
@@ -91,7 +89,7 @@ def _missing(pattern: str, missing: list[str], found: int, total: int) -> DataEr
         fact = f"data.shards pattern {pattern!r} matches no file{example}"
     hint = f"the nearest existing are {', '.join(near)}" if near else "no tar file lies in or near that folder"
     remedy = "correct the pattern, or use data.shards=builtin:shapes to try without data"
-    return DataError(f"{fact}; {hint}", "", remedy)
+    return DataError(f"{fact}; {hint}", remedy=remedy)
 
 
 def nearest_files(path: str, count: int = 3) -> list[str]:
@@ -223,8 +221,7 @@ def open_shards(
     if not len(shards):
         raise DataError(
             f"the {len(urls)} shards of {patterns!r} hold no sample",
-            "",
-            "name their members KEY.EXTENSION, as in 000001.jpg beside 000001.txt",
+            remedy="name their members KEY.EXTENSION, as in 000001.jpg beside 000001.txt",
         )
     return shards
 

@@ -254,9 +254,7 @@ class RemoteFiles:
                 self._systems[protocol] = fsspec.filesystem(protocol, skip_instance_cache=True)
             except (ImportError, ValueError) as error:
                 raise DataError(
-                    f"{url} can't be read: {error}",
-                    "",
-                    "install what fsspec needs for it",
+                    f"{url} can't be read: {error}", remedy="install what fsspec needs for it"
                 ) from error
         return self._systems[protocol]
 

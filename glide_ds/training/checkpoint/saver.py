@@ -104,8 +104,7 @@ class Saver:
             self.failure = None
             error = CheckpointError(
                 f"{first}; the previous checkpoint stands",
-                "",
-                "check free disk space and permissions, then start the same command again",
+                remedy="check free disk space and permissions, then start the same command again",
             )
             error.on_all_ranks = True
             raise error

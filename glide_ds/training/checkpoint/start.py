@@ -110,8 +110,7 @@ def _given_weights(config: Config) -> str:
     if not path.is_file():
         raise WeightsError(
             f"model.weights = {weights!r} is neither a file nor one of {', '.join(NAMED_WEIGHTS)}",
-            "",
-            "correct the path",
+            remedy="correct the path",
         )
     return str(path)
 
@@ -133,8 +132,7 @@ def load_start(model: nn.Module, config: Config, start: Start) -> list[str]:
             raise WeightsError(
                 f"phase {phase.name!r} continues a trained adapter and model.weights = {start.weights!r} "
                 "holds none",
-                "",
-                f"train {phase.parents[-1]} from it first, or give an export of that phase",
+                remedy=f"train {phase.parents[-1]} from it first, or give an export of that phase",
             )
     return [report.paragraph()]
 

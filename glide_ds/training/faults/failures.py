@@ -61,15 +61,10 @@ def explanation(error: RuntimeError, config: Config, arithmetic: BatchArithmetic
             remedies.append("train.recompute=blocks")
         if arithmetic.world_size == 1 or not remedies:
             remedies.append("more ranks, which share the optimizer's state")
-        return GlideError(
-            f"memory is used up ({fact})",
-            "no step can be taken",
-            f"try {', '.join(remedies)}",
-        )
+        return GlideError(f"memory is used up ({fact})", "no step can be taken", f"try {', '.join(remedies)}")
     if _WORKER_DIED.search(str(error)):
         return DataError(
             f"a loader worker ended ({fact}), most often killed because the host's memory was used up",
-            "",
-            f"lower data.workers={config.data.workers}, or look into the system's log",
+            remedy=f"lower data.workers={config.data.workers}, or look into the system's log",
         )
     return None

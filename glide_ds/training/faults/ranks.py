@@ -24,7 +24,7 @@ def agreed(action: Callable[[], T]) -> T:
     except GlideError as error:
         failure = error
     except OSError as error:
-        failure = GlideError(str(error), "", "check the path, its permissions and the free space")
+        failure = GlideError(str(error), remedy="check the path, its permissions and the free space")
     failures: list[GlideError | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
     for first in failures:

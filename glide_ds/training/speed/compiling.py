@@ -49,8 +49,7 @@ def set_compilation(model: Glide, config: Config, micro_batch: int, device: torc
         raise ConfigError(
             f"train.compile=true, and this machine can't compile ({str(error).strip().splitlines()[0]}); "
             "it takes Triton on a GPU and a C++ compiler on a CPU",
-            "",
-            "install that, or set train.compile=false",
+            remedy="install that, or set train.compile=false",
         ) from error
     for block, call in zip(blocks, compiled, strict=True):
         block.compiled = call

@@ -31,7 +31,9 @@ def load_engine(engine: Any, checkpoint: Committed) -> None:
         return
     path, _ = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
     if path is None:
-        raise CheckpointError(f"DeepSpeed found nothing to load in {checkpoint.path}", "", "remove that folder")
+        raise CheckpointError(
+            f"DeepSpeed found nothing to load in {checkpoint.path}", remedy="remove that folder"
+        )
 
 
 def load_repartitioned(engine: Any, checkpoint: Committed) -> None:

@@ -54,8 +54,7 @@ def start_process_group(timeout_s: float) -> torch.device:
             f"the {os.environ['WORLD_SIZE']} ranks did not all meet at "
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within run.timeout_s={timeout_s:g} "
             f"({str(error).splitlines()[0]})",
-            "",
-            "look for a rank that ended before, then start the same command again",
+            remedy="look for a rank that ended before, then start the same command again",
         ) from error
     return torch.device("cuda", local) if on_gpu else torch.device("cpu")
 

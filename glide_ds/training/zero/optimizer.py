@@ -199,11 +199,7 @@ class AdamW8bit(Optimizer):
         for name, (value, end) in limits.items():
             if not (value >= 0 and (end is None or value < end)):
                 allowed = "at least 0" if end is None else f"in [0, {end})"
-                raise ConfigError(
-                    f"AdamW8bit's {name} is {value}",
-                    "",
-                    f"it must be {allowed}",
-                )
+                raise ConfigError(f"AdamW8bit's {name} is {value}", remedy=f"it must be {allowed}")
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "maximize": maximize, "quantize": quantize})
 
@@ -229,9 +225,7 @@ class AdamW8bit(Optimizer):
         """Create the state at the first step; quantise moments that were put there as fp32."""
         if p.grad is not None and p.grad.is_sparse:
             raise ConfigError(
-                "AdamW8bit takes no sparse gradients",
-                "",
-                "build the embedding with sparse=False",
+                "AdamW8bit takes no sparse gradients", remedy="build the embedding with sparse=False"
             )
         state = self.state[p]
         if "step" not in state:
@@ -343,8 +337,7 @@ def _fitted(saved: dict[str, Any], p: Tensor, quantized: bool) -> dict[str, Any]
     if "step" not in saved or set(moments) not in ({*MOMENT_KEYS}, {"exp_avg", "exp_avg_sq"}):
         raise CheckpointError(
             f"the optimizer state holds {sorted(saved)}: it is not AdamW's or AdamW8bit's",
-            "",
-            "load the one this optimizer wrote, or start the optimizer afresh",
+            remedy="load the one this optimizer wrote, or start the optimizer afresh",
         )
     for key, value in moments.items():
         if value.numel() != sizes[key]:
