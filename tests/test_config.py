@@ -32,7 +32,7 @@ from glide_ds.training.checkpoint.start import find_start
 from glide_ds.types import GlideConfig
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = sorted((ROOT / "ds_configs").rglob("*.json"))
+SHIPPED = [p for p in sorted((ROOT / "ds_configs").rglob("*.json")) if p.name != "schema.json"]
 
 
 def write(path: Path, values: Any) -> Path:
@@ -479,11 +479,6 @@ OTHERS: dict[str, Any] = {
     "zero_optimization.overlap_comm": True,
     "zero_optimization.ignore_unused_parameters": False,
     "bf16.enabled": True,
-    "comms_logger.enabled": True,
-    "comms_logger.prof_all": False,
-    "comms_logger.prof_ops": ["all_reduce"],
-    "comms_logger.verbose": True,
-    "comms_logger.debug": True,
     "flops_profiler.enabled": True,
     "flops_profiler.recompute_fwd_factor": 0.5,
     "flops_profiler.profile_step": 2,

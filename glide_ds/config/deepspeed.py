@@ -84,11 +84,8 @@ class DeepSpeedPart(Section):
     )
     prescale_gradients: bool = fixed(False, "divide gradients before they are summed instead of after it")
     gradient_predivide_factor: float = fixed(1.0, "what prescale_gradients divides by first", gt=0)
-    steps_per_print: int | None = free(None, "steps between two lines of DeepSpeed's own; null: none", ge=1)
     wall_clock_breakdown: bool = free(False, "DeepSpeed's own timers: slow, for they wait for the GPU")
     memory_breakdown: bool = free(False, "DeepSpeed's own lines about memory")
-    dump_state: bool = free(False, "have DeepSpeed print its state at the start")
-    comms_logger: Mapping[str, Any] = free({}, "DeepSpeed's own log of collectives")
     flops_profiler: Mapping[str, Any] = free({}, "DeepSpeed's own profile of one step")
 
 
@@ -105,13 +102,6 @@ THEIRS: dict[str, dict[str, str]] = {
         "ignore_unused_parameters": "a parameter without a gradient is no error",
     },
     "bf16": {"enabled": "train in bf16; masters and moments stay in fp32"},
-    "comms_logger": {
-        "enabled": "log collectives",
-        "prof_all": "all of them",
-        "prof_ops": "those, by name",
-        "verbose": "each call",
-        "debug": "who called it",
-    },
     "flops_profiler": {
         "enabled": "profile one step",
         "recompute_fwd_factor": "what recomputing adds, as a share of the forward pass",
@@ -131,6 +121,10 @@ REFUSED_KEYS = {
     "activation_checkpointing": "that section belongs to DeepSpeed's reentrant checkpointing, which loses "
     "gradients here; remove it and use train.recompute in the glide_ds block",
     "tensorboard": "the trainer writes its own; remove it and use log.tensorboard in the glide_ds block",
+    "steps_per_print": "DeepSpeed's own lines are silenced; remove it and use log.every in the glide_ds block",
+    "dump_state": "DeepSpeed's own lines are silenced; remove it: run.json and the opening block say what is run",
+    "comms_logger": "DeepSpeed's own lines are silenced; remove it: communication_share in metrics.jsonl says what "
+    "share of a step collectives take",
     "zero_allow_untested_optimizer": "DeepSpeed takes both optimizers without it; remove it",
 }
 
@@ -187,10 +181,6 @@ def their_model(name: str) -> type[BaseModel]:
             from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 
             return DeepSpeedBF16Config
-        if name == "comms_logger":
-            from deepspeed.comm.config import CommsLoggerConfig
-
-            return CommsLoggerConfig
         from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
     # No pydantic model, but an object that holds the defaults.
     defaults = vars(DeepSpeedFlopsProfilerConfig({}))

@@ -182,7 +182,7 @@ def _upwards(place: Place) -> list[Place]:
 def _deepspeed(values: dict[str, Any]) -> tuple[dict[str, Any], list[Mistake]]:
     """DeepSpeed's part as it reads it, and what is wrong with it."""
     part, mistakes = checked(DeepSpeedPart, values)
-    read = part.model_dump(exclude_unset=True) if part else dict(values)
+    read = part.model_dump(exclude_unset=True, exclude_none=True) if part else dict(values)
     for name in THEIRS:
         if isinstance(values.get(name), Mapping):
             read[name], found = check_theirs(name, values[name])

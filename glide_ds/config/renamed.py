@@ -30,7 +30,8 @@ RENAMED = {
     "checkpoint.background": Renamed("checkpoint.async_save"),
     "data.tail": Renamed("data.drop_last", {"drop": True, "pad": False}),
 }
-GONE = ("zero_allow_untested_optimizer",)  # of DeepSpeed's part: never did anything here
+# Of DeepSpeed's part: never did anything here.
+GONE = ("zero_allow_untested_optimizer", "steps_per_print", "dump_state", "comms_logger")
 
 
 def upgraded(document: Mapping[str, Any]) -> dict[str, Any]:

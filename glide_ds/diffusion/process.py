@@ -52,10 +52,9 @@ class Diffusion:
         self.sqrt_recipm1_alphas_cumprod = np.sqrt(1 / self.alphas_cumprod - 1)
         remaining = 1 - self.alphas_cumprod
         self.posterior_variance = betas * (1 - self.alphas_cumprod_prev) / remaining
-        # The first posterior variance is 0, whose logarithm does not exist: the second stands in.
-        self.posterior_log_variance_clipped = np.log(
-            np.append(self.posterior_variance[1], self.posterior_variance[1:])
-        )
+        # The first posterior variance is 0, which has no logarithm: the second stands in, or a lone step's beta.
+        second = self.posterior_variance[1] if len(betas) > 1 else betas[0]
+        self.posterior_log_variance_clipped = np.log(np.append(second, self.posterior_variance[1:]))
         self.posterior_mean_coef1 = betas * np.sqrt(self.alphas_cumprod_prev) / remaining
         self.posterior_mean_coef2 = (1 - self.alphas_cumprod_prev) * np.sqrt(1 - betas) / remaining
         self.log_betas = np.log(betas)

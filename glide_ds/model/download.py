@@ -195,8 +195,8 @@ class _Transfer:
             if failures >= ATTEMPTS:
                 raise WeightsError(
                     f"could not download {self.url} ({problem}) in {ATTEMPTS} attempts",
-                    remedy=f"{before:,} bytes are kept, the same command goes on from there; or fetch the file elsewhere "
-                    "and give its path",
+                    remedy=f"{before:,} bytes are kept, the same command goes on from there; or fetch the file "
+                    "elsewhere and give its path",
                 )
             logger.warning("%s: %s; trying again", self.url, problem)
             time.sleep(PAUSE * 2 ** (failures - 1) if failures else 0)
