@@ -5,6 +5,9 @@
 Seeking is also timed with index files on disk: a million samples in 100 sparse tars, their indexes opened anew and
 a global batch's samples looked up in them, at random steps.
 
+What a rank opens is counted at 41,000 shards on 8 ranks, as LAION-400M has them: how often a worker process, which
+keeps open what the order says, reads from a shard that is not.
+
 Coverage is checked on whole lanes: every position of a lane must give each sample of its span of the deck once,
 and nothing else. Lanes partition both the positions and the deck, so lanes that hold make an epoch that holds.
 """
@@ -21,6 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from cachetools import LRUCache
 from machine import environment
 
 from glide_ds.data.order import Order, micro_slots
@@ -30,6 +34,7 @@ from glide_ds.data.tars.storage import Storage
 
 RANKS = (1, 64, 1024)
 BATCH = 4096
+LAION_SHARDS, LAION_RANKS, MICRO = 41_000, 8, 64
 SEEKS = 12
 
 
@@ -41,6 +46,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     figures = simulate(args.shards, args.per_shard, args.lanes_checked)
+    figures |= {f"opens per sample, {workers} workers": opens(workers, args.per_shard) for workers in (1, 4)}
     with tempfile.TemporaryDirectory() as folder:
         figures |= seek(Path(folder), shards=100, per_shard=10_000)
     for name, value in figures.items():
@@ -76,6 +82,19 @@ def simulate(shards: int, per_shard: int, lanes_checked: int) -> dict[str, float
         check_lane(order, lane)
     figures["lanes checked exactly"] = lanes_checked
     return figures
+
+
+def opens(workers: int, per_shard: int, steps: int = 2000) -> float:
+    """Shards opened per sample that a rank's workers read, the first time included."""
+    order = Order(np.full(LAION_SHARDS, per_shard, np.int64), LAION_RANKS * MICRO, seed=0, fingerprint=1)
+    slots, opened = micro_slots(0, MICRO, 0, LAION_RANKS), 0
+    for worker in range(workers):
+        held: LRUCache[int, bool] = LRUCache(order.shards_in_turn(LAION_RANKS))
+        for step in range(worker, steps, workers):
+            for shard in (order.draw(step, slots).ids // per_shard).tolist():
+                opened += held.get(shard) is None
+                held[shard] = True
+    return opened / (steps * MICRO)
 
 
 def seek(folder: Path, shards: int, per_shard: int) -> dict[str, float]:

@@ -14,7 +14,7 @@ from glide_ds.data.tars.index import load_index, scan_shard, store_index
 from glide_ds.data.tars.shards import expand
 from glide_ds.data.tars.storage import Storage
 from glide_ds.data.workers import end_with
-from glide_ds.errors import DataError
+from glide_ds.errors import GlideError
 from glide_ds.progress import Progress
 
 
@@ -80,6 +80,6 @@ def index_one(url: str, index_dir: str | None = None, force: bool = False) -> In
         if old is not None and old.head.fingerprint != fresh.head.fingerprint:
             return Indexed(url, 0, made=False, error="changed since its index was made; --force accepts it")
         store_index(url, fresh, storage, index_dir, beside=True)
-    except (DataError, OSError, EOFError) as error:
+    except (GlideError, OSError, EOFError) as error:
         return Indexed(url, 0, made=False, error=str(error))
     return Indexed(url, fresh.head.samples, True, fresh.head.duplicates, fresh.head.damage)

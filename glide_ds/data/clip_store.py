@@ -19,7 +19,7 @@ from cachetools import LRUCache
 from numpy.typing import NDArray
 
 from glide_ds.data.tars.shards import ShardSet
-from glide_ds.data.tars.storage import allow_open_files, local_path, reading
+from glide_ds.data.tars.storage import LocalFile, fault, local_path, open_at_once
 from glide_ds.errors import DataError
 from glide_ds.files import write_file
 
@@ -52,16 +52,24 @@ class StoreNote:
 
 
 def read_note(path: Path) -> StoreNote:
-    """Raises DataError where the note is missing or damaged."""
+    """Raises DataError where the note is missing or damaged, SurroundingsError where it can't be read."""
     try:
         stored = json.loads(path.read_bytes())
         return StoreNote(**{**stored, "encoder": Encoder(**stored["encoder"])})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"no CLIP embeddings at {path} ({error})",
-            remedy="run `glide-ds prepare clip` for these shards, or unset data.clip_store to encode captions "
-            "while training",
-        ) from error
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError):
+            raise fault(str(path), error) from error
+        raise _no_embeddings(path, error) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise _no_embeddings(path, error) from error
+
+
+def _no_embeddings(path: Path, error: Exception) -> DataError:
+    return DataError(
+        f"no CLIP embeddings at {path} ({error})",
+        remedy="run `glide-ds prepare clip` for these shards, or unset data.clip_store to encode captions "
+        "while training",
+    )
 
 
 def store_path(folder: str | Path, url: str, key_hash: str) -> Path:
@@ -108,21 +116,28 @@ class ClipStore:
         self._open = self._none_open()
 
     def keep_open(self, arrays: int) -> None:
-        """Have room for that many open arrays in each process, beside their shards and indexes."""
+        """Have room for that many open arrays in each process, beside their shards."""
         self._open_at_once = max(OPEN_ARRAYS, arrays)
         self._open = self._none_open()
 
-    def _none_open(self) -> LRUCache[int, Rows]:
-        return LRUCache(allow_open_files(3 * self._open_at_once) // 3)
+    def _none_open(self) -> LRUCache[int, _Array]:
+        return LRUCache(open_at_once(self._open_at_once))
 
     def rows(self, samples: NDArray[np.int64]) -> Rows:
-        """float16 [B, D] of the given sample numbers."""
+        """float16 [B, D] of the given sample numbers.
+
+        Raises SurroundingsError where they can't be read, DataError where a sample has none.
+        """
         shards = np.searchsorted(self._ends, samples, side="right")
         rows = samples - (self._ends - self._sizes)[shards]
         out = np.empty((len(samples), self.dim), np.float16)
-        for shard in set(shards.tolist()):
-            here = shards == shard
-            out[here] = self._array(shard)[rows[here]]
+        for shard, row, into in zip(shards.tolist(), rows.tolist(), out.view(np.uint8), strict=True):
+            try:
+                (self._open.get(shard) or self._array(shard)).read(row, into)
+            except OSError as error:
+                raise fault(str(self._paths[shard]), error) from error
+            except EOFError as error:
+                raise DataError(str(error), "it was cut off during the run", "prepare them anew") from error
         missing = ~out.any(axis=1)
         if missing.any():
             raise DataError(
@@ -135,24 +150,49 @@ class ClipStore:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": self._none_open()}
 
-    def _array(self, shard: int) -> Rows:
-        array = self._open.get(shard)
-        if array is None:
-            path, samples = self._paths[shard], int(self._sizes[shard])
-            try:
-                with reading(str(path)):
-                    array = np.load(path, mmap_mode="r", allow_pickle=False)
-            except ValueError as error:
-                raise DataError(
-                    f"the embeddings {path} can't be read: {error}", remedy="prepare them anew"
-                ) from error
-            if array.shape != (samples, self.dim) or array.dtype != np.float16:
-                raise DataError(
-                    f"the embeddings {path} are {array.dtype} {array.shape}, not float16 {(samples, self.dim)}",
-                    remedy="prepare them anew",
-                )
-            self._open[shard] = array
+    def _array(self, shard: int) -> _Array:
+        path, samples = self._paths[shard], int(self._sizes[shard])
+        try:
+            array = _Array(path)
+        except ValueError as error:
+            raise DataError(
+                f"the embeddings {path} can't be read: {error}", remedy="prepare them anew"
+            ) from error
+        if array.shape != (samples, self.dim) or array.dtype != np.float16:
+            raise DataError(
+                f"the embeddings {path} are {array.dtype} {array.shape}, not float16 {(samples, self.dim)}",
+                remedy="prepare them anew",
+            )
+        self._open[shard] = array
         return array
+
+
+class _Array:
+    """A .npy file read row by row. One cut off or lost under its map would end the process without a word."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError where it can't be opened, ValueError where it is no whole array of rows."""
+        with path.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+            read = (
+                np.lib.format.read_array_header_1_0
+                if version == (1, 0)
+                else np.lib.format.read_array_header_2_0
+            )
+            self.shape, _, self.dtype = read(file)
+            self.start, size = file.tell(), os.fstat(file.fileno()).st_size
+        if len(self.shape) != 2:
+            raise ValueError(f"it has the shape {self.shape}, not one row per sample")
+        self.stride = self.shape[1] * self.dtype.itemsize
+        if size < self.start + self.shape[0] * self.stride:
+            raise ValueError(f"it has {size} bytes, fewer than {self.dtype} {self.shape} takes")
+        self.file = LocalFile(str(path))
+
+    def read(self, row: int, into: NDArray[np.uint8]) -> None:
+        """The bytes of row number `row`. Raises OSError or EOFError."""
+        offset = self.start + row * self.stride
+        if os.preadv(self.file.descriptor, [into.data], offset) != self.stride:
+            into[:] = np.frombuffer(self.file.read(offset, self.stride), np.uint8)
 
 
 def _check(note: StoreNote, encoder: Encoder, url: str, key_hash: str, samples: int) -> None:

@@ -100,8 +100,15 @@ class MicroBatches(Dataset[Made]):
         self.samples, self.order, self.config, self.layout, self.clip = samples, order, config, layout, clip
 
     def __getitem__(self, item: tuple[int, int]) -> Made:
-        step, number = item
-        layout, tally = self.layout, Tally()
+        tally = Tally()
+        try:
+            return Made(self._make(*item, tally), tally)
+        except GlideError as error:  # a worker can't raise it: torch would make another one of it
+            return Made(None, tally, error)
+
+    def _make(self, step: int, number: int, tally: Tally) -> Batch:
+        """Raises GlideError where a slot can't be filled, or the set or its embeddings can't be read."""
+        layout = self.layout
         slots = micro_slots(number, layout.micro_batch, layout.rank, layout.world_size)
         drawn = self.order.draw(step, slots)
         size = layout.image_size
@@ -111,17 +118,14 @@ class MicroBatches(Dataset[Made]):
         dice = uniform(_CAPTION, layout.seed, drawn.epochs, drawn.ids).tolist()
         wishes = zip(drawn.ids.tolist(), drawn.epochs.tolist(), dice, strict=True)
         for row, (wanted, epoch, die) in enumerate(wishes):
-            try:
-                ids[row], sample = self._usable(wanted, epoch, die, tally)
-            except GlideError as error:  # a worker can't raise it: torch would make another one of it
-                return Made(None, tally, error)
+            ids[row], sample = self._usable(wanted, epoch, die, tally)
             images[row] = sample.pixels
             captions.append(sample.caption)
         tally.delivered = len(slots)
         batch = self._batch(ids, slots, drawn.epochs, images, tuple(captions))
         if drawn.padding.any():
             batch = replace(batch, sample_ids=torch.from_numpy(np.where(drawn.padding, -1 - ids, ids)))
-        return Made(batch, tally)
+        return batch
 
     def _usable(self, wanted: int, epoch: int, die: float, tally: Tally) -> tuple[int, Sample]:
         """The wanted sample, or the first usable one of a sequence that follows from its id and epoch.

@@ -259,7 +259,8 @@ class MixOrder:
         return Draw(ids, epochs, np.zeros(len(slots), np.bool_))
 
     def shards_in_turn(self, ranks: int) -> int:
-        return sum(part.shards_in_turn(ranks) for part in self.parts)
+        """As Order's, of any number of ranks: where a set's samples fall in a batch says nothing of the rank."""
+        return sum(part.shards_in_turn(1) for part in self.parts)
 
     def _given(self, total: int) -> list[int]:
         """How many of the first `total` samples each set gives."""

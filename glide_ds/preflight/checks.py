@@ -203,7 +203,7 @@ def shards(site: Site) -> Finding:
         ) -> tuple[int, tuple[Fault, ...]]:
             try:
                 head = open_index(url, storage, data.index_dir)[0].head
-            except (DataError, OSError, EOFError) as error:
+            except (GlideError, OSError, EOFError) as error:
                 return 0, faults_of(error)
             if head.damage and data.damaged_shards != "salvage":
                 fact = f"shard {url} is damaged: {'; '.join(head.damage)}"

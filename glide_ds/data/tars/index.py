@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 import re
 from collections.abc import Callable
@@ -20,8 +19,8 @@ from typing import NamedTuple
 import numpy as np
 
 from glide_ds.config import cache_dir
-from glide_ds.data.tars.storage import LocalFile, RemoteFile, Stat, Storage, is_remote, local_path
-from glide_ds.errors import DataError
+from glide_ds.data.tars.storage import LocalFile, RemoteFile, Stat, Storage, is_remote, local_path, reading
+from glide_ds.errors import DataError, SurroundingsError
 from glide_ds.files import write_file
 
 BLOCK = 512
@@ -195,20 +194,28 @@ class ShardIndex:
         return MAGIC + hashlib.blake2b(body, digest_size=16).digest() + body
 
     @classmethod
-    def mapped(cls, path: str, head: IndexHead) -> ShardIndex | None:
-        """The index in a local file, its tables read where they are used and shared by all processes.
+    def known(cls, path: str, head: IndexHead) -> ShardIndex | None:
+        """The index in a local file, as it was verified when it was opened first; None where there is none.
 
-        None where there is none, or another one than `head`, which was verified when it was opened first.
+        Raises DataError where it is another one than `head`, OSError where it can't be read. It is not mapped: a file
+        that is cut off or lost under its map ends the process, or gives zeros.
         """
         try:
-            with open(path, "rb") as file:
-                index = cls.from_bytes(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), verified=True)
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            index = cls.from_bytes(Path(path).read_bytes(), verified=True)
+        except FileNotFoundError:
             return None
-        return index if index.head == head else None
+        except (ValueError, KeyError, TypeError):
+            index = None
+        if index is None or index.head != head:
+            raise DataError(
+                f"the index {path} changed during the run",
+                "its shard may be another",
+                "put the shard back, or start this run with the new one in another run.dir",
+            )
+        return index
 
     @classmethod
-    def from_bytes(cls, data: bytes | mmap.mmap, *, verified: bool = False) -> ShardIndex:
+    def from_bytes(cls, data: bytes, *, verified: bool = False) -> ShardIndex:
         """Raises ValueError where the bytes are no whole, undamaged index; `verified` leaves the hash out."""
         start = len(MAGIC) + 16
         if data[: len(MAGIC)] != MAGIC:
@@ -319,6 +326,7 @@ def store_index(
     """Write a shard's index to the first of its places that can be written, and return that place.
 
     Beside a remote shard only where `beside` asks for it: a training run leaves its store as it is.
+    Raises SurroundingsError where it can't be written, DataError where there is no place for it.
     """
     for place in index_urls(url, index_dir):
         if is_remote(place):
@@ -331,8 +339,15 @@ def store_index(
             return place
         if _read_only(Path(place).parent):
             continue
-        Path(place).parent.mkdir(parents=True, exist_ok=True)
-        write_file(place, index.to_bytes())
+        try:
+            Path(place).parent.mkdir(parents=True, exist_ok=True)
+            write_file(place, index.to_bytes())
+        except OSError as error:
+            raise SurroundingsError(
+                f"the index of {url} can't be written to {place}: {error.strerror}",
+                "its samples would have to be looked for at every start",
+                "make room there or set data.index_dir to another folder, then start the same command again",
+            ) from error
         return place
     raise DataError(
         f"no place to write the index of {url}", remedy="set data.index_dir to a folder that can be written"
@@ -350,13 +365,22 @@ def scan_shard(url: str, storage: Storage | None = None) -> ShardIndex:
 
 
 def open_index(url: str, storage: Storage, index_dir: str | None = None) -> tuple[ShardIndex, Stat]:
-    """A shard's index, made and stored where missing. Raises DataError where it no longer fits its tar."""
-    try:
-        stat = storage.stat(url)
-    except OSError as error:
-        raise DataError(
-            f"shard {url} can't be opened: {error}", remedy="check the URL and the access to it"
-        ) from error
+    """A shard's index, made and stored where missing.
+
+    Raises DataError where the shard is not there or no longer fits its index, SurroundingsError where one of them
+    can't be read or the index can't be written.
+    """
+    with reading(url):
+        try:
+            stat = storage.stat(url)
+        except (FileNotFoundError, PermissionError) as error:
+            raise DataError(
+                f"shard {url} can't be opened: {error}", remedy="check the URL and the access to it"
+            ) from error
+        return _fitting_index(url, stat, storage, index_dir), stat
+
+
+def _fitting_index(url: str, stat: Stat, storage: Storage, index_dir: str | None) -> ShardIndex:
     index = load_index(url, storage, index_dir)
     if index is not None and index.head.tar_size != stat.size:
         raise DataError(
@@ -367,7 +391,7 @@ def open_index(url: str, storage: Storage, index_dir: str | None = None) -> tupl
     if index is not None and index.head.version == stat.version:
         if is_remote(url) and not os.path.exists(index_urls(url, index_dir)[-1]):
             store_index(url, index, storage, index_dir)  # the worker processes read this local copy
-        return index, stat
+        return index
     fresh = scan_shard(url, storage)
     if index is not None and index.head.fingerprint != fresh.head.fingerprint:
         raise DataError(
@@ -375,4 +399,4 @@ def open_index(url: str, storage: Storage, index_dir: str | None = None) -> tupl
             remedy="restore it, or run `glide-ds prepare index --force` to accept it as it is",
         )
     store_index(url, fresh, storage, index_dir)
-    return fresh, stat
+    return fresh

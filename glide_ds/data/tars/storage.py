@@ -36,7 +36,8 @@ FINAL = (FileNotFoundError, PermissionError, DataError, NotImplementedError)
 EVICT_EVERY = 32  # blocks written between two looks at the cache's size
 KEEP_AFTER_EVICTION = 0.9  # of the bound
 
-OTHER_FILES = 512  # open files that a process is left for everything but shards
+FILES_OF_A_SHARD = 2  # its tar, and its embeddings where there is a store
+OTHER_FILES = 512  # open files that a process is left for everything else
 
 T = TypeVar("T")
 
@@ -65,15 +66,18 @@ def reading(place: str) -> Iterator[None]:
         raise fault(place, error) from error
 
 
-def allow_open_files(wanted: int) -> int:
-    """How many of `wanted` files this process may hold open, its soft limit raised as far as that needs and may be."""
+def open_at_once(shards: int) -> int:
+    """Of how many of `shards` this process may hold the files open: the tar, and the array of embeddings.
+
+    Raises the soft limit of open files as far as that needs and the hard one allows.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = wanted + OTHER_FILES
+    needed = FILES_OF_A_SHARD * shards + OTHER_FILES
     if soft == resource.RLIM_INFINITY or soft >= needed:
-        return wanted
+        return shards
     soft = needed if hard == resource.RLIM_INFINITY else max(soft, min(needed, hard))
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return min(wanted, max(1, soft - OTHER_FILES))
+    return max(1, min(shards, (soft - OTHER_FILES) // FILES_OF_A_SHARD))
 
 
 def is_remote(url: str) -> bool:
