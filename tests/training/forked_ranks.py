@@ -19,7 +19,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import imported  # noqa: F401
 
-import glide_ds.training.run as run_module
 from glide_ds.data.loader import MicroBatches
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +57,6 @@ def rank(environment: dict[str, str], arguments: list[str], log: str, fault: str
     os.dup2(output, 1)
     os.dup2(output, 2)
     put_in(fault, at)
-    run_module.os.environ.update(environment)
     sys.argv = ["train.py", *arguments]
     runpy.run_path(str(ROOT / "launch" / "train.py"), run_name="__main__")
 

@@ -24,7 +24,7 @@ from glide_ds.training.zero.optimizer import MIN_SIZE, MOMENT_KEYS, AdamW8bit, C
 
 RAGGED = 20 * 256 + 77
 GROUP = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "maximize": False}
-ROOT = str(Path(module.__file__).parents[2])
+ROOT = str(Path(__file__).parents[2])
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
