@@ -168,6 +168,8 @@ def test_a_yaml_mistake_is_told(tmp_path: Path):
         ("scheduler.type=OneCycle", ("scheduler.type = 'OneCycle'", "WarmupCosineLR, WarmupLR")),
         ("optimizer.params.lr=0", ("optimizer.params.lr = 0", "positive")),
         ("zero_optimization.stage=3", ("zero_optimization.stage = 3", "set it to 2")),
+        ("prescale_gradients=true", ("prescale_gradients = True", "reduce_scatter to false")),
+        ("gradient_predivide_factor=2.0", ("gradient_predivide_factor = 2.0", "reduce_scatter to false")),
         ("gradient_clipping=-1", ("gradient_clipping = -1",)),
         ("train_batch_size=0", ("train_batch_size = 0",)),
         ("train_micro_batch_size_per_gpu=1.5", ("train_micro_batch_size_per_gpu = 1.5",)),
@@ -498,6 +500,8 @@ BESIDE = {
     "train.scope": ("train.phase=base",),
     "train.activation_gb": ("train.recompute=budget",),
     "train.cuda_graph": ("train.recompute=none",),
+    "prescale_gradients": ("zero_optimization.reduce_scatter=false",),
+    "gradient_predivide_factor": ("zero_optimization.reduce_scatter=false",),
 }
 
 
@@ -537,7 +541,7 @@ def test_every_key_can_be_set_and_comes_back(tmp_path: Path, key: Key):
 
 
 def test_deepspeeds_keys_pass_through(tmp_path: Path):
-    whole = document(tmp_path) | {"wall_clock_breakdown": True, "prescale_gradients": True}
+    whole = document(tmp_path) | {"wall_clock_breakdown": True, "memory_breakdown": True}
     (config,) = load_config(write(tmp_path / "c.json", whole))
     assert config.deepspeed["wall_clock_breakdown"] is True
     assert set(config.deepspeed) <= set(DEEPSPEED_KEYS)

@@ -82,11 +82,25 @@ class DeepSpeedPart(Section):
     communication_data_type: Literal["fp32", "fp16", "bf16"] | None = fixed(
         None, "what gradients are sent in; null: as they are"
     )
-    prescale_gradients: bool = fixed(False, "divide gradients before they are summed instead of after it")
-    gradient_predivide_factor: float = fixed(1.0, "what prescale_gradients divides by first", gt=0)
+    prescale_gradients: bool = fixed(False, "divide gradients by the ranks before they are summed, not after")
+    gradient_predivide_factor: float = fixed(
+        1.0, "what is divided by before the sum, the rest after it, unless prescale_gradients", gt=0
+    )
     wall_clock_breakdown: bool = free(False, "DeepSpeed's own timers: slow, for they wait for the GPU")
     memory_breakdown: bool = free(False, "DeepSpeed's own lines about memory")
     flops_profiler: Mapping[str, Any] = free({}, "DeepSpeed's own profile of one step")
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if not self.zero_optimization.get("reduce_scatter", True):
+            return
+        for key, default in (("prescale_gradients", False), ("gradient_predivide_factor", 1.0)):
+            if (value := getattr(self, key)) != default:
+                fault = Fault(
+                    f"{key} = {value!r} with zero_optimization.reduce_scatter = True",
+                    "DeepSpeed scales gradients so only where it reduces all of them to all ranks",
+                    f"remove {key}, or set zero_optimization.reduce_scatter to false",
+                )
+                yield Conflict((key, "zero_optimization"), fault)
 
 
 # What of DeepSpeed's own sections is passed on, and what it means.
