@@ -2,9 +2,9 @@
 
     python tests/chaos.py --kills 100 --folder /tmp/chaos --out chaos.json
 
-The ranks are forked from this process, which has imported everything: a start takes a second or two instead of
-ten. After every kill the next start has to resume at the newest committed step, by files that verify, and in the
-end the joined metrics have to be those of a run that nobody disturbed. The first violation ends the script.
+The ranks are forked, see ranks.py. After every kill the next start has to resume at the newest committed step,
+by files that verify, and in the end the joined metrics have to be those of a run that nobody disturbed. The
+first violation ends the script.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
-from forked_run import ForkedRun
+from ranks import Run, Warm
 from train_kit import metrics
 
+from glide_ds import cli
+from glide_ds.training import setup
 from glide_ds.training.checkpoint.commit import MANIFEST, Committed, committed, unreadable, verify
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -40,7 +44,17 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def strike(run: ForkedRun, dice: random.Random) -> str:
+def impatient(words: list[str]) -> int:
+    """A rank that lost its peer in a save would wait half a minute."""
+    setup.PEERS_S = 5.0
+    return cli.main(words)
+
+
+def start(run: Run, steps: int, **sections: Any) -> None:
+    run.start(RANKS, "chaos:impatient", run.words(steps, **sections))
+
+
+def strike(run: Run, dice: random.Random) -> str:
     """Let the run live a while, then kill one or both ranks. Returns when and whom."""
     moment = dice.choices(["save", "step", "start"], [5, 4, 1])[0]
     if moment == "start":
@@ -75,19 +89,19 @@ def damage(made: Committed, dice: random.Random) -> str:
     return "bit flipped"
 
 
-def sound(run: ForkedRun) -> list[Committed]:
+def sound(run: Run) -> list[Committed]:
     """The committed checkpoints whose files verify, the newest first."""
     return [made for made in committed(run.phase) if not verify(made)]
 
 
-def resumed_at(run: ForkedRun) -> int | None:
+def resumed_at(run: Run) -> int | None:
     """The step at which this start says that it resumed; 0 from the beginning, None before it said so."""
     text = " ".join(run.said().split())
     found = re.search(r"resumes at step (\d+)", text)
     return int(found[1]) if found else 0 if "starts from" in text else None
 
 
-def torment(run: ForkedRun, kills: int, damage_every: int, seed: int, say: Any) -> dict[str, Any]:
+def torment(run: Run, kills: int, damage_every: int, seed: int, say: Any) -> dict[str, Any]:
     """Kill the run `kills` times; before every `damage_every`-th start damage its newest checkpoint."""
     dice, tally, during_save = random.Random(seed), Counter[str](), 0
     damaged: set[Path] = set()  # and not written anew since
@@ -98,7 +112,7 @@ def torment(run: ForkedRun, kills: int, damage_every: int, seed: int, say: Any) 
             damaged.add(good.pop(0).path)
         expected = good[0].step if good else 0
         fallback = any(path.name > f"step-{expected:08d}" for path in damaged)
-        run.start(RANKS, steps=10**6)
+        start(run, 10**6)
         tally[strike(run, dice)] += 1
         codes = run.wait()
         assert any(codes), "nobody died"
@@ -118,20 +132,20 @@ def torment(run: ForkedRun, kills: int, damage_every: int, seed: int, say: Any) 
     return {"kills": kills, "during_a_save": during_save, **tally}
 
 
-def finish(run: ForkedRun, reference: ForkedRun, more: int) -> dict[str, Any]:
+def finish(run: Run, reference: Run, more: int) -> dict[str, Any]:
     """Let the run end well, and hold its metrics against those of an undisturbed one."""
     newest = run.newest()
     steps = (newest.step if newest else 0) + more
-    run.start(RANKS, steps)
+    start(run, steps)
     assert run.wait() == [0, 0], run.said()[-3000:]
-    reference.start(RANKS, steps, checkpoint={"every": 10**6})
+    start(reference, steps, checkpoint={"every": 10**6})
     assert reference.wait(3600) == [0, 0], reference.said()[-3000:]
     joined, straight = (metrics(r.folder, steady=True) for r in (run, reference))
     assert joined == straight, "the joined metrics differ from the undisturbed run's"
     return {"steps": steps, "equal_lines": len(joined)}
 
 
-def fill_disk(folder: Path) -> dict[str, Any]:
+def fill_disk(warm: Warm, folder: Path) -> dict[str, Any]:
     """A disk with room for one checkpoint and a half; then it is given more."""
     folder.mkdir(parents=True, exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", "size=64M", "tmpfs", str(folder)]
@@ -139,8 +153,8 @@ def fill_disk(folder: Path) -> dict[str, Any]:
     if mounted.returncode:
         return {"skipped": f"a tmpfs can't be mounted here: {mounted.stderr.strip()}"}
     try:
-        run = ForkedRun(folder, **OPTIONS)
-        run.start(RANKS, 6, checkpoint={"every": 3, "keep": 1})
+        run = Run(warm, folder, **OPTIONS)
+        start(run, 6, checkpoint={"every": 3, "keep": 1})
         codes = run.wait()
         newest = run.newest()
         assert all(codes), f"the last save failed and nobody said so: {codes}"
@@ -149,7 +163,7 @@ def fill_disk(folder: Path) -> dict[str, Any]:
         assert newest.step == 3
         assert not verify(newest)
         subprocess.run(["mount", "-o", "remount,size=256M", str(folder)], check=True)
-        run.start(RANKS, 6, checkpoint={"every": 3, "keep": 1})
+        start(run, 6, checkpoint={"every": 3, "keep": 1})
         assert run.wait() == [0, 0], run.said()[-3000:]
         assert resumed_at(run) == 3
         assert [line["step"] for line in metrics(folder)] == list(range(1, 7))
@@ -158,32 +172,37 @@ def fill_disk(folder: Path) -> dict[str, Any]:
     return {"survived": True}
 
 
-def main() -> None:
+def everything(warm: Warm, folder: Path, kills: int, damage_every: int, seed: int) -> dict[str, Any]:
+    started = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"{time.monotonic() - started:6.0f} s  {text}", flush=True)
+
+    run = Run(warm, folder / "tormented", **OPTIONS)
+    start(run, 2 * OPTIONS["checkpoint"]["every"])  # something to lose
+    assert run.wait() == [0, 0], run.said()[-3000:]
+    counts = torment(run, kills, damage_every, seed, say)
+    say(str(counts))
+    counts |= {"end": finish(run, Run(warm, folder / "undisturbed", **OPTIONS), more=4)}
+    say(str(counts["end"]))
+    counts |= {"full_disk": fill_disk(warm, folder / "full")}
+    say(str(counts["full_disk"]))
+    return {"seed": seed, **counts, "seconds": round(time.monotonic() - started)}
+
+
+def main(words: Sequence[str] | None = None, warm: Warm | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--damage_every", type=int, default=5, help="kills")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, required=True, help="an empty folder to work in")
     parser.add_argument("--out", type=Path, help="write the counts here as JSON")
-    args = parser.parse_args()
-    about = {"environment": environment("cpu"), "seed": args.seed}
-    started = time.monotonic()
-
-    def say(text: str) -> None:
-        print(f"{time.monotonic() - started:6.0f} s  {text}", flush=True)
-
-    run = ForkedRun(args.folder / "tormented", **OPTIONS)
-    run.start(RANKS, 2 * OPTIONS["checkpoint"]["every"])  # something to lose
-    assert run.wait() == [0, 0], run.said()[-3000:]
-    counts = torment(run, args.kills, args.damage_every, args.seed, say)
-    say(str(counts))
-    counts |= {"end": finish(run, ForkedRun(args.folder / "undisturbed", **OPTIONS), more=4)}
-    say(str(counts["end"]))
-    counts |= {"full_disk": fill_disk(args.folder / "full")}
-    say(str(counts["full_disk"]))
+    args = parser.parse_args(words)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    with nullcontext(warm) if warm else closing(Warm(args.folder / "warm.txt")) as warm:
+        told = everything(warm, args.folder, args.kills, args.damage_every, args.seed)
     if args.out:
-        about |= {"seconds": round(time.monotonic() - started)}
-        args.out.write_text(json.dumps(about | counts, indent=1) + "\n")
+        args.out.write_text(json.dumps({"environment": environment("cpu")} | told, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,14 @@ import ipaddress
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from ranks import Warm
 
 # Before torch is imported: two pytest processes with a thread per core each would get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -77,6 +81,23 @@ def group() -> Any:
     dist.destroy_process_group()
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def warm_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """What ranks are forked from, see ranks.py; for fixtures, which end the ranks that they start."""
+    from ranks import Warm
+
+    warm = Warm(tmp_path_factory.mktemp("warm") / "log.txt")
+    yield warm
+    warm.close()
+
+
+@pytest.fixture
+def warm(warm_process: Warm) -> Iterator[Warm]:
+    """What ranks are forked from; those of a test that failed end with it."""
+    yield warm_process
+    warm_process.ask("end")
 
 
 @pytest.fixture(scope="session")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from data_kit import write_shards
-from elastic_trace import BATCH, CHAINS
+from ranks import Run, Warm
 from train_kit import trace
+
+BATCH = 12
+CHAINS = {"straight": ((2, 10),), "elastic": ((2, 3), (1, 5), (3, 10))}  # (ranks, up to step)
 
 
 def by_slot(folder: Path, chain: tuple[tuple[int, int], ...], key: str) -> list[list[Any]]:
@@ -30,17 +30,19 @@ def by_slot(folder: Path, chain: tuple[tuple[int, int], ...], key: str) -> list[
 
 
 @pytest.mark.slow
-def test_two_ranks_then_one_then_three_read_the_same_samples(root: Path, tmp_path: Path) -> None:
+def test_two_ranks_then_one_then_three_read_the_same_samples(warm: Warm, tmp_path: Path) -> None:
     shards = write_shards(tmp_path, [30, 7, 25, 40])  # 8 batches an epoch: the last steps are in the second
-    path = os.pathsep.join([str(root / "tests"), str(root)])
-    done = subprocess.run(
-        [sys.executable, str(root / "tests" / "data" / "elastic_trace.py"), shards, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    options: dict[str, Any] = {
+        "train_batch_size": BATCH,
+        "train_micro_batch_size_per_gpu": 2,
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 3}},
+        "data": {"shards": shards, "workers": 1, "trace": True},
+    }
+    for name, chain in CHAINS.items():
+        run = Run(warm, tmp_path / name, "base", **options)
+        for ranks, steps in chain:
+            run.train(ranks, steps)
+            assert run.wait() == [0] * ranks, f"{name} on {ranks} ranks: {run.said()[-3000:]}"
     for key in ("sample_ids", "timesteps"):
         straight, elastic = (by_slot(tmp_path / name, chain, key) for name, chain in CHAINS.items())
         assert elastic == straight

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from data_kit import source, take, write_shards
+from ranks import Run, Warm
 from test_clip_store import ENCODER, fill
 from test_remote import FlakyServer, local, server  # noqa: F401 - fixtures
 
@@ -213,21 +212,19 @@ def test_embeddings_that_go_under_way(tars: Path, tmp_path: Path, spoil: str, wo
 
 
 @pytest.mark.slow
-def test_all_ranks_end_and_the_same_command_goes_on(root: Path, tmp_path: Path) -> None:
-    (tmp_path / "shards").mkdir()
-    write_shards(tmp_path / "shards", [2] * 600)  # most of them not yet open when they go
-    path = os.pathsep.join([str(root / "tests"), str(root)])
-    script = [sys.executable, str(root / "tests" / "data" / "lost_shards.py")]
-    done = subprocess.run(
-        [*script, str(tmp_path / "shards"), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["lost"] == [EXIT_LOST, EXIT_LOST], told["said"][-3000:]
-    assert "SurroundingsError" in told["said"]
-    assert "start the same command again" in told["said"]
-    assert told["again"] == [0, 0], told["said_again"][-3000:]
+def test_all_ranks_end_and_the_same_command_goes_on(warm: Warm, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    write_shards(shards, [2] * 600)  # most of them not yet open when they go
+    run = Run(warm, tmp_path, "base", data={"shards": str(shards), "workers": 1})
+    run.train(2, 100_000, checkpoint={"every": 5})
+    run.until(lambda: run.newest() is not None)
+    shards.rename(tmp_path / "elsewhere")
+    assert run.wait() == [EXIT_LOST, EXIT_LOST], run.said()[-3000:]
+    assert "SurroundingsError" in run.said()
+    assert "start the same command again" in run.said()
+    (tmp_path / "elsewhere").rename(shards)
+    last = run.newest()
+    assert last
+    run.train(2, last.step + 5)
+    assert run.wait() == [0, 0], run.said()[-3000:]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
-from elastic_runs import CHAINS, KINDS, STEPS
-from train_kit import make_config, metrics, read_lines, shake
+from ranks import Run, Warm
+from train_kit import PARITY, make_config, metrics, read_lines, shake
 
 from glide_ds.commands.export import export
 from glide_ds.config.phases import PHASES
@@ -21,7 +19,16 @@ from glide_ds.training.checkpoint.commit import Committed, committed
 from glide_ds.training.setup import glide_config
 from glide_ds.training.zero.elastic import model_state, own_part
 
-SCRIPT = Path(__file__).parents[1] / "elastic_runs.py"
+STEPS = 2  # of each part
+CHAINS = {"straight": (2,), "shrunk": (2, 1, 2), "grown": (2, 3, 4)}  # ranks of each part
+KINDS = {"adapter_only-AdamW": CHAINS, "full-AdamW": CHAINS, "full-AdamW8bit": ("straight", "shrunk")}
+OPTIONS: dict[str, Any] = {
+    "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 3}},
+    "train_batch_size": 12,
+    "train_micro_batch_size_per_gpu": 2,  # 3, 6, 2 and 1.5, so 1 x 3, micro-batches on 2, 1, 3 and 4 ranks
+    "checkpoint": {"every": STEPS, "keep": 0},
+    "ema": {"decay": 0.9},
+}
 
 
 @pytest.mark.parametrize("total", [1, 7, 12, 13])
@@ -46,7 +53,7 @@ def test_every_value_lands_on_its_new_rank_once(monkeypatch, total, before, afte
 
 
 class Runs(NamedTuple):
-    """The runs of elastic_runs.py of one kind, and the checkpoints at their ends."""
+    """The runs of one phase and optimizer, and the checkpoints at their ends."""
 
     folder: Path
     phase: str
@@ -57,17 +64,26 @@ class Runs(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process made of all runs: it has to import what they need once."""
+def folder(warm_process: Warm, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs of a phase and an optimizer are in FOLDER/PHASE-OPTIMIZER; all begin with FOLDER/weights.pt."""
     folder = tmp_path_factory.mktemp("elastic")
     model = create_model(glide_config(make_config(folder)))
     shake(model)  # at its first values no gradient comes through to the adapter
     torch.save(model.state_dict(), folder / "weights.pt")
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder)], capture_output=True, text=True, check=False, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
+    for kind, names in KINDS.items():
+        for name in names:
+            train_chain(warm_process, folder, kind, name)
     return folder
+
+
+def train_chain(warm: Warm, folder: Path, kind: str, name: str) -> None:
+    phase, optimizer = kind.split("-")
+    options = OPTIONS | {"optimizer": PARITY["optimizer"] | {"type": optimizer}}
+    run = Run(warm, folder / kind / name, phase, model={"weights": f"{folder}/weights.pt"}, **options)
+    longest = STEPS * max(map(len, CHAINS.values()))
+    for part, ranks in enumerate(CHAINS[name], start=1):
+        run.train(ranks, longest if part == len(CHAINS[name]) else STEPS * part)
+        assert run.wait() == [0] * ranks, f"{kind}: {name} on {ranks} ranks: {run.said()[-3000:]}"
 
 
 def slots(folder: Path) -> dict[int, list[tuple[int, int]]]:
