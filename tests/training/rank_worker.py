@@ -1,17 +1,14 @@
-"""What tests/training/test_ranks.py runs on two ranks: `rank_worker.py FOLDER`, results in FOLDER/rankN.json."""
+"""What tests/training/test_ranks.py runs on two ranks: `main`, whose results are in FOLDER/rankN.json."""
 
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_capturing import keeping_places
 from train_kit import IN_BF16, PARITY, make_config, opened, shake, train_phase
 
@@ -30,7 +27,8 @@ from glide_ds.training.speed.meta import zeros
 from glide_ds.training.zero.group import start_process_group
 
 
-def main(folder: Path) -> None:
+def main(place: str) -> None:
+    folder = Path(place)
     rank, _ = read_environment()
     start_process_group(120)
     results = {
@@ -141,7 +139,3 @@ def save_that_fails_on_one_rank(rank: int, folder: Path) -> list[object]:
     torch.save = save
     found, _ = newest_good(home)
     return [sorted(first.manifest["files"]), told, found.step if found else None]
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,24 +1,20 @@
-"""Two ranks over gloo against one: the same numbers, the same errors, one launch for all tests here."""
+"""Two ranks over gloo against one: the same numbers, the same errors, one start for all tests here."""
 
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from ranks import Ranks, Warm
 from test_bf16 import check_close_to_start
 from train_kit import IN_BF16, PARITY, make_config, metrics, rewound, shake, trace, train_phase
 
 from glide_ds.training.checkpoint.commit import committed
 from glide_ds.training.zero.elastic import model_state, weights
 
-WORKER = Path(__file__).with_name("rank_worker.py")
 pytestmark = pytest.mark.slow  # three processes
 
 
@@ -28,37 +24,20 @@ class Launch(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory, group: torch.device) -> Launch:
+def two_ranks(tmp_path_factory: pytest.TempPathFactory, group: torch.device, warm_process: Warm) -> Launch:
     """Both ranks' results; the one-rank run of the same configuration is trained in the meantime."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, str(WORKER), str(folder)]
-        with (folder / f"rank{rank}.log").open("w") as log:
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    ranks = Ranks(warm_process, folder)
+    ranks.start(2, "rank_worker:main", str(folder))
     try:
         train_phase(make_config(folder / "one", **PARITY), shake)
         rewound(folder / "one", folder / "grown", 10)
         (folder / "grown.ready").touch()
         accumulated = {**PARITY, "train_micro_batch_size_per_gpu": 2}
         train_phase(make_config(folder / "halves", **accumulated), shake)
-        codes = [process.wait(timeout=240) for process in processes]
+        assert ranks.wait(240) == [0, 0], ranks.said()
     finally:
-        for process in processes:
-            process.kill()
-    logs = "\n".join((folder / f"rank{rank}.log").read_text()[-3000:] for rank in range(2))
-    assert codes == [0, 0], logs
+        ranks.kill()
     train_phase(make_config(rewound(folder / "two", folder / "shrunk", 10), **PARITY), shake)
     return Launch(folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)])
 
