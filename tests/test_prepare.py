@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
+import random
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from ranks import COMMAND, Ranks, Warm
 
 from glide_ds.commands import prepare_clip as prepare
 from glide_ds.data.clip_store import ClipStore, Encoder
@@ -74,17 +77,32 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_killed_at_any_instant_it_ends_byte_identical(root: Path, tmp_path: Path) -> None:
+def test_killed_at_any_instant_it_ends_byte_identical(warm: Warm, tmp_path: Path) -> None:
     write_shards(tmp_path / "s", 320, per_shard=20, size=16)
-    script = [sys.executable, str(root / "tests" / "killed_clip.py"), str(tmp_path / "s"), str(tmp_path)]
-    done = subprocess.run([*script, "1", "2", "8"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    ranks, dice = Ranks(warm, tmp_path / "log"), random.Random(0)
+
+    def begin(out: Path) -> None:
+        words = [str(tmp_path / "s"), "--out", str(out), "--model", "builtin:tiny", "--weights", "builtin"]
+        ranks.start(2, COMMAND, ["prepare", "clip", *words, "--batch", "7"])
+
+    def arrays(out: Path) -> int:
+        return len(list(out.glob("*.npy")))
+
+    begin(tmp_path / "whole")
+    assert ranks.wait() == [0, 0], ranks.said()
     whole = contents(tmp_path / "whole")
     assert len(whole) == 2 * 16
-    for moment, held in json.loads(done.stdout).items():
-        arrays = sum(name.endswith(".npy") for name in held)
-        assert int(moment) <= arrays < 16
-        assert contents(tmp_path / moment) == whole
+    for moment in (1, 2, 8):
+        out = tmp_path / str(moment)
+        begin(out)
+        ranks.until(lambda moment=moment, out=out: arrays(out) >= moment, every_s=0.0005)
+        time.sleep(dice.uniform(0, 0.01))
+        ranks.kill()
+        assert -signal.SIGKILL in ranks.wait(), "all was done before the kill"
+        assert moment <= arrays(out) < 16
+        begin(out)
+        assert ranks.wait() == [0, 0], ranks.said()
+        assert contents(out) == whole
 
 
 @pytest.mark.slow
