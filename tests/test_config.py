@@ -305,6 +305,22 @@ def test_every_mistake_of_a_configuration_is_told_at_once(tmp_path: Path, capsys
     assert all(part in shown for parts in five for part in parts)
 
 
+@pytest.mark.parametrize(
+    "command", [("train", "--dry_run"), ("preflight",), ("plan",)], ids=lambda words: words[0]
+)
+def test_the_mistakes_of_every_phases_file_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
+):
+    paths = []
+    for name, every in (("one", 0), ("two", -1)):
+        whole = document(tmp_path, log={"every": every})
+        paths.append(str(write(tmp_path / f"{name}.json", whole)))
+    assert cli.main([command[0], "--ds_config", *paths, *command[1:]]) == 2
+    shown = capsys.readouterr().err
+    assert "one.json: log.every = 0" in shown
+    assert "two.json: log.every = -1" in shown
+
+
 # --- names that keys had before ---
 
 # A phase of a run.json as it was written before keys were renamed.

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from glide_ds.commands.train import add_config_arguments
-from glide_ds.config import BatchArithmetic, Config, load_config
+from glide_ds.config import BatchArithmetic, Config, load_configs
 from glide_ds.errors import ConfigError, GlideError
 from glide_ds.model.glide import RECOMPUTED, Glide
 from glide_ds.training.preview import describe_batch
@@ -106,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print every phase's plan and the pipeline's sum. Raises GlideError where the configuration is wrong."""
-    configs = [config for path in args.ds_config for config in load_config(path, args.config, args.set)]
+    configs = load_configs(args.ds_config, args.config, args.set)
     check_pipeline(configs)
     plans = []
     for config in configs:

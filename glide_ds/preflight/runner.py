@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from glide_ds.config import load_config
+from glide_ds.config import load_configs
 from glide_ds.environment import is_launched, ranks_here, read_environment
 from glide_ds.errors import Fault, GlideError
 from glide_ds.preflight.checks import CHECKS, Check, hosts, read_hostfile
@@ -61,7 +61,7 @@ def missing_folders(folder: Path) -> list[Path]:
 
 def open_site(args: argparse.Namespace) -> Site:
     """The run that the arguments describe; under a launcher its ranks are the run's."""
-    configs = [config for path in args.ds_config for config in load_config(path, args.config, args.set)]
+    configs = load_configs(args.ds_config, args.config, args.set)
     rank, ranks = read_environment() if is_launched() else (0, 1)
     nodes, gpus = args.nodes, args.gpus
     if args.hostfile:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from glide_ds.config import Config, load_config
+from glide_ds.config import Config, load_configs
 from glide_ds.config.phases import PHASES
 from glide_ds.environment import read_environment
 from glide_ds.errors import ConfigError
@@ -31,7 +31,7 @@ def main(paths: Sequence[str], overlay: str | None, sets: Sequence[str], dry_run
 
     Raises GlideError, the same on every rank, before any training starts where something is wrong.
     """
-    configs = [config for path in paths for config in load_config(path, overlay, sets)]
+    configs = load_configs(paths, overlay, sets)
     check_pipeline(configs)
     rank, world_size = read_environment()
     for config in configs:
