@@ -16,7 +16,6 @@ from glide_ds import cli
 from glide_ds.config import (
     DEEPSPEED_KEYS,
     PRESETS,
-    REFUSED_KEYS,
     BatchArithmetic,
     Config,
     cache_dir,
@@ -243,13 +242,6 @@ def test_a_choice_names_its_options(tmp_path: Path, name: str, value: str):
 )
 def test_a_number_outside_its_range_is_refused(tmp_path: Path, name: str, value: float):
     assert f"{name} = " in refused(write_config(tmp_path), f"{name}={value}")
-
-
-@pytest.mark.parametrize("key", REFUSED_KEYS)
-def test_deepspeeds_keys_that_would_harm_are_refused_with_the_reason(tmp_path: Path, key: str):
-    whole = document(tmp_path) | {key: {"enabled": True}}
-    assert REFUSED_KEYS[key] in refused(write(tmp_path / "c.json", whole))
-    assert REFUSED_KEYS[key] in refused(write_config(tmp_path), f"{key}.enabled=true")
 
 
 def test_an_unknown_key_of_the_file_is_told_with_the_file(tmp_path: Path):

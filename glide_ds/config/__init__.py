@@ -1,6 +1,5 @@
 """One run as frozen values: every key and what it means (schema.py), and how files become them (load.py)."""
 
-from glide_ds.config.deepspeed import REFUSED_KEYS
 from glide_ds.config.load import DEEPSPEED_KEYS, cache_dir, load_config, load_configs
 from glide_ds.config.schema import (
     BLOCK,
@@ -28,7 +27,6 @@ __all__ = [
     "BLOCK",
     "DEEPSPEED_KEYS",
     "PRESETS",
-    "REFUSED_KEYS",
     "BatchArithmetic",
     "CheckpointConfig",
     "ClipConfig",

@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
 
-from glide_ds.config.section import Conflict, Mistake, Section, fixed, free, nearest, unlisted
+from glide_ds.config.refused import why_refused
+from glide_ds.config.section import AUTO, Conflict, Mistake, Section, fixed, free, nearest, no_auto, unlisted
 from glide_ds.errors import Fault
 
 Pair = Annotated[list[float], BeforeValidator(unlisted)]
@@ -126,43 +127,22 @@ THEIRS: dict[str, dict[str, str]] = {
         "output_file": "write it there; null: print it",
     },
 }
-REFUSED_KEYS = {
-    "fp16": "GLIDE overflows in fp16; remove it (fp32 with TF32 is the default) or use bf16",
-    "amp": "apex is not supported; remove it or use bf16",
-    "torch_autocast": "precision is train.precision or bf16; remove it or use bf16",
-    "gradient_accumulation_steps": "it follows from train_batch_size, train_micro_batch_size_per_gpu and the "
-    "number of ranks; remove it",
-    "activation_checkpointing": "that section belongs to DeepSpeed's reentrant checkpointing, which loses "
-    "gradients here; remove it and use train.recompute in the glide_ds block",
-    "tensorboard": "the trainer writes its own; remove it and use log.tensorboard in the glide_ds block",
-    "steps_per_print": "DeepSpeed's own lines are silenced; remove it and use log.every in the glide_ds block",
-    "dump_state": "DeepSpeed's own lines are silenced; remove it: run.json and the opening block say what is run",
-    "comms_logger": "DeepSpeed's own lines are silenced; remove it: communication_share in metrics.jsonl says what "
-    "share of a step collectives take",
-    "zero_allow_untested_optimizer": "DeepSpeed takes both optimizers without it; remove it",
-}
 
 
 def check_theirs(name: str, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[Mistake]]:
     """One of DeepSpeed's own sections, its values as DeepSpeed reads them, and what is wrong with it."""
     passed, mistakes = THEIRS[name], []
     model = their_model(name)
-    theirs = {f.alias or field for field, f in model.model_fields.items()} | set(model.model_fields)
     for key, value in values.items():
         if key not in passed:
-            fault = (
-                Fault(
-                    f"{name}.{key} = {value!r} is a key of DeepSpeed's that this trainer does not build on",
-                    "it would be ignored, or break clipping and checkpoints",
-                    f"remove it; the keys are {', '.join(passed)}",
-                )
-                if key in theirs
-                else Fault(
-                    f"unknown key {f'{name}.{key}'!r}{nearest(key, tuple(passed))}",
-                    remedy="correct or remove it",
-                )
+            told = (
+                f"{name}.{key} = {value!r} can't be set: {why}" if (why := why_refused(f"{name}.{key}")) else ""
             )
+            unknown = f"unknown key {f'{name}.{key}'!r}{nearest(key, tuple(passed))}"
+            fault = Fault(told) if told else Fault(unknown, remedy="correct or remove it")
             mistakes.append(Mistake((name, key), fault))
+        elif value == AUTO:
+            mistakes.append(Mistake((name, key), no_auto(f"{name}.{key}")))
     wrong = {mistake.place[1] for mistake in mistakes}
     try:
         read = model(strict=True, **{key: value for key, value in values.items() if key not in wrong})

@@ -12,6 +12,7 @@ from pydantic import create_model
 from glide_ds.config.deepspeed import THEIRS, DeepSpeedPart
 from glide_ds.config.keys import Key, all_keys, leaves, sections
 from glide_ds.config.load import SCHEMA
+from glide_ds.config.refused import refusals
 from glide_ds.config.schema import BLOCK, SECTIONS, Config
 from glide_ds.errors import ConfigError
 
@@ -68,6 +69,18 @@ def page() -> str:
         kind = f"{key.type}: {key.values}" if key.values else key.type
         cells = (f"`{key.name}`", kind, f"`{key.default}`", "free" if key.resume == "free" else "", key.meaning)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    lines += [
+        "",
+        "## DeepSpeed's keys that are refused",
+        "",
+        "What begins as a name that ends in * is meant with it.",
+        "",
+    ]
+    lines += [
+        "| keys | why, and what to do |",
+        "|---|---|",
+        *(f"| {names} | {why} |" for names, why in refusals()),
+    ]
     return "\n".join(lines) + "\n"
 
 

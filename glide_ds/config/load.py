@@ -19,7 +19,8 @@ from typing import Any
 
 import yaml
 
-from glide_ds.config.deepspeed import REFUSED_KEYS, THEIRS, DeepSpeedPart, check_theirs
+from glide_ds.config.deepspeed import THEIRS, DeepSpeedPart, check_theirs
+from glide_ds.config.refused import why_refused
 from glide_ds.config.renamed import RENAMED, upgraded
 from glide_ds.config.schema import BLOCK, PRESETS, SECTIONS, Config
 from glide_ds.config.section import Mistake, Place, checked, nearest
@@ -143,7 +144,7 @@ class _Laid:
         for key, value in layer.items():
             here = (*place, str(key))
             if known and key not in known:
-                reason = REFUSED_KEYS.get(key)
+                reason = why_refused(str(key))
                 fault = (
                     Fault(f"{where}: {key!r} can't be set: {reason}")
                     if reason

@@ -28,6 +28,7 @@ from pydantic.fields import FieldInfo
 from glide_ds.errors import ConfigError, Fault
 
 Resume = Literal["free", "fixed"]
+AUTO = "auto"
 Place = tuple[str, ...]  # the keys that lead to a value, as in ("train", "steps")
 
 
@@ -150,6 +151,8 @@ def _fault(name: str, kind: str, reason: Exception | None, spot: Spot, value: An
     """What is wrong with one value."""
     if isinstance(reason, WrongError):
         return Fault(f"{name} = {value!r}", reason.consequence, reason.remedy)
+    if value == AUTO:
+        return no_auto(name)
     if spot.field is None and (why := spot.refused.get(spot.place[-1])):
         return Fault(f"{name} = {value!r} can't be set: {why}")
     if spot.field is None:
@@ -166,6 +169,14 @@ def _fault(name: str, kind: str, reason: Exception | None, spot: Spot, value: An
     if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"):
         return Fault(f"{name} = {value}", remedy=f"give {describe_range(spot.field) or 'a finite number'}")
     return Fault(f"{name} = {value!r} has the wrong type", remedy=f"give a value of type {wanted}")
+
+
+def no_auto(name: str) -> Fault:
+    """Where a value is "auto" that has to be given: only Hugging Face's Trainer fills those of DeepSpeed's keys in."""
+    return Fault(
+        f"{name} = {AUTO!r}: there is nothing here that it could follow from",
+        remedy="give a value, or leave the key out for its default (`glide-ds config explain`)",
+    )
 
 
 def _without(values: Mapping[str, Any], wrong: set[Place]) -> dict[str, Any]:
