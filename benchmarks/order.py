@@ -28,7 +28,8 @@ from cachetools import LRUCache
 from machine import environment
 
 from glide_ds.data.order import Order, micro_slots
-from glide_ds.data.tars.index import BLOCK, Member, Scan, ShardIndex, build_index, store_index
+from glide_ds.data.tars.index import ShardIndex, build_index, store_index
+from glide_ds.data.tars.scan import BLOCK, Member, Scan
 from glide_ds.data.tars.shards import open_shards
 from glide_ds.data.tars.storage import Storage
 

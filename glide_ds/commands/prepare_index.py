@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
-from glide_ds.data.tars.index import load_index, scan_shard, store_index
+from glide_ds.data.tars.index import SCANNER, load_index, scan_shard, store_index
 from glide_ds.data.tars.shards import expand
 from glide_ds.data.tars.storage import Storage
 from glide_ds.data.workers import end_with
@@ -74,6 +74,8 @@ def index_one(url: str, index_dir: str | None = None, force: bool = False) -> In
     try:
         stat = storage.stat(url)
         old = None if force else load_index(url, storage, index_dir)
+        if old is not None and old.head.scanner < SCANNER:
+            old = None
         if old is not None and (old.head.tar_size, old.head.version) == stat:
             return Indexed(url, old.head.samples, False, old.head.duplicates, old.head.damage)
         fresh = scan_shard(url, storage)

@@ -16,7 +16,8 @@ from data_kit import sample, source, take, write_shards, write_tar
 
 from glide_ds.data.order import Order
 from glide_ds.data.tars import shards as shards_module
-from glide_ds.data.tars.index import BLOCK, ShardIndex, load_index, scan_shard, split_name, store_index
+from glide_ds.data.tars.index import ShardIndex, load_index, scan_shard, store_index
+from glide_ds.data.tars.scan import BLOCK, split_name
 from glide_ds.data.tars.shards import ShardSet, expand, open_shards
 from glide_ds.data.tars.storage import Storage
 from glide_ds.errors import DataError, SurroundingsError

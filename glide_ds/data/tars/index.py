@@ -10,123 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from glide_ds.config import cache_dir
+from glide_ds.data.tars.scan import BLOCK, Scan, scan_tar, split_name
 from glide_ds.data.tars.storage import LocalFile, RemoteFile, Stat, Storage, is_remote, local_path, reading
 from glide_ds.errors import DataError, SurroundingsError
 from glide_ds.files import write_file
 
-BLOCK = 512
 MAGIC = b"glide_ds index 1\n"
-
-
-# ---- scanning a tar
-
-
-class Member(NamedTuple):
-    name: str
-    offset: int  # of the data
-    size: int
-
-
-@dataclass
-class Scan:
-    """The regular files of a tar, and what is wrong with it."""
-
-    size: int
-    members: list[Member] = field(default_factory=list)
-    damage: list[str] = field(default_factory=list)
-
-
-def scan_tar(read: Callable[[int, int], bytes], size: int) -> Scan:
-    """List a tar's members from its headers (ustar, GNU and pax names), checking every header's checksum.
-
-    `read(offset, count)` returns exactly that many bytes. Where a header is damaged, the scan goes on at
-    the next valid one, so `damage` says what is lost and `members` has everything that is not.
-    """
-    scan = Scan(size)
-    offset, long_name = 0, ""
-    pax: dict[str, str] = {}
-    finished = False
-    while offset + BLOCK <= size:
-        header = read(offset, BLOCK)
-        if not header.strip(b"\0"):
-            finished = True
-            break
-        if not _valid(header):
-            following = _resync(read, offset + BLOCK, size)
-            scan.damage.append(f"bytes {offset} to {following} are no tar header and no member")
-            offset, long_name, pax = following, "", {}
-            continue
-        kind, count = header[156:157], _number(header[124:136])
-        if "size" in pax:
-            count = int(pax["size"])
-        start, padded = offset + BLOCK, -(-count // BLOCK) * BLOCK
-        if start + count > size:
-            name = pax.get("path") or long_name or header_name(header)
-            scan.damage.append(
-                f"it ends at byte {size}, inside the member {name!r} that ends at {start + count}"
-            )
-            finished = True
-            break
-        if kind == b"L":
-            long_name = read(start, count).rstrip(b"\0").decode("utf-8", "replace")
-        elif kind == b"x":
-            pax = _pax(read(start, count))
-        elif kind in b"0\0" and len(kind):
-            scan.members.append(Member(pax.get("path") or long_name or header_name(header), start, count))
-            long_name, pax = "", {}
-        elif kind not in (b"g", b"K"):
-            long_name, pax = "", {}
-        offset = start + padded
-    if not finished:
-        scan.damage.append(
-            f"it ends at byte {size} without an end mark: it was cut off or is still being written"
-        )
-    return scan
-
-
-def _valid(header: bytes) -> bool:
-    try:
-        stated = _number(header[148:156])
-        _number(header[124:136])
-    except ValueError:
-        return False
-    return stated == sum(header) - sum(header[148:156]) + 8 * 32 and header[0] != 0
-
-
-def _number(text: bytes) -> int:
-    if text[0] & 0x80:  # GNU's base 256, for sizes of 8 GiB and more
-        return int.from_bytes(bytes([text[0] & 0x7F]) + text[1:], "big")
-    return int(text.strip(b" \0") or b"0", 8)
-
-
-def header_name(header: bytes) -> str:
-    name = header[:100].split(b"\0", 1)[0]
-    if header[257:263] == b"ustar\0" and header[345]:
-        name = header[345:500].split(b"\0", 1)[0] + b"/" + name
-    return name.decode("utf-8", "replace")
-
-
-def _pax(data: bytes) -> dict[str, str]:
-    pairs = re.findall(rb"\d+ (path|size)=([^\n]*)\n", data)
-    return {key.decode(): value.decode("utf-8", "replace") for key, value in pairs}
-
-
-def _resync(read: Callable[[int, int], bytes], offset: int, size: int) -> int:
-    while offset + BLOCK <= size:
-        header = read(offset, BLOCK)
-        if not header.strip(b"\0") or (header[257:262] == b"ustar" and _valid(header)):
-            return offset
-        offset += BLOCK
-    return size
+SCANNER = 2  # grows when a scan finds more than before: 1 stopped at the first block of zeros
 
 
 # ---- the index
@@ -145,6 +41,7 @@ class IndexHead:
     extensions: tuple[str, ...]
     duplicates: int  # samples whose key an earlier sample of the shard has
     damage: tuple[str, ...] = ()
+    scanner: int = 1  # which SCANNER looked for them
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,15 +134,6 @@ class ShardIndex:
         return cls(head, *tables)
 
 
-def split_name(name: str) -> tuple[str, str] | None:
-    """A member's name as (key, extension) after WebDataset's rule, or None where it belongs to no sample."""
-    folder, _, base = name.rpartition("/")
-    stem, dot, extension = base.partition(".")
-    if not stem or not dot or base.startswith(("._", "__")):
-        return None
-    return (f"{folder}/{stem}" if folder else stem), extension.lower()
-
-
 def build_index(scan: Scan, version: str = "") -> ShardIndex:
     """Group a scan's members into samples. An extension that repeats under one key starts a new sample."""
     keys: list[str] = []
@@ -289,6 +177,7 @@ def build_index(scan: Scan, version: str = "") -> ShardIndex:
         extensions=names,
         duplicates=len(keys) - len(set(keys)),
         damage=tuple(scan.damage),
+        scanner=SCANNER,
     )
     return ShardIndex(head, *tables)
 
@@ -388,6 +277,8 @@ def _fitting_index(url: str, stat: Stat, storage: Storage, index_dir: str | None
             "was truncated or replaced",
             remedy="restore it, or run `glide-ds prepare index --force` to accept it",
         )
+    if index is not None and index.head.scanner < SCANNER:
+        index = None
     if index is not None and index.head.version == stat.version:
         if is_remote(url) and not os.path.exists(index_urls(url, index_dir)[-1]):
             store_index(url, index, storage, index_dir)  # the worker processes read this local copy

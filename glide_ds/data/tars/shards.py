@@ -15,7 +15,8 @@ import numpy as np
 from braceexpand import braceexpand
 from cachetools import LRUCache
 
-from glide_ds.data.tars.index import BLOCK, IndexHead, ShardIndex, header_name, index_urls, open_index
+from glide_ds.data.tars.index import IndexHead, ShardIndex, index_urls, open_index
+from glide_ds.data.tars.scan import BLOCK, header_name
 from glide_ds.data.tars.storage import (
     LocalFile,
     RemoteFile,
