@@ -8,6 +8,7 @@ little as possible: white space at the ends goes and runs of it become one space
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,7 +40,7 @@ def parse_json(data: bytes) -> tuple[dict[str, Any], bool]:
     """(the record, whether it was UTF-8). Raises Unusable where it is no JSON object."""
     text, utf8 = decode_text(data)
     try:
-        record = json.loads(text)
+        record = _loads(text)
     except (ValueError, RecursionError) as error:
         raise Unusable(Cause.BAD_JSON, str(error)[:80]) from None
     if isinstance(record, list):  # COCO's annotations of an image
@@ -47,6 +48,17 @@ def parse_json(data: bytes) -> tuple[dict[str, Any], bool]:
     if not isinstance(record, dict):
         raise Unusable(Cause.BAD_JSON, f"a {type(record).__name__}, not an object")
     return record, utf8
+
+
+def _loads(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except (
+        ValueError
+    ):  # an integer of more digits than Python converts; in a float it is infinite, as in JavaScript
+        return json.loads(text, parse_int=float)
 
 
 def read_caption(members: Mapping[str, bytes], draw: float) -> tuple[str, tuple[str, ...]]:
@@ -90,22 +102,36 @@ def caption_choices(record: Mapping[str, Any]) -> list[tuple[str, float]]:
 
 
 def _choices(value: Any) -> list[tuple[str, float]]:
-    if isinstance(value, str):
-        return [(value, 1.0)]
-    if isinstance(value, list):
-        return [choice for item in value for choice in _choices(item)]
-    if isinstance(value, dict):
-        weight = value.get("weight", 1.0)
-        good = isinstance(weight, int | float) and not isinstance(weight, bool) and 0 <= weight < float("inf")
-        for name in TEXT_FIELDS:
-            if isinstance(value.get(name), str):
-                return [(value[name], float(weight) if good else 1.0)]
-    return []
+    """The captions in lists of lists, however deep they are nested, in their order."""
+    found: list[tuple[str, float]] = []
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, list):
+            waiting.extend(reversed(item))
+        elif isinstance(item, str):
+            found.append((item, 1.0))
+        elif isinstance(item, dict):
+            text = next((item[name] for name in TEXT_FIELDS if isinstance(item.get(name), str)), None)
+            if text is not None:
+                found.append((text, _weight(item.get("weight", 1.0))))
+    return found
+
+
+def _weight(value: Any) -> float:
+    """A caption's weight; 1 where it is no finite number of 0 or more, as where none is given."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max:
+        return float(value)
+    return 1.0
 
 
 def choose(choices: list[tuple[str, float]], draw: float) -> str:
     """One of the weighted captions by a number in [0, 1), or "" where there is none."""
-    remaining = draw * sum(weight for _, weight in choices)
+    total = sum(weight for _, weight in choices)
+    if total > sys.float_info.max:
+        choices = [(text, weight / len(choices)) for text, weight in choices]
+        total = sum(weight for _, weight in choices)
+    remaining = draw * total
     for text, weight in choices:
         if remaining < weight:
             return text

@@ -1,12 +1,15 @@
 """Filters on what a sample's JSON record says of it, as LAION and img2dataset write it. All off by default.
 
-A filter drops a sample whose record lacks the value it asks for: unknown is not safe. Dropped samples are
-counted by rule, apart from the unusable ones.
+A filter drops a sample whose record lacks the value it asks for: unknown is not safe. So does a value that is no
+finite number where the rule asks for one, or no plain word: it compares with nothing. Dropped samples are counted by
+rule, apart from the unusable ones.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from glide_ds.config import FilterConfig
@@ -43,7 +46,7 @@ def check(members: Mapping[str, bytes], filters: FilterConfig) -> None:
         _drop_if(value > filters.max_punsafe, "max_punsafe", f"{value:g}")
     for rule, names, allowed in (("nsfw", NSFW, filters.nsfw), ("language", LANGUAGE, filters.language)):
         if allowed:
-            text = str(_value(record, names, rule)).lower()
+            text = _word(record, names, rule).lower()
             _drop_if(text not in {item.lower() for item in allowed}, rule, text)
 
 
@@ -56,10 +59,27 @@ def _value(record: Mapping[str, Any], names: tuple[str, ...], rule: str) -> Any:
 
 def _number(record: Mapping[str, Any], names: tuple[str, ...], rule: str) -> float:
     value = _value(record, names, rule)
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise Filtered(f"{rule}: not recorded", f"{value!r} is no number") from None
+    number = math.nan
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        with suppress(ValueError, OverflowError):  # no number at all, or an integer of more than 308 digits
+            number = float(value)
+    if not math.isfinite(number):
+        raise Filtered(f"{rule}: not recorded", f"{_shown(value)} is no finite number")
+    return number
+
+
+def _word(record: Mapping[str, Any], names: tuple[str, ...], rule: str) -> str:
+    value = _value(record, names, rule)
+    if not isinstance(value, str | int | float) or (isinstance(value, float) and not math.isfinite(value)):
+        raise Filtered(f"{rule}: not recorded", f"{_shown(value)} is no word")
+    return str(value)[:100]
+
+
+def _shown(value: Any) -> str:
+    """What a message says of a value: not all of a list nested a thousand deep, or of a number as long."""
+    return (
+        repr(value)[:40] if isinstance(value, str | float | bool) else f"a value of type {type(value).__name__}"
+    )
 
 
 def _drop_if(dropped: bool, rule: str, detail: str) -> None:

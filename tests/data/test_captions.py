@@ -68,3 +68,33 @@ def test_one_of_several_captions_by_weight() -> None:
     members = {"json": json.dumps(record).encode()}
     drawn = Counter(read_caption(members, n / 400)[0] for n in range(400))
     assert drawn == {"rare": 100, "often": 300}
+
+
+def nested(depth: int) -> dict[str, bytes]:
+    return {"json": b'{"captions": ' + b"[" * depth + b'"deep"' + b"]" * depth + b"}"}
+
+
+def test_captions_nested_deep_are_read_or_counted() -> None:
+    assert read_caption(nested(600), 0.0)[0] == "deep"
+    with pytest.raises(Unusable, match=Cause.BAD_JSON):  # deeper than Python's parser goes
+        read_caption(nested(30_000), 0.0)
+
+
+@pytest.mark.parametrize(
+    "weight", ["NaN", "Infinity", "1" + "0" * 400, "1" + "0" * 5000, "-1", "true", '"2"', "[]"]
+)
+def test_a_weight_that_is_no_finite_number_counts_as_one(weight: str) -> None:
+    record = f'{{"captions": [{{"text": "a", "weight": {weight}}}, {{"text": "b", "weight": 1}}]}}'
+    drawn = Counter(read_caption({"json": record.encode()}, n / 100)[0] for n in range(100))
+    assert drawn == {"a": 50, "b": 50}
+
+
+def test_weights_whose_sum_is_not_finite() -> None:
+    record = json_bytes(captions=[{"text": text, "weight": 1e308} for text in "abcd"])
+    drawn = Counter(read_caption({"json": record}, n / 100)[0] for n in range(100))
+    assert drawn == dict.fromkeys("abcd", 25)
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "1" + "0" * 5000, "NaN"])
+def test_numbers_of_no_concern_spoil_no_caption(number: str) -> None:
+    assert read_caption({"json": f'{{"size": {number}, "caption": "a"}}'.encode()}, 0.0)[0] == "a"

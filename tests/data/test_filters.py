@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,49 @@ def test_rules(keeps: dict[str, Any], drops: dict[str, Any]) -> None:
     assert dropped.value.cause == rule
     with pytest.raises(Filtered, match="not recorded"):
         check({"json": b"{}"}, FilterConfig(**drops))
+
+
+NO_NUMBERS = (
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "1e400",
+    "1" + "0" * 400,
+    "1" + "0" * 5000,
+    "true",
+    '"nan"',
+    '"inf"',
+)
+NO_NUMBERS += ('"much"', '""', "[0.01]", '{"value": 0.01}', "[" * 600 + "0" + "]" * 600)
+
+
+@pytest.mark.parametrize(
+    "rule", [{"min_size": 1}, {"max_aspect": 9.0}, {"min_similarity": -1.0}, {"max_punsafe": 1.0}]
+)
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=lambda value: value[:12])
+def test_what_is_no_finite_number_is_not_recorded(rule: dict[str, Any], value: str) -> None:
+    for field in ("width", "height", "similarity", "punsafe"):
+        record = json.dumps({**RECORD, field: "?"}).replace('"?"', value).encode()
+        (name,) = rule
+        if (
+            field
+            in {"min_similarity": "similarity", "max_punsafe": "punsafe"}.get(name, "width height").split()
+        ):
+            with pytest.raises(Filtered, match="not recorded") as dropped:
+                check({"json": record}, FilterConfig(**rule))
+            assert len(str(dropped.value)) < 200
+        else:
+            check({"json": record}, FilterConfig(**rule))
+
+
+@pytest.mark.parametrize("rule", ["nsfw", "language"])
+@pytest.mark.parametrize(
+    "value", [*NO_NUMBERS[:4], NO_NUMBERS[-3], NO_NUMBERS[-1]], ids=lambda value: value[:12]
+)
+def test_what_is_no_word_is_not_recorded(rule: str, value: str) -> None:
+    members = {"json": f'{{"NSFW": {value}, "LANGUAGE": {value}}}'.encode()}
+    with pytest.raises(Filtered, match="not recorded"):
+        check(members, FilterConfig(**{rule: ("nan", "inf", "-inf", "[0.01]")}))
 
 
 def test_off_by_default() -> None:
