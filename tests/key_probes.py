@@ -26,11 +26,11 @@ from data.data_kit import encoded, json_bytes, photo
 from train_kit import ARCHITECTURE, opened, poisoned, read_lines, shake, state_of, write_shard
 
 from glide_ds.config import ClipConfig, Config
-from glide_ds.data.clip_store import Encoder, StoreNote, store_path, write_store
+from glide_ds.data.clip_store import Encoder, StoreNote, text_hash, write_store
 from glide_ds.data.tars.shards import open_shards
 from glide_ds.errors import ConfigError, DataError, UnstableError
 from glide_ds.model import GlideConfig, create_model
-from glide_ds.model.clip import BUILTIN_WEIGHTS, FrozenClip
+from glide_ds.model.clip import BUILTIN_WEIGHTS, FrozenClip, weights_hash
 from glide_ds.model.reduced import Reducible
 from glide_ds.model.tensor_files import read_state_file, write_state
 from glide_ds.training import run as run_module
@@ -88,9 +88,10 @@ def _sample(number: int) -> dict[str, bytes]:
 def _store(folder: Path, shards: str) -> None:
     opened_shards = open_shards(shards)
     rows = np.random.default_rng(0).normal(size=(SAMPLES, 64)).astype(np.float16)
-    key_hash = opened_shards.key_hashes[0]
-    note = StoreNote(Encoder("builtin:tiny", "openai", "text"), "hash", key_hash, SAMPLES, 64, missing=0)
-    write_store(store_path(folder, opened_shards.urls[0], key_hash), rows, note)
+    hashes = [text_hash(opened_shards.read(n)["txt"].decode()) for n in range(SAMPLES)]
+    encoder, weights = Encoder("builtin:tiny", "openai", "text"), weights_hash("builtin:tiny", "openai")
+    note = StoreNote(encoder, weights, opened_shards.fingerprints[0], "", SAMPLES, 64, missing=0)
+    write_store(folder, opened_shards.urls[0], rows, np.array(hashes, np.uint64), note)
 
 
 def digest(tensor: torch.Tensor | None) -> str:

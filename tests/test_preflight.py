@@ -17,10 +17,11 @@ from train_kit import make_config, rewound, without_launcher, write_shard
 
 from glide_ds import cli
 from glide_ds.data import shapes
-from glide_ds.data.clip_store import Encoder, StoreNote, store_path, write_store
-from glide_ds.data.tars.shards import open_shards
+from glide_ds.data.clip_store import Encoder, StoreNote, write_store
+from glide_ds.data.tars.shards import ShardSet, open_shards
 from glide_ds.errors import ConfigError, Fault
 from glide_ds.model import create_model
+from glide_ds.model.clip import weights_hash
 from glide_ds.preflight.checks import CHECKS, read_hostfile
 from glide_ds.preflight.ranks import judge_clocks, judge_pairs
 from glide_ds.preflight.runner import describe, look, merge
@@ -122,10 +123,33 @@ def unknown_clip_weights(folder: Path) -> Any:
 def clip_store_of_another_encoder(folder: Path) -> Any:
     config = on_shards(folder, data={"clip_store": str(folder / "clip")})
     opened = open_shards(config.data.shards)
-    for url, keys, size in zip(opened.urls, opened.key_hashes, opened.sizes.tolist(), strict=True):
-        note = StoreNote(Encoder("ViT-L/14", "openai", "text"), "", keys, size, 16, 0)
-        write_store(store_path(folder / "clip", url, keys), np.ones((size, 16), np.float16), note)
+    fill_store(folder / "clip", opened, Encoder("ViT-L/14", "openai", "text"))
     return make_site(config), "clip", "made with clip.model=ViT-L/14", "prepare clip"
+
+
+def fill_store(store: Path, shards: ShardSet, encoder: Encoder, weights: str = "") -> None:
+    """Embeddings of other samples' captions."""
+    for url, head in zip(shards.urls, shards.heads, strict=True):
+        note = StoreNote(encoder, weights, head.fingerprint, head.version, head.samples, 16, 0)
+        rows, hashes = np.ones((head.samples, 16), np.float16), np.arange(1, head.samples + 1, dtype=np.uint64)
+        write_store(store, url, rows, hashes, note)
+
+
+def clip_store_of_other_captions(folder: Path) -> Any:
+    config = on_shards(folder, data={"clip_store": str(folder / "clip")})
+    opened, clip = open_shards(config.data.shards), config.clip
+    encoder = Encoder(clip.model, clip.weights, clip.source)
+    fill_store(folder / "clip", opened, encoder, weights_hash(clip.model, clip.weights))
+    return make_site(config), "clip", "is not what was embedded", "prepare clip` again"
+
+
+def clip_store_of_other_weights(folder: Path) -> Any:
+    config = on_shards(folder, data={"clip_store": str(folder / "clip")})
+    clip = config.clip
+    fill_store(
+        folder / "clip", open_shards(config.data.shards), Encoder(clip.model, clip.weights, clip.source), "f00"
+    )
+    return make_site(config), "clip", "were made by weights with the hash f00", "prepare clip` again"
 
 
 def disk_too_small(folder: Path) -> Any:
@@ -170,6 +194,8 @@ PLANTED = [
     real_data_without_weights,
     unknown_clip_weights,
     clip_store_of_another_encoder,
+    clip_store_of_other_captions,
+    clip_store_of_other_weights,
     disk_too_small,
     run_directory_that_can_not_be_written,
     host_without_a_name,

@@ -5,20 +5,24 @@ from __future__ import annotations
 import argparse
 import io
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from data_kit import encoded, photo, write_tar
 from ranks import COMMAND, Ranks, Warm
 
 from glide_ds.commands import prepare_clip as prepare
-from glide_ds.data.clip_store import ClipStore, Encoder
+from glide_ds.data.clip_store import ClipStore, Encoder, picture_hash, text_hash
 from glide_ds.data.pictures.decode import DecodeOptions, decode, image_member
 from glide_ds.data.shapes import write_shards
 from glide_ds.data.tars.shards import open_shards
@@ -53,9 +57,14 @@ def test_embeddings_are_the_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyP
     else:
         pictures = [decode(image_member(each), DecodeOptions(prepare.PICTURE_SIDE)) for each in members]
         wanted = encoder.encode_image(torch.from_numpy(np.stack(pictures)))
-    assert np.abs(store.rows(np.arange(10)) - wanted.numpy()).max() < 1e-3
+    hashes = [
+        text_hash(each["txt"].decode()) if source == "text" else picture_hash(image_member(each))
+        for each in members
+    ]
+    rows = store.rows(np.arange(10), hashes)
+    assert np.abs(rows - wanted.numpy()).max() < 1e-3
     assert np.ptp(wanted.numpy(), axis=0).max() > 0.1  # they differ, so that none stands for another
-    assert np.allclose(np.linalg.norm(store.rows(np.arange(10)).astype(float), axis=1), 1, atol=1e-2)
+    assert np.allclose(np.linalg.norm(rows.astype(float), axis=1), 1, atol=1e-2)
     with pytest.raises(DataError, match="another --out"):
         prepare.run(arguments(*words, "--source", "image" if source == "text" else "text"))
 
@@ -69,6 +78,73 @@ def test_a_sample_without_caption_gets_zeros(tmp_path: Path) -> None:
     prepare.run(arguments(str(tmp_path / "x.tar"), "--out", str(tmp_path), "--model", "builtin:tiny"))
     (path,) = tmp_path.glob("*.npy")
     assert np.load(path).any(axis=1).tolist() == [True, False]
+
+
+class Counted(FrozenClip):
+    """An encoder that says what it is given."""
+
+    given: ClassVar[list[str]] = []
+
+    def encode_text(self, captions: Sequence[str]) -> torch.Tensor:
+        self.given.extend(captions)
+        return super().encode_text(captions)
+
+
+def checked_rows(store: Path, shards: Path, captions: Sequence[str]) -> None:
+    """The store gives these captions' embeddings."""
+    opened = ClipStore(store, open_shards(str(shards)), Encoder("builtin:tiny", "builtin", "text"))
+    rows = opened.rows(np.arange(len(captions)), [text_hash(caption) for caption in captions])
+    wanted = FrozenClip("builtin:tiny", "builtin").encode_text(captions)
+    assert np.abs(rows - wanted.numpy()).max() < 1e-3
+
+
+def write_captions(folder: Path, captions: Sequence[str], per_shard: int = 4) -> None:
+    """Shards of one picture with many captions, as `prepare pack` would name them: alike for every set."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    picture = encoded(photo(0))
+    for n in range(0, len(captions), per_shard):
+        part = [
+            (f"{i:04d}", {"png": picture, "txt": text.encode()})
+            for i, text in enumerate(captions[n : n + per_shard])
+        ]
+        write_tar(folder / f"{n // per_shard:03d}.tar", part)
+
+
+TINY = ("--model", "builtin:tiny", "--weights", "builtin")
+
+
+def test_only_what_changed_is_computed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(prepare, "FrozenClip", Counted)
+
+    def embed(*captions: str, per_shard: int = 4, words: Sequence[str] = ()) -> list[str]:
+        Counted.given.clear()
+        write_captions(tmp_path / "s", captions, per_shard)
+        prepare.run(arguments(str(tmp_path / "s"), "--out", str(tmp_path / "c"), *TINY, *words))
+        checked_rows(tmp_path / "c", tmp_path / "s", captions)
+        return list(Counted.given)
+
+    colours = ["red", "blue", "green", "white", "black", "brown", "grey", "pink", "gold"]
+    assert embed(*colours) == colours
+    assert embed(*colours) == []
+    assert "0 embeddings computed, 9 kept" in capsys.readouterr().out
+    assert embed(*colours[:2], "lime!", *colours[3:]) == ["lime!"]  # as long as what it was
+    assert embed(*colours[:2], "a longer one", *colours[3:]) == ["a longer one"]
+    assert embed("first", *colours) == ["first"]  # all others move
+    assert embed(*colours, per_shard=3) == []
+    assert embed(*colours[3:], per_shard=2) == []
+    assert embed(*colours, words=["--force"]) == colours
+
+
+def test_two_sets_in_one_store(tmp_path: Path) -> None:
+    sets = {name: [f"{name} {n}" for n in range(6)] for name in "ab"}
+    for name, captions in sets.items():
+        write_captions(tmp_path / name, captions)
+        prepare.run(arguments(str(tmp_path / name), "--out", str(tmp_path / "c"), *TINY))
+    for name, captions in sets.items():
+        checked_rows(tmp_path / "c", tmp_path / name, captions)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -3,27 +3,41 @@
     glide-ds prepare clip SHARDS --out clip/
     torchrun --nproc_per_node 8 -m glide_ds prepare clip SHARDS --out clip/
 
-Process r of R takes shards r, r + R, …; no process waits for another. A shard whose embeddings are there is
-skipped, so the same command again, on any number of processes, resumes.
+Process r of R takes shards r, r + R, …; no process waits for another. A shard that is as it was when it was embedded is
+skipped, and of any other only what the store has no embedding of is computed: so the same command again, on any number
+of processes, resumes, and follows captions that were mended and samples that moved.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from glide_ds.data.captions import read_caption
-from glide_ds.data.clip_store import Encoder, StoreNote, read_note, store_path, write_store
+from glide_ds.data.clip_store import (
+    Embedded,
+    Encoder,
+    Hashes,
+    Places,
+    Rows,
+    StoreNote,
+    picture_hash,
+    read_note,
+    text_hash,
+    write_store,
+)
 from glide_ds.data.pictures.decode import DecodeOptions, Pixels, decode, image_member
 from glide_ds.data.tally import Unusable
 from glide_ds.data.tars.shards import ShardSet, open_shards
 from glide_ds.errors import DataError
-from glide_ds.model.clip import FrozenClip
+from glide_ds.model.clip import FrozenClip, weights_hash
 from glide_ds.progress import Progress
 
 PICTURE_SIDE = 224  # what pictures are decoded at before the encoder resizes them to its own input
@@ -53,15 +67,31 @@ def run(args: argparse.Namespace) -> None:
     place = _place(args.local_rank)
     shards = open_shards(args.shards, args.index_dir, salvage=True, part=(place.rank, place.world_size))
     encoder = Encoder(args.model, args.weights, args.source)
+    made_by = weights_hash(args.model, args.weights)
+    store = Places(args.out)
     mine = range(place.rank, len(shards.urls), place.world_size)
-    todo = [n for n in mine if args.force or not _is_done(args.out, shards, n, encoder)]
+    todo = [n for n in mine if args.force or not _is_done(store, shards, n, encoder, made_by)]
     print(f"rank {place.rank}: {len(todo)} shards to embed, {len(mine) - len(todo)} are done", flush=True)
     if not todo:
         return
+    known = Embedded([] if args.force else _of_other_shards(store, shards, todo), encoder, made_by)
     clip = FrozenClip(args.model, args.weights, place.device, source=args.source)
+    became: Counter[str] = Counter()
     with Progress(f"rank {place.rank}: embedding", len(todo), "shards") as progress:
         for shard in progress.over(todo):
-            embed_shard(args.out, shards, shard, encoder, clip, args.batch)
+            became += embed_shard(args.out, shards, shard, encoder, clip, args.batch, known)
+    print(
+        f"rank {place.rank}: {became['computed']} embeddings computed, {became['kept']} kept that were there, "
+        f"{became['missing']} samples have none",
+        flush=True,
+    )
+
+
+def _of_other_shards(store: Places, shards: ShardSet, todo: list[int]) -> list[Path]:
+    """The notes of all but those shards of the set that are done: what the rest may have been before."""
+    done = set(range(len(shards.urls))) - set(todo)
+    fit = {path for n in done for path in store.of(shards.urls[n], shards.fingerprints[n])}
+    return [path for path in store.all() if path not in fit]
 
 
 def _place(local_rank: int) -> Place:
@@ -70,44 +100,61 @@ def _place(local_rank: int) -> Place:
     return Place(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), device)
 
 
-def _is_done(out: str, shards: ShardSet, shard: int, encoder: Encoder) -> bool:
-    path = store_path(out, shards.urls[shard], shards.key_hashes[shard])
-    try:
-        note = read_note(path.with_suffix(".json"))
-    except DataError:
-        return False
-    if note.encoder != encoder:
-        raise DataError(
-            f"{path} holds embeddings of {note.encoder}, not of {encoder}",
-            remedy="choose another --out, or --force",
-        )
-    return path.exists()
+def _is_done(store: Places, shards: ShardSet, shard: int, encoder: Encoder, made_by: str) -> bool:
+    head, url = shards.heads[shard], shards.urls[shard]
+    done = False
+    for path in store.before(url):
+        try:
+            note = read_note(path)
+        except DataError:
+            continue
+        if note.encoder != encoder:
+            raise DataError(
+                f"{path} holds embeddings of {note.encoder}, not of {encoder}", remedy="choose another --out"
+            )
+        fits = (note.fingerprint, note.version, note.weights_hash) == (head.fingerprint, head.version, made_by)
+        done = done or (fits and path.with_suffix(".npy").exists())
+    return done
 
 
 def embed_shard(
-    out: str, shards: ShardSet, shard: int, encoder: Encoder, clip: FrozenClip, batch: int
-) -> StoreNote:
-    """Compute and store the embeddings of one shard; samples without a caption or picture get zeros."""
-    samples = int(shards.sizes[shard])
-    rows = np.zeros((samples, clip.dim), np.float16)
-    for numbers, inputs in _batches(shards, shard, encoder.source, batch):
+    out: str,
+    shards: ShardSet,
+    shard: int,
+    encoder: Encoder,
+    clip: FrozenClip,
+    batch: int,
+    known: Embedded,
+) -> Counter[str]:
+    """Store the embeddings of one shard, computing those that aren't known; counts what became of its samples.
+
+    Samples without a caption or picture get zeros.
+    """
+    head = shards.heads[shard]
+    rows = np.zeros((head.samples, clip.dim), np.float16)
+    hashes = np.zeros(head.samples, np.uint64)
+    computed = 0
+    for numbers, inputs in _batches(shards, shard, encoder.source, batch, known, rows, hashes):
         rows[numbers] = _encode(clip, encoder.source, inputs)
+        computed += len(numbers)
+    missing = int((hashes == 0).sum())
     note = StoreNote(
         encoder=encoder,
         weights_hash=clip.weights_hash,
-        key_hash=shards.key_hashes[shard],
-        samples=samples,
+        fingerprint=head.fingerprint,
+        version=head.version,
+        samples=head.samples,
         dim=clip.dim,
-        missing=int((~rows.any(axis=1)).sum()),
+        missing=missing,
     )
-    write_store(store_path(out, shards.urls[shard], shards.key_hashes[shard]), rows, note)
-    return note
+    write_store(out, shards.urls[shard], rows, hashes, note)
+    return Counter(computed=computed, kept=head.samples - computed - missing, missing=missing)
 
 
 def _batches(
-    shards: ShardSet, shard: int, source: str, batch: int
+    shards: ShardSet, shard: int, source: str, batch: int, known: Embedded, rows: Rows, hashes: Hashes
 ) -> Iterator[tuple[list[int], list[str | Pixels]]]:
-    """(sample numbers in the shard, captions or pictures), leaving out what cannot be used."""
+    """(sample numbers in the shard, captions or pictures) of what is to be computed; puts what is known into `rows`."""
     first = int(shards.ends[shard] - shards.sizes[shard])
     options = DecodeOptions(PICTURE_SIDE)
     numbers: list[int] = []
@@ -116,11 +163,14 @@ def _batches(
         try:
             members = shards.read(first + number)
             # 0.0 is the draw that the loader uses with a store, where several captions could be chosen.
-            item = read_caption(members, 0.0)[0] if source == "text" else decode(image_member(members), options)
+            given = read_caption(members, 0.0)[0] if source == "text" else image_member(members)
+            hashed = text_hash(given) if isinstance(given, str) else picture_hash(given)
+            if not known.take(hashed, rows[number]):
+                inputs.append(given if isinstance(given, str) else decode(given, options))
+                numbers.append(number)
         except Unusable:
             continue
-        numbers.append(number)
-        inputs.append(item)
+        hashes[number] = hashed
         if len(numbers) == batch:
             yield numbers, inputs
             numbers, inputs = [], []

@@ -114,15 +114,16 @@ class MicroBatches(Dataset[Made]):
         size = layout.image_size
         images = np.empty((len(slots), size, size, 3), np.uint8)
         ids = drawn.ids.copy()
-        captions = []
+        captions, hashes = [], []
         dice = uniform(_CAPTION, layout.seed, drawn.epochs, drawn.ids).tolist()
         wishes = zip(drawn.ids.tolist(), drawn.epochs.tolist(), dice, strict=True)
         for row, (wanted, epoch, die) in enumerate(wishes):
             ids[row], sample = self._usable(wanted, epoch, die, tally)
             images[row] = sample.pixels
             captions.append(sample.caption)
+            hashes.append(sample.hash)
         tally.delivered = len(slots)
-        batch = self._batch(ids, slots, drawn.epochs, images, tuple(captions))
+        batch = self._batch(ids, slots, drawn.epochs, images, tuple(captions), hashes)
         if drawn.padding.any():
             batch = replace(batch, sample_ids=torch.from_numpy(np.where(drawn.padding, -1 - ids, ids)))
         return batch
@@ -163,6 +164,7 @@ class MicroBatches(Dataset[Made]):
         epochs: np.ndarray[Any, np.dtype[np.int64]],
         images: Pixels,
         captions: tuple[str, ...],
+        hashes: list[int],
     ) -> Batch:
         config, seed = self.config, self.layout.seed
         mirrored = uniform(_FLIP, seed, epochs, ids) < config.flip
@@ -180,7 +182,7 @@ class MicroBatches(Dataset[Made]):
             mask=mask,
             drop_clip=torch.from_numpy(drop_both),
             captions=captions,
-            clip=torch.from_numpy(self.clip.rows(ids)) if self.clip else None,
+            clip=torch.from_numpy(self.clip.rows(ids, hashes)) if self.clip else None,
             low_res=torch.from_numpy(_low_res(images)) if self.layout.low_res else None,
         )
 
@@ -346,4 +348,5 @@ def _open_store(config: DataConfig, samples: SampleSet, clip: ClipConfig | None)
             f"data.clip_store={config.clip_store} can't go with {config.shards}, which has no shards",
             remedy="unset it",
         )
+    samples.embedded = clip.source
     return ClipStore(config.clip_store, samples.shards, Encoder(clip.model, clip.weights, clip.source))

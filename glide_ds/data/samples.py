@@ -12,6 +12,7 @@ import numpy as np
 
 from glide_ds.config import DataConfig, FilterConfig, cache_dir
 from glide_ds.data.captions import TEXT_EXTENSIONS, read_caption
+from glide_ds.data.clip_store import picture_hash, text_hash
 from glide_ds.data.filters import check as check_rules
 from glide_ds.data.pictures.decode import DecodeOptions, decode, image_member
 from glide_ds.data.pictures.resample import Pixels
@@ -29,6 +30,7 @@ class Sample(NamedTuple):
     pixels: Pixels  # uint8 [S, S, 3]
     caption: str
     notes: tuple[str, ...] = ()  # what was tolerated
+    hash: int = 0  # of what a CLIP store has the embedding of, where there is one
 
 
 class SampleSet(Protocol):
@@ -70,6 +72,7 @@ class ShardSamples:
         self._unread = [unread(shards, filter) for shards, filter in parts]
         self.sizes, self.fingerprint = self.shards.sizes, self.shards.fingerprint
         self.duplicates, self.name = self.shards.duplicates, self.shards.name
+        self.embedded: str | None = None  # what a CLIP store was made of: text or image
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -89,7 +92,20 @@ class ShardSamples:
             if not self._unread[part] or error.cause not in (Cause.NO_CAPTION, Cause.EMPTY_CAPTION):
                 raise
             caption, notes = read_caption(self.shards.read(sample), draw)
-        return Sample(decode(image_member(members), self.options), caption, notes)
+        picture = image_member(members)
+        return Sample(decode(picture, self.options), caption, notes, self._hash(caption, picture))
+
+    def hash(self, sample: int) -> int:
+        """Of what a CLIP store has the embedding of. Raises Unusable, and GlideError where the set can't be read."""
+        members = self.shards.read(sample)
+        if self.embedded == "image":
+            return picture_hash(image_member(members))
+        return text_hash(read_caption(members, 0.0)[0])
+
+    def _hash(self, caption: str, picture: bytes) -> int:
+        if self.embedded is None:
+            return 0
+        return picture_hash(picture) if self.embedded == "image" else text_hash(caption)
 
     def keep_open(self, shards: int) -> None:
         self.shards.keep_open(shards)

@@ -149,6 +149,12 @@ class _Found:
     std: tuple[float, ...]
 
 
+def weights_hash(model: str, weights: str) -> str:
+    """The SHA-256 of the file that a FrozenClip would read, without reading its tensors. Raises as that does."""
+    name, _ = _architecture(model)
+    return sha256(_local(model, weights) or _download(name, weights, _tag(name, weights)))
+
+
 def _find(model: str, weights: str) -> _Found:
     name, architecture = _architecture(model)
     path = _local(model, weights)

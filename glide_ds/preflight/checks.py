@@ -322,7 +322,7 @@ def clip(site: Site) -> Finding:
     config = next((config for config in site.configs if config.uses_clip), None)
     if config is None:
         return Finding("the phase does without CLIP")
-    FrozenClip(
+    frozen = FrozenClip(
         config.clip.model, config.clip.weights, source="both" if config.clip.source == "image" else "text"
     )
     text = f"{config.clip.model} loads"
@@ -339,7 +339,11 @@ def clip(site: Site) -> Finding:
         )
     encoder = Encoder(config.clip.model, config.clip.weights, config.clip.source)
     store = ClipStore(config.data.clip_store, opened.shards, encoder)
-    store.rows(np.unique(np.linspace(0, len(opened) - 1, site.samples).astype(np.int64)))
+    store.of_weights(frozen.weights_hash)
+    opened.embedded = config.clip.source
+    for sample in np.unique(np.linspace(0, len(opened) - 1, site.samples).astype(np.int64)):
+        with suppress(Unusable):  # which the shards' own check counts
+            store.rows(sample[None], [opened.hash(int(sample))])
     return Finding(f"{text}; {config.data.clip_store} fits, {store.dim}-d")
 
 

@@ -139,7 +139,14 @@ def find_ground(config: Config, arithmetic: BatchArithmetic, device: torch.devic
     config, chosen = fit_together(config, arithmetic, glide, device)
     if rank == 0:
         print(preview.block(config, arithmetic, start, glide, source.facts(), chosen), flush=True)
-    return Ground(config, start, glide, source, agreed(lambda: _frozen_clip(config, device)))
+    clip = agreed(lambda: _frozen_clip(config, device))
+    agreed(lambda: _check_store(source, clip))
+    return Ground(config, start, glide, source, clip)
+
+
+def _check_store(source: Source, clip: FrozenClip | None) -> None:
+    if clip and source.clip:
+        source.clip.of_weights(clip.weights_hash)
 
 
 def fit_together(

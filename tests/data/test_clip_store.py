@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from data_kit import write_shards
+from data_kit import sample, write_shards, write_tar
 
 from glide_ds.config import ClipConfig, DataConfig
-from glide_ds.data.clip_store import ClipStore, Encoder, StoreNote, store_path, write_store
+from glide_ds.data.clip_store import ClipStore, Encoder, StoreNote, picture_hash, text_hash, write_store
 from glide_ds.data.loader import build_source
 from glide_ds.data.tars.shards import ShardSet, open_shards
 from glide_ds.errors import DataError
@@ -20,15 +22,22 @@ ENCODER = Encoder("ViT-B/32", "openai", "text")
 DIM = 8
 
 
-def fill(folder: Path, shards: ShardSet, encoder: Encoder = ENCODER) -> None:
-    """Row of sample i: all i + 1."""
-    first = 0
-    for url, key_hash, size in zip(shards.urls, shards.key_hashes, shards.sizes.tolist(), strict=True):
-        rows = np.repeat(np.arange(first + 1, first + size + 1, dtype=np.float16)[:, None], DIM, axis=1)
-        write_store(
-            store_path(folder, url, key_hash), rows, StoreNote(encoder, "h", key_hash, size, DIM, missing=0)
-        )
-        first += size
+def fill(
+    folder: Path, shards: ShardSet, encoder: Encoder = ENCODER, *, add: int = 1, weights: str = "h"
+) -> list[Path]:
+    """Row of sample i: all i + `add`."""
+    first, paths = 0, []
+    for url, head in zip(shards.urls, shards.heads, strict=True):
+        numbers = np.arange(first, first + head.samples)
+        rows = np.repeat((numbers + add).astype(np.float16)[:, None], DIM, axis=1)
+        note = StoreNote(encoder, weights, head.fingerprint, head.version, head.samples, DIM, missing=0)
+        paths.append(write_store(folder, url, rows, np.array(hashes(shards, numbers), np.uint64), note))
+        first += head.samples
+    return paths
+
+
+def hashes(shards: ShardSet, numbers: np.ndarray) -> list[int]:
+    return [text_hash(shards.read(n)["txt"].decode()) for n in numbers.tolist()]
 
 
 @pytest.fixture
@@ -40,7 +49,7 @@ def test_rows_follow_samples(tmp_path: Path, shards: ShardSet) -> None:
     fill(tmp_path / "clip", shards)
     store = pickle.loads(pickle.dumps(ClipStore(tmp_path / "clip", shards, ENCODER)))
     wanted = np.array([20, 0, 11, 12])
-    assert np.array_equal(store.rows(wanted)[:, 0], wanted + 1)
+    assert np.array_equal(store.rows(wanted, hashes(shards, wanted))[:, 0], wanted + 1)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -73,12 +82,13 @@ def test_another_encoder_is_refused(tmp_path: Path, shards: ShardSet, other: Enc
 def test_missing_changed_and_damaged_stores_are_named(tmp_path: Path, shards: ShardSet) -> None:
     with pytest.raises(DataError, match="prepare clip"):
         ClipStore(tmp_path / "none", shards, ENCODER)
-    fill(tmp_path / "clip", shards)
-    path = store_path(tmp_path / "clip", shards.urls[0], shards.key_hashes[0])
-    path.write_bytes(path.read_bytes()[:100])
-    store = ClipStore(tmp_path / "clip", shards, ENCODER)
-    with pytest.raises(DataError, match=r"s-000.*prepare them anew"):
-        store.rows(np.array([0]))
+    path = fill(tmp_path / "clip", shards)[0]
+    whole = path.read_bytes()
+    for size in (100, len(whole) - 8):
+        path.write_bytes(whole[:size])
+        store = ClipStore(tmp_path / "clip", shards, ENCODER)
+        with pytest.raises(DataError, match=r"s-000.*prepare them anew"):
+            store.rows(np.array([0]), [1])
     note = path.with_suffix(".json")
     note.write_bytes(note.read_bytes().replace(b'"samples": 12', b'"samples": 13'))
     with pytest.raises(DataError, match="13 other samples"):
@@ -86,10 +96,73 @@ def test_missing_changed_and_damaged_stores_are_named(tmp_path: Path, shards: Sh
 
 
 def test_a_sample_without_embedding_is_named(tmp_path: Path, shards: ShardSet) -> None:
+    path = fill(tmp_path / "clip", shards)[1]
+    data = bytearray(path.read_bytes())
+    data[len(data) - 8 * 6 : len(data) - 8 * 5] = bytes(8)
+    path.write_bytes(data)
+    wanted = np.array([14, 15])
+    with pytest.raises(DataError, match=r"sample 3 of .*s-001\.tar has no embedding"):
+        ClipStore(tmp_path / "clip", shards, ENCODER).rows(wanted, hashes(shards, wanted))
+
+
+def test_what_was_embedded_must_be_what_is_joined(tmp_path: Path, shards: ShardSet) -> None:
+    """Another data set with shards of the same names, keys and sizes to the byte."""
+    (tmp_path / "other").mkdir()
+    for number, url in enumerate(shards.urls):
+        data = Path(url).read_bytes().replace(b"photo", b"image")
+        (tmp_path / "other" / f"s-{number:03d}.tar").write_bytes(data)
+    others = open_shards(str(tmp_path / "other"))
+    assert others.fingerprint == shards.fingerprint
+    every = np.arange(21)
     fill(tmp_path / "clip", shards)
-    path = store_path(tmp_path / "clip", shards.urls[1], shards.key_hashes[1])
-    rows = np.load(path)
-    rows[3] = 0
-    np.save(path, rows)
-    with pytest.raises(DataError, match="sample 15 has no embedding"):
-        ClipStore(tmp_path / "clip", shards, ENCODER).rows(np.array([14, 15]))
+    for wanted in (every, every[20:]):
+        with pytest.raises(DataError, match=r"is not what was embedded.*prepare clip. again"):
+            ClipStore(tmp_path / "clip", others, ENCODER).rows(wanted, hashes(others, wanted))
+    fill(tmp_path / "clip", others, add=100)
+    for _ in range(2):
+        for given, add in ((shards, 1), (others, 100)):
+            store = ClipStore(tmp_path / "clip", given, ENCODER)
+            assert np.array_equal(store.rows(every, hashes(given, every))[:, 0], every + add)
+
+
+def test_a_shard_that_was_written_again_is_refused_at_the_start(tmp_path: Path, shards: ShardSet) -> None:
+    fill(tmp_path / "clip", shards)
+    members = [(f"{n:06d}", sample(n, txt=f"a caption mended {n}".encode())) for n in range(12)]
+    write_tar(Path(shards.urls[0]), members)
+    Path(f"{shards.urls[0]}.index").unlink()
+    with pytest.raises(DataError, match=r"embeddings of another s-000\.tar than.*prepare clip. again"):
+        ClipStore(tmp_path / "clip", open_shards(shards.urls), ENCODER)
+
+
+def test_other_weights_of_the_same_name_are_refused(tmp_path: Path, shards: ShardSet) -> None:
+    fill(tmp_path / "clip", shards)
+    store = ClipStore(tmp_path / "clip", shards, ENCODER)
+    store.of_weights("h")
+    with pytest.raises(DataError, match=r"weights with the hash h, this run's clip\.weights have other"):
+        store.of_weights("other")
+    fill(tmp_path / "clip", shards, add=50, weights="other")
+    store, wanted = ClipStore(tmp_path / "clip", shards, ENCODER), np.array([3])
+    with pytest.raises(DataError, match="different weights"):
+        store.rows(wanted, hashes(shards, wanted))
+    store.of_weights("other")
+    assert store.rows(wanted, hashes(shards, wanted))[0, 0] == 53
+
+
+def test_a_store_of_a_version_before_is_refused_with_the_remedy(tmp_path: Path, shards: ShardSet) -> None:
+    (tmp_path / "clip").mkdir()
+    for url, head in zip(shards.urls, shards.heads, strict=True):
+        old = tmp_path / "clip" / f"{Path(url).stem}.{head.key_hash[:12]}.npy"
+        np.save(old, np.zeros((head.samples, DIM), np.float16))
+        note = {"encoder": asdict(ENCODER), "weights_hash": "h", "key_hash": head.key_hash, "samples": 1}
+        old.with_suffix(".json").write_text(json.dumps({**note, "dim": DIM, "missing": 0}))
+    with pytest.raises(DataError, match=r"version before.*prepare clip. again"):
+        ClipStore(tmp_path / "clip", shards, ENCODER)
+
+
+def test_another_picture_has_another_hash() -> None:
+    data = sample(0)["jpg"]
+    others = [sample(n)["jpg"] for n in range(1, 40)]
+    others += [data + b"\0", data[:-1], data[:-1] + b"\0", b"\0" + data[1:], b"", data * 100, bytes(len(data))]
+    start = len(data) * 100 // 2
+    others.append((data * 100)[:start] + bytes(600) + (data * 100)[start + 600 :])
+    assert len({picture_hash(other) for other in [data, *others]}) == 1 + len(others)

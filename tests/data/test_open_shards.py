@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from data_kit import write_shards
-from test_clip_store import ENCODER, fill
+from test_clip_store import ENCODER, fill, hashes
 
 from glide_ds.data import clip_store
 from glide_ds.data.clip_store import ClipStore
@@ -127,5 +127,6 @@ def test_embeddings_stay_open_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         store.keep_open(kept)
         opened.clear()
         for sample in (*range(0, 18, 2), *range(1, 18, 2)):
-            assert store.rows(np.array([sample]))[0, 0] == sample + 1
+            wanted_hash = hashes(shards, np.array([sample]))
+            assert store.rows(np.array([sample]), wanted_hash)[0, 0] == sample + 1
         assert len(opened) == wanted

@@ -32,11 +32,12 @@ from train_kit import (
 
 from glide_ds.config import load_config
 from glide_ds.data import shapes
-from glide_ds.data.clip_store import Encoder, StoreNote, store_path, write_store
+from glide_ds.data.clip_store import Encoder, StoreNote, text_hash, write_store
 from glide_ds.data.tars.shards import open_shards
 from glide_ds.diffusion.losses import QUARTILES
 from glide_ds.errors import ConfigError, DataError, GlideError, WeightsError
 from glide_ds.model import GlideConfig, create_model
+from glide_ds.model.clip import weights_hash
 from glide_ds.model.dual_attention import DualAttention
 from glide_ds.model.reduced import Reducible
 from glide_ds.model.tensor_files import write_state
@@ -630,10 +631,10 @@ def test_embeddings_of_a_store_condition_the_training(tmp_path: Path, photos: st
     for value in (0.0, 1.0):
         store, shards = tmp_path / f"clip{value}", open_shards(photos)
         rows = np.random.default_rng(0).normal(size=(8, 64)).astype(np.float16) + np.float16(10 * value)
-        note = StoreNote(
-            Encoder("builtin:tiny", "openai", "text"), "hash", shards.key_hashes[0], 8, 64, missing=0
-        )
-        write_store(store_path(store, shards.urls[0], shards.key_hashes[0]), rows, note)
+        hashes = [text_hash(shards.read(n)["txt"].decode()) for n in range(8)]
+        encoder, weights = Encoder("builtin:tiny", "openai", "text"), weights_hash("builtin:tiny", "openai")
+        note = StoreNote(encoder, weights, shards.fingerprints[0], "", 8, 64, missing=0)
+        write_store(store, shards.urls[0], rows, np.array(hashes, np.uint64), note)
         data = {"shards": photos, "clip_store": str(store)}
         with opened(make_config(tmp_path / str(value), data=data), shake) as run:
             run.model.clip_gate_offset.fill_(10.0)

@@ -118,7 +118,7 @@ class ShardSet:
         index_dir: str | None = None,
     ) -> None:
         self.urls, self.heads = list(urls), list(heads)
-        self.key_hashes = [head.key_hash for head in heads]
+        self.fingerprints = [head.fingerprint for head in heads]
         self.sizes = np.array([head.samples for head in heads], np.int64)
         self.ends = np.cumsum(self.sizes)
         self._ends = self.ends.tolist()  # plain integers, for one sample at a time
