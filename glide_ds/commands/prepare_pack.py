@@ -5,7 +5,8 @@
     glide-ds prepare pack pairs.parquet --out shards/      columns image (path or bytes) and caption
 
 Shard n holds the n-th consecutive part of the input, all parts equal but for one sample, and is written under
-its name only when whole. The same input gives the same bytes; a second run writes what is missing.
+its name only when whole. The same input gives the same bytes. A second run is a sync by content: afterwards the folder
+holds exactly what the input holds, and the summary says what was added, changed and removed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -37,6 +39,9 @@ from glide_ds.progress import Progress
 IMAGE_FIELDS = ("image", "image_path", "path", "file_name", "filename", "file", "jpg")
 TEXT_FIELDS = ("caption", "text", "TEXT", "prompt", "title")
 SHEET, CELL = 8, 96  # the contact sheet has SHEET x SHEET pictures of CELL pixels
+NOTE = ".packed.json"
+BEFORE = ".before.json"  # there while a run is under way
+PACKING = b"2"  # grows when the same input is packed otherwise
 EXTENSIONS = {b"\xff\xd8\xff": "jpg", b"\x89PN": "png", b"RIF": "webp", b"GIF": "gif"}
 
 
@@ -51,11 +56,15 @@ class Pair(NamedTuple):
 class Packed(NamedTuple):
     """What became of one shard's part of the input."""
 
-    input_hash: str  # of what the shard was made from
+    input_hash: str  # of the bytes that the shard was made from; "" while it is being written
     samples: int
     bytes: int
     caption_lengths: list[int]
     skipped: list[str]
+    contents: dict[str, str]  # of each sample: where it is in the input, and a hash of its bytes
+
+
+NOTHING = Packed("", 0, 0, [], [], {})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,16 +79,23 @@ def run(args: argparse.Namespace) -> None:
     print(json.dumps({key: value for key, value in summary.items() if key != "skipped"}, indent=1))
     for line in summary["skipped"][:20]:
         print(f"skipped {line}")
+    for line in summary["foreign"][:20]:
+        print(f"left as it is, for it was not packed here, yet would be trained on: {line}")
 
 
 def pack(source: Path, out: Path, per_shard: int = 1000, workers: int = 1) -> dict[str, Any]:
-    """Write shards, their indexes, summary.json and contact.png under `out`; returns the summary."""
+    """Make `out` hold the input's shards, their indexes, summary.json and contact.png; returns the summary.
+
+    Shards of an earlier run that the input no longer fills are removed. Raises DataError where no picture can be used;
+    where the input has none, `out` stays as it was.
+    """
     pairs = list(read_pairs(source))
     if not pairs or per_shard < 1:
         raise DataError(
             f"{source} has {len(pairs)} pictures for shards of {per_shard}", remedy="nothing to pack"
         )
     out.mkdir(parents=True, exist_ok=True)
+    earlier = _earlier(out)
     count = -(-len(pairs) // per_shard)
     edges = [len(pairs) * n // count for n in range(count + 1)]
     parts = [(out / f"{n:06d}.tar", pairs[edges[n] : edges[n + 1]]) for n in range(count)]
@@ -92,9 +108,17 @@ def pack(source: Path, out: Path, per_shard: int = 1000, workers: int = 1) -> di
                 packed = list(progress.over(pool.map(task, parts)))
         else:
             packed = list(progress.over(map(task, parts)))
-    summary = _summary(packed)
+    removed, foreign = _remove_others(out, {path for path, _ in parts})
+    summary = _summary(packed, earlier) | {"removed_shards": removed, "foreign": foreign}
+    if not summary["samples"]:
+        raise DataError(
+            f"none of the {len(pairs)} pictures of {source} can be used: {'; '.join(summary['skipped'][:3])}",
+            "there is nothing to train on",
+            "give each picture a caption, and check that the pictures open",
+        )
     write_file(out / "summary.json", json.dumps(summary, indent=1))
     write_file(out / "contact.png", _contact_sheet(pairs, source))
+    (out / BEFORE).unlink()
     return summary
 
 
@@ -158,13 +182,13 @@ def _pair(record: dict[str, Any], where: str) -> Pair:
 
 def _write_shard(root: Path, part: tuple[Path, Sequence[Pair]]) -> Packed:
     path, pairs = part
-    note = path.with_suffix(".packed.json")
-    digest = hashlib.blake2b(repr(pairs).encode(), digest_size=16).hexdigest()
-    if path.exists() and note.exists():  # written by an earlier, interrupted run
-        earlier = Packed(**json.loads(note.read_bytes()))
-        if earlier.input_hash == digest:
-            return earlier
-    lengths, skipped = [], []
+    note = path.with_suffix(NOTE)
+    digest = _digest(root, pairs)
+    earlier = _read_note(note)
+    if earlier and earlier.input_hash == digest and path.exists() and path.stat().st_size == earlier.bytes:
+        return earlier
+    write_file(note, json.dumps(NOTHING._asdict()))  # a tar that is left without its end is known as ours
+    lengths, skipped, contents = [], [], dict[str, str]()
     with replacing(path) as partial, tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
         for number, pair in enumerate(pairs):
             try:
@@ -173,32 +197,111 @@ def _write_shard(root: Path, part: tuple[Path, Sequence[Pair]]) -> Packed:
                 skipped.append(f"{pair.image if isinstance(pair.image, str) else path.name}: {error}")
                 continue
             lengths.append(len(members["txt"].decode()))
+            contents[_place(pair, contents)] = _hash([image, *members.values()])
             for extension, data in ({_extension(image): image} | members).items():
                 info = tarfile.TarInfo(f"{path.stem}{number:06d}.{extension}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-    packed = Packed(digest, len(lengths), path.stat().st_size, lengths, skipped)
+    packed = Packed(digest, len(lengths), path.stat().st_size, lengths, skipped, contents)
     index_one(str(path), force=True)
     write_file(note, json.dumps(packed._asdict()))
     return packed
 
 
+def _hash(parts: Iterable[bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
+def _digest(root: Path, pairs: Sequence[Pair]) -> str:
+    """Of everything that a shard is made from: its pictures' and texts' bytes, and the way they are packed."""
+
+    def parts() -> Iterator[bytes]:
+        yield PACKING
+        for pair in pairs:
+            yield repr((pair.caption, pair.record, pair.image if isinstance(pair.image, str) else "")).encode()
+            try:
+                image, texts = _read(root, pair)
+            except OSError as error:
+                yield repr(error.errno).encode()
+                continue
+            yield image
+            for extension, text in texts.items():
+                yield extension.encode()
+                yield text
+
+    return _hash(parts())
+
+
+def _place(pair: Pair, taken: Mapping[str, str]) -> str:
+    """Where a sample is in the input, as the next run will find it again: its path, or what it is made of."""
+    name = pair.image if isinstance(pair.image, str) else _hash([pair.image])
+    number = 1
+    while (place := f"{name}#{number}" if number > 1 else name) in taken:
+        number += 1
+    return place
+
+
+def _read_note(note: Path) -> Packed | None:
+    try:
+        return Packed(**json.loads(note.read_bytes()))
+    except (FileNotFoundError, ValueError, TypeError):  # or of a version before, or damaged: packed again
+        return None
+
+
+def _earlier(out: Path) -> Counter[tuple[str, str]]:
+    """The samples that the folder held when a run was last done: place and hash. A killed one has changed its notes."""
+    kept = out / BEFORE
+    if not kept.exists():
+        notes = (_read_note(note) for note in out.glob(f"*{NOTE}"))
+        samples = [sample for packed in notes if packed for sample in packed.contents.items()]
+        write_file(kept, json.dumps(samples))
+    return Counter((place, content) for place, content in json.loads(kept.read_bytes()))
+
+
+def _remove_others(out: Path, wanted: set[Path]) -> tuple[int, list[str]]:
+    """Remove the shards that an earlier run packed and this one did not; (how many, those of somebody else)."""
+    removed, foreign = 0, []
+    for note in sorted(out.glob(f"*{NOTE}")):
+        tar = note.with_name(note.name.removesuffix(NOTE) + ".tar")
+        if tar in wanted:
+            continue
+        removed += tar.exists()
+        for path in (
+            tar,
+            Path(f"{tar}.index"),
+            note,
+        ):  # the note last: without it the tar would be a stranger's
+            path.unlink(missing_ok=True)
+    for tar in sorted(out.glob("*.tar")):
+        if tar not in wanted:
+            foreign.append(str(tar))
+    return removed, foreign
+
+
+def _read(root: Path, pair: Pair) -> tuple[bytes, dict[str, bytes]]:
+    """The picture's bytes and those of the texts beside it, as they are. Raises OSError."""
+    if isinstance(pair.image, bytes):
+        return pair.image, {}
+    beside = root / pair.image
+    image = beside.read_bytes()
+    if pair.caption is not None:
+        return image, {}
+    names = {extension: beside.with_suffix(f".{extension}") for extension in ("txt", "json")}
+    return image, {extension: name.read_bytes() for extension, name in names.items() if name.exists()}
+
+
 def _members(root: Path, pair: Pair) -> tuple[bytes, dict[str, bytes]]:
     """The picture's bytes, unchanged, and the text members. Raises OSError or Unusable."""
-    if isinstance(pair.image, bytes):
-        image, beside = pair.image, None
-    else:
-        beside = root / pair.image
-        image = beside.read_bytes()
+    image, texts = _read(root, pair)
     decode(image, DecodeOptions(16))
     if pair.caption is not None:
         caption, _ = read_caption({"txt": pair.caption.encode()}, 0.0)
         return image, {"txt": caption.encode()} | (
             {"json": json.dumps(pair.record, ensure_ascii=False).encode()} if pair.record else {}
         )
-    assert beside is not None
-    names = {extension: beside.with_suffix(f".{extension}") for extension in ("txt", "json")}
-    texts = {extension: name.read_bytes() for extension, name in names.items() if name.exists()}
     caption, _ = read_caption(texts, 0.0)
     return image, {**texts, "txt": caption.encode()}
 
@@ -207,11 +310,17 @@ def _extension(image: bytes) -> str:
     return EXTENSIONS.get(image[:3], "img")
 
 
-def _summary(packed: Sequence[Packed]) -> dict[str, Any]:
+def _summary(packed: Sequence[Packed], earlier: Counter[tuple[str, str]]) -> dict[str, Any]:
+    now = Counter(sample for shard in packed for sample in shard.contents.items())
+    come, gone = now - earlier, earlier - now
+    changed = {place for place, _ in come} & {place for place, _ in gone}
     lengths = np.array([length for shard in packed for length in shard.caption_lengths] or [0])
     return {
         "shards": len(packed),
         "samples": sum(shard.samples for shard in packed),
+        "added": come.total() - len(changed),
+        "changed": len(changed),
+        "removed": gone.total() - len(changed),
         "bytes": sum(shard.bytes for shard in packed),
         "samples_per_shard": [min(s.samples for s in packed), max(s.samples for s in packed)],
         "caption_characters": {

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 from pathlib import Path
 
 import pytest
 from data_kit import encoded, kill_while_writing, photo
 from PIL import Image
 
-from glide_ds.commands.prepare_pack import pack
+from glide_ds.commands.prepare_pack import NOTHING, pack, run
 from glide_ds.data.tars.shards import open_shards
 from glide_ds.errors import DataError
 
@@ -40,6 +42,7 @@ def test_a_folder(folder: Path, tmp_path: Path) -> None:
     assert (summary["shards"], summary["samples"]) == (3, 11)
     assert [line.split(":")[0] for line in summary["skipped"]] == ["broken.jpg", "mute.png"]
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+    assert (summary["added"], summary["changed"], summary["removed"], summary["foreign"]) == (11, 0, 0, [])
     assert Image.open(tmp_path / "out" / "contact.png").size == (768, 768)
     assert len(list((tmp_path / "out").glob("*.tar.index"))) == 3
 
@@ -74,6 +77,86 @@ def test_a_second_run_keeps_what_fits_and_remakes_what_changed(tmp_path: Path) -
     again = [path.stat().st_mtime_ns for path in sorted((tmp_path / "out").glob("*.tar"))]
     assert [a == b for a, b in zip(times, again, strict=True)] == [True, False]
     assert captions(tmp_path / "out")[3] == "changed"
+
+
+def test_a_second_run_is_a_sync_by_content(folder: Path, tmp_path: Path) -> None:
+    """Whatever changes in the input, the folder becomes what a first run would write; and the summary says it."""
+    out, times = tmp_path / "out", iter(range(1, 100))
+
+    def sync(per_shard: int = 3) -> tuple[int, int, int]:
+        for path in [*folder.rglob("*"), folder]:  # whatever copies keep of a file's times
+            os.utime(path, (1, 1))
+        before = {path.name: path.read_bytes() for path in out.glob("*.tar")} if out.exists() else {}
+        summary = pack(folder, out, per_shard)
+        fresh = tmp_path / f"fresh{next(times)}"
+        assert pack(folder, fresh, per_shard)["samples"] == summary["samples"]
+        after, wanted = (
+            {path.name: path.read_bytes() for path in place.iterdir() if path.suffix not in (".index", ".json")}
+            for place in (out, fresh)
+        )
+        assert after == wanted
+        assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in fresh.iterdir())
+        assert open_shards(str(out)).fingerprint == open_shards(str(fresh)).fingerprint
+        assert summary["removed_shards"] == len(set(before) - set(after))
+        return summary["added"], summary["changed"], summary["removed"]
+
+    assert sync() == (11, 0, 0)
+    assert sync() == (0, 0, 0)
+    (folder / "p00.txt").write_text("photo X\n")  # as long as it was
+    assert sync() == (0, 1, 0)
+    (folder / "p02.png").write_bytes(encoded(photo(77)))
+    assert sync() == (0, 1, 0)
+    (folder / "broken.jpg").write_bytes(encoded(photo(5), "JPEG"))  # mended
+    (folder / "mute.txt").write_text("it speaks")
+    assert sync() == (2, 0, 0)
+    (folder / "p04.json").write_text('{"caption": "unused", "punsafe": 0.1}')
+    assert sync() == (0, 1, 0)
+    for n in range(1, 11, 2):
+        (folder / "deep" / f"p{n:02d}.png").unlink()
+    assert sync() == (0, 0, 5)
+    assert sync(100) == (0, 0, 0)
+    (folder / "p00.png").rename(folder / "z.png")
+    (folder / "p00.txt").rename(folder / "z.txt")
+    assert sync(100) == (1, 0, 1)
+
+
+def test_tars_of_others_stay_and_are_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    pack(folder, out, 3)
+    (out / "000009.tar").write_bytes(b"mine")
+    words = argparse.Namespace(input=folder, out=out, per_shard=6, workers=1)
+    run(words)
+    assert f"would be trained on: {out / '000009.tar'}" in capsys.readouterr().out
+    assert (out / "000009.tar").read_bytes() == b"mine"
+    assert len(list(out.glob("*.tar"))) == 4
+
+
+def test_a_tar_that_a_kill_left_without_its_note_is_ours(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pack(folder, out, 3)
+    for note in out.glob("*.packed.json"):
+        note.write_text(json.dumps(NOTHING._asdict()))
+    summary = pack(folder, out, 100)
+    assert summary["foreign"] == []
+    assert [path.name for path in out.glob("*.tar")] == ["000000.tar"]
+
+
+def test_a_tar_that_was_cut_off_is_written_again(folder: Path, tmp_path: Path) -> None:
+    pack(folder, tmp_path / "out", 3)
+    path = tmp_path / "out" / "000001.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:1000])
+    assert pack(folder, tmp_path / "out", 3)["changed"] == 0
+    assert path.read_bytes() == whole
+
+
+def test_an_input_of_nothing_usable_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(encoded(photo(1)))
+    with pytest.raises(DataError, match=r"none of the 1 pictures.*a\.png.*no caption"):
+        pack(tmp_path / "in", tmp_path / "out")
 
 
 def test_bad_input_is_named(tmp_path: Path) -> None:
