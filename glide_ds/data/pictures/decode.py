@@ -20,14 +20,22 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
-from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from glide_ds.data.pictures.borders import content_box
+from glide_ds.data.pictures.colours import rgb
+from glide_ds.data.pictures.metadata import (
+    END_OF_IMAGE,
+    PNG_START,
+    is_whole_jpeg,
+    jpeg_orientation,
+    orientation,
+    without_texts,
+)
 from glide_ds.data.pictures.resample import Box, Pixels, resize
 from glide_ds.data.tally import Cause, Unusable
 
@@ -99,8 +107,7 @@ def open_pixels(data: bytes, options: DecodeOptions, wanted: int) -> Opened:
     """The upright RGB picture, a JPEG's reduced as far as its shorter side stays at `wanted` or more."""
     if data[:3] == b"\xff\xd8\xff" and (opened := _open_jpeg(data, options, wanted)) is not None:
         return opened
-    pixels = _open_any(data, options)
-    return Opened(pixels, 1, (0, pixels.shape[0], 0, pixels.shape[1]))
+    return _open_any(data, options)
 
 
 def _check_size(width: int, height: int, options: DecodeOptions) -> None:
@@ -121,8 +128,32 @@ def _open_jpeg(data: bytes, options: DecodeOptions, wanted: int) -> Opened | Non
         return None
     scale = _scale(min(height, width), wanted)
     rows, columns = -(-height // scale), -(-width // scale)
-    pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=rows, min_width=columns)
-    return _upright(Opened(pixels, scale, (0, height / scale, 0, width / scale)), _orientation(data))
+    pixels = _read_jpeg(data, rows, columns)
+    if pixels is None:
+        return None
+    return _upright(Opened(pixels, scale, (0, height / scale, 0, width / scale)), jpeg_orientation(data))
+
+
+def _read_jpeg(data: bytes, rows: int, columns: int) -> Pixels | None:
+    """None where libjpeg refuses what may yet be whole: Pillow then decides. What it only remarks on is read.
+
+    Raises Unusable where some of the picture is missing.
+    """
+    try:
+        return simplejpeg.decode_jpeg(data, "RGB", min_height=rows, min_width=columns)
+    except ValueError as error:
+        remark = str(error)
+    if remark.startswith("Premature end of JPEG file") and END_OF_IMAGE not in data[-2:]:
+        try:  # what if only the mark is missing?
+            return simplejpeg.decode_jpeg(data + END_OF_IMAGE, "RGB", min_height=rows, min_width=columns)
+        except ValueError as error:
+            remark, data = str(error), data + END_OF_IMAGE
+    if not is_whole_jpeg(data, remark):
+        raise Unusable(Cause.CORRUPT_IMAGE, remark[:120])
+    try:
+        return simplejpeg.decode_jpeg(data, "RGB", min_height=rows, min_width=columns, strict=False)
+    except ValueError:
+        return None
 
 
 def _scale(side: int, wanted: int) -> int:
@@ -130,64 +161,49 @@ def _scale(side: int, wanted: int) -> int:
     return next((scale for scale in (8, 4, 2) if side // scale >= wanted), 1)
 
 
-def _orientation(data: bytes) -> int:
-    """EXIF's orientation, 1 to 8, found by walking the segments before the image, so photos without pay little."""
-    offset = 2
-    while data[offset : offset + 1] == b"\xff" and (kind := data[offset + 1]) not in (0xDA, 0xD9):
-        if kind == 0xE1 and data[offset + 4 : offset + 8] == b"Exif":
-            with Image.open(io.BytesIO(data)) as image:
-                value = image.getexif().get(0x0112, 1)
-            return value if value in range(1, 9) else 1
-        offset += 2 + int.from_bytes(data[offset + 2 : offset + 4], "big")
-    return 1
-
-
-def _upright(opened: Opened, orientation: int) -> Opened:
-    if orientation == 1:
+def _upright(opened: Opened, turn: int) -> Opened:
+    if turn == 1:
         return opened
     pixels, scale, (top, bottom, left, right) = opened
-    if orientation >= 5:
+    if turn >= 5:
         pixels = pixels.transpose(1, 0, 2)
         top, bottom, left, right = left, right, top, bottom
     height, width = pixels.shape[:2]
-    if orientation in (2, 3, 6, 7):
+    if turn in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
         left, right = width - right, width - left
-    if orientation in (3, 4, 7, 8):
+    if turn in (3, 4, 7, 8):
         pixels = pixels[::-1]
         top, bottom = height - bottom, height - top
     return Opened(np.ascontiguousarray(pixels), scale, (top, bottom, left, right))
 
 
-def _open_any(data: bytes, options: DecodeOptions) -> Pixels:
+def _open_any(data: bytes, options: DecodeOptions) -> Opened:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-        except UnidentifiedImageError:
-            cause = Cause.CORRUPT_IMAGE if data.startswith(SIGNATURES) else Cause.UNKNOWN_FORMAT
-            raise Unusable(cause, f"begins with {data[:8]!r}") from None
-        with image:
-            _check_size(*image.size, options)
-            image.load()
-            return np.array(_rgb(ImageOps.exif_transpose(image)))
+            return _by_pillow(data, options)
+        except Exception as error:
+            if not data.startswith(PNG_START) or (
+                isinstance(error, Unusable) and error.cause != Cause.CORRUPT_IMAGE
+            ):
+                raise
+            return _by_pillow(without_texts(data), options)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB: alpha over white, 16 bits to 8, CMYK by Pillow's own conversion."""
-    if image.mode.startswith(("I;16", "I")) or image.mode == "F":
-        return _from_wide(image).convert("RGB")
-    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        ground = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        return Image.alpha_composite(ground, layer).convert("RGB")
-    return image.convert("RGB")
-
-
-def _from_wide(image: Image.Image) -> Image.Image:
-    values: NDArray[Any] = np.asarray(image).astype(np.float64)
-    top = 1.0 if image.mode == "F" and values.max() <= 1 else 65535.0 if values.max() > 255 else 255.0
-    return Image.fromarray((np.nan_to_num(values) / top * 255).clip(0, 255).round().astype(np.uint8))
+def _by_pillow(data: bytes, options: DecodeOptions) -> Opened:
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        cause = Cause.CORRUPT_IMAGE if data.startswith(SIGNATURES) else Cause.UNKNOWN_FORMAT
+        raise Unusable(cause, f"begins with {data[:8]!r}") from None
+    with image:
+        _check_size(*image.size, options)
+        image.load()
+        wide = data.startswith(PNG_START) and data[24] == 16
+        pixels = np.array(rgb(image, wide=wide))
+        turn = jpeg_orientation(data) if image.format == "JPEG" else orientation(image)
+    return _upright(Opened(pixels, 1, (0, pixels.shape[0], 0, pixels.shape[1])), turn)
 
 
 # ---- square
