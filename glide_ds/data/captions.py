@@ -12,28 +12,13 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from glide_ds.data.encodings import decode_text
 from glide_ds.data.tally import Cause, Unusable
 
 TEXT_EXTENSIONS = ("txt", "text", "caption")
 CAPTION_FIELDS = ("caption", "captions", "text", "TEXT", "prompt", "alt_text", "alt", "title", "description")
 TEXT_FIELDS = ("caption", "text", "raw", "TEXT", "value")
 MAX_CHARACTERS = 20_000
-
-
-def decode_text(data: bytes) -> tuple[str, bool]:
-    """(text, whether it was UTF-8). Raises Unusable where the bytes are no text in any likely encoding."""
-    try:
-        return data.decode("utf-8-sig"), True
-    except UnicodeDecodeError:
-        pass
-    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError:
-        raise Unusable(Cause.BAD_TEXT, f"neither UTF-8 nor {encoding}") from None
-    if not all(char.isprintable() or char.isspace() for char in text):
-        raise Unusable(Cause.BAD_TEXT, f"control characters as {encoding}")
-    return text, False
 
 
 def parse_json(data: bytes) -> tuple[dict[str, Any], bool]:
@@ -68,21 +53,30 @@ def read_caption(members: Mapping[str, bytes], draw: float) -> tuple[str, tuple[
     Raises Unusable where there is no caption.
     """
     notes: list[str] = []
-    found = False
+    found, bad = False, None
     for extension in TEXT_EXTENSIONS:
         if extension in members:
             found = True
-            text, utf8 = decode_text(members[extension])
+            try:
+                text, utf8 = decode_text(members[extension])
+            except Unusable as error:
+                bad = bad or error  # another member may yet have a caption
+                continue
             if clean := tidy(text):
                 return clean, () if utf8 else ("caption not UTF-8",)
     if "json" in members:
-        record, utf8 = parse_json(members["json"])
+        try:
+            record, utf8 = parse_json(members["json"])
+        except Unusable as error:
+            raise bad or error from None
         if not utf8:
             notes.append("caption not UTF-8")
         choices = [(tidy(text), weight) for text, weight in caption_choices(record)]
         found = found or bool(choices)
         if clean := choose([(text, weight) for text, weight in choices if text], draw):
-            return clean, tuple(notes)
+            return clean, (*notes, "text not readable, the record's caption taken") if bad else tuple(notes)
+    if bad:
+        raise bad
     if found:
         raise Unusable(Cause.EMPTY_CAPTION)
     raise Unusable(Cause.NO_CAPTION, f"members: {', '.join(sorted(members))}")

@@ -23,6 +23,8 @@ from glide_ds.data.tars.shards import ShardSet, open_shards
 from glide_ds.data.tars.storage import CacheOptions, Storage, is_remote
 from glide_ds.errors import DataError
 
+# Where a text says nothing, the JSON record may yet have the caption.
+IN_THE_RECORD = (Cause.NO_CAPTION, Cause.EMPTY_CAPTION, Cause.BAD_TEXT)
 SHAPES, SHAPES_HELD_OUT = "builtin:shapes", "builtin:shapes-heldout"
 
 
@@ -89,7 +91,7 @@ class ShardSamples:
         try:
             caption, notes = read_caption(members, draw)
         except Unusable as error:
-            if not self._unread[part] or error.cause not in (Cause.NO_CAPTION, Cause.EMPTY_CAPTION):
+            if not self._unread[part] or error.cause not in IN_THE_RECORD:
                 raise
             caption, notes = read_caption(self.shards.read(sample), draw)
         picture = image_member(members)
