@@ -111,6 +111,19 @@ def test_the_full_size_block_without_a_process_group(root: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_a_start_imports_no_compiler(root: Path, tmp_path: Path):
+    """Nor torchvision and timm: together more than half of what a rank would import, on every GPU."""
+    sets = [*SMALL, f"run.dir={tmp_path}/run", "train.steps=1"]
+    started = [sys.executable, "-X", "importtime", "launch/train.py", "--ds_config", TINY[2], "--set", *sets]
+    done = subprocess.run(started, cwd=root, env=environment(), capture_output=True, text=True, check=True)
+    assert "committed" in done.stdout
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time")]
+    found = {line.split("|")[-1].strip() for line in lines}
+    assert "deepspeed" in found
+    assert not found & {"torch._dynamo", "open_clip", "torchvision", "timm"}
+
+
+@pytest.mark.slow
 def test_a_pipeline_killed_at_any_instant_and_started_again_is_the_uninterrupted_one(
     warm: Warm, root: Path, tmp_path: Path
 ):

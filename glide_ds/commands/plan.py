@@ -28,7 +28,7 @@ from glide_ds.training.speed.flops import count_work
 from glide_ds.training.speed.memory import checkpoint_bytes, checkpoints_kept, gib
 from glide_ds.training.speed.meta import meta_model, weight_bytes
 from glide_ds.training.speed.peak import matrix_peak
-from glide_ds.training.speed.recompute import Activations, count_activations, recomputed
+from glide_ds.training.speed.recompute import count_activations, recomputed
 
 
 class Gpu(NamedTuple):
@@ -130,16 +130,17 @@ def make_plan(
     arithmetic = config.batch_arithmetic(nodes * gpus)
     glide = glide_config(config)
     model = meta_model(glide, config)
-    found, work = count_activations(model, cpu=gpu == "cpu"), count_work(model)
-    limit, cpu = usable_bytes(gpu, gpus), gpu == "cpu"
+    work, limit, cpu = count_work(model), usable_bytes(gpu, gpus), gpu == "cpu"
     dial: str = config.train.recompute
     if dial == "auto":
-        dial = fit(model, config, arithmetic, limit, found, cpu=cpu).dial
+        dial = fit(model, config, arithmetic, limit, cpu=cpu).dial
     dials = dict.fromkeys([*RECOMPUTED, dial])
-    memory = {name: rank_memory(model, config, arithmetic, name, found, cpu=cpu) for name in dials}
-    largest = {name: largest_micro_batch(model, config, arithmetic, name, found, gpu, limit) for name in dials}
+    memory = {name: rank_memory(model, config, arithmetic, name, cpu=cpu) for name in dials}
+    largest = {name: largest_micro_batch(model, config, arithmetic, name, gpu, limit) for name in dials}
     rate, source = rate_of(config, gpu, results)
-    again = sum(work.blocks[block] for block in recomputed(found, config, arithmetic, dial))
+    again = sum(
+        work.blocks[block] for block in recomputed(count_activations(model, cpu=cpu), config, arithmetic, dial)
+    )
     if config.train.kl_weight > 0:
         again += work.forward // config.train.kl_every  # the pass without CLIP
     flops = float(work.step + again) * arithmetic.micro_batch * arithmetic.accumulation
@@ -167,7 +168,6 @@ def largest_micro_batch(
     config: Config,
     arithmetic: BatchArithmetic,
     dial: str,
-    found: Activations,
     gpu: str,
     limit: float,
 ) -> int:
@@ -175,7 +175,7 @@ def largest_micro_batch(
 
     def fits(micro: int) -> bool:
         tried = arithmetic._replace(micro_batch=micro)
-        return sum(rank_memory(model, config, tried, dial, found, cpu=gpu == "cpu").values()) <= limit
+        return sum(rank_memory(model, config, tried, dial, cpu=gpu == "cpu").values()) <= limit
 
     most = 1
     while fits(most) and most < MOST_PICTURES:

@@ -10,15 +10,19 @@ import copy
 import difflib
 import json
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from glide_ds.errors import ConfigError, WeightsError
 from glide_ds.files import sha256
@@ -36,6 +40,9 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # Beside the weights, OpenAI's archives carry three integers that no other checkpoint has.
 _OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
+# What a text tower may say of itself to be OpenAI's: most of LAION's are too.
+_PLAIN = {"embed_dim", "quick_gelu", "text_cfg", "vision_cfg"}
+_PLAIN_TEXT = {"context_length", "vocab_size", "width", "heads", "layers"}
 _SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 
 
@@ -97,7 +104,8 @@ class FrozenClip:
         self._has("text")
         tokens = self._tokenize(list(captions)).to(self.device)  # the tokenizer works on the CPU
         with torch.autocast(self.device.type, enabled=False):
-            return functional.normalize(self._model.encode_text(tokens).float(), dim=-1)
+            encode = getattr(self._model, "encode_text", self._model)  # a text tower is called itself
+            return functional.normalize(encode(tokens).float(), dim=-1)
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
@@ -179,36 +187,49 @@ def _find(model: str, weights: str) -> _Found:
     )
 
 
-def _open_clip() -> ModuleType:
-    """Imported where a CLIP model is used: with torchvision, timm and torch's compiler it takes seconds."""
-    try:
-        import open_clip
-    except ImportError as error:
+def _open_clip_folder() -> Path:
+    spec = find_spec("open_clip")
+    if spec is None or spec.origin is None:
         raise ConfigError(
-            f"open_clip cannot be imported ({error})",
-            "no CLIP model can be used",
-            "pip install open_clip_torch",
-        ) from error
-    return open_clip
+            "open_clip is not installed", "no CLIP model can be used", "pip install open_clip_torch"
+        )
+    return Path(spec.origin).parent
+
+
+def _part(name: str) -> ModuleType:
+    """A module of open_clip without what the package imports: torchvision, timm and torch's compiler, 1.9 s a rank."""
+    if "open_clip" in sys.modules:
+        return import_module(f"open_clip.{name}")
+    package, vision = ModuleType("open_clip"), ModuleType("torchvision.ops.misc")
+    package.__path__ = [str(_open_clip_folder())]
+    vision.__dict__["FrozenBatchNorm2d"] = None  # which the image towers alone call
+    for module in (package, vision):
+        sys.modules.setdefault(module.__name__, module)
+    try:
+        return import_module(f"open_clip.{name}")
+    finally:  # an import of the packages themselves finds nothing left of these
+        for key, module in list(sys.modules.items()):
+            if key.split(".")[0] == "open_clip" or module is vision:
+                del sys.modules[key]
 
 
 def _architecture(model: str) -> tuple[str, dict[str, Any]]:
-    """open_clip's name for a model and its description there."""
+    """open_clip's name for a model and its description there, read as data: importing it takes seconds."""
     if model == BUILTIN:
         return model, _builtin_architecture()
     if model.endswith(".json"):
         path = Path(model).expanduser()
         return path.stem, _read_architecture(path)
     name = model.strip().replace("@", "-").removesuffix("px").replace("/", "-")
-    known = {known.lower(): known for known in _open_clip().list_models()}
+    known = {path.stem.lower(): path for path in (_open_clip_folder() / "model_configs").glob("*.json")}
     if name.lower() not in known:
         near = difflib.get_close_matches(name.lower(), known, n=3)
-        near_names = ", ".join(known[key] for key in near) or "ViT-B/32, ViT-B/16, ViT-L/14"
+        near_names = ", ".join(known[key].stem for key in near) or "ViT-B/32, ViT-B/16, ViT-L/14"
         raise ConfigError(
             f"clip.model {model!r} is no CLIP model that open_clip knows", remedy=f"did you mean {near_names}?"
         )
-    name = known[name.lower()]
-    return name, _open_clip().get_model_config(name)
+    path = known[name.lower()]
+    return path.stem, _read_architecture(path)
 
 
 def _builtin_architecture() -> dict[str, Any]:
@@ -254,10 +275,10 @@ def _local(model: str, weights: str) -> Path | None:
 
 
 def _tag(name: str, weights: str) -> Mapping[str, Any]:
-    open_clip = _open_clip()
-    about: Mapping[str, Any] = open_clip.get_pretrained_cfg(name, weights)
+    pretrained = _part("pretrained")
+    about: Mapping[str, Any] = pretrained.get_pretrained_cfg(name, weights)
     if not about:
-        tags = open_clip.list_pretrained_tags_by_model(name)
+        tags = pretrained.list_pretrained_tags_by_model(name)
         raise ConfigError(
             f"open_clip has no weights {weights!r} for {name}",
             remedy="give clip.weights a local file" + (f" or one of {', '.join(tags)}" if tags else ""),
@@ -267,7 +288,7 @@ def _tag(name: str, weights: str) -> Mapping[str, Any]:
 
 def _download(name: str, weights: str, about: Mapping[str, Any]) -> Path:
     try:
-        return Path(_open_clip().download_pretrained(about))
+        return Path(_part("pretrained").download_pretrained(about))
     except (OSError, RuntimeError, ValueError) as error:
         source = about.get("hf_hub") or about.get("url")
         raise WeightsError(
@@ -289,7 +310,7 @@ def _from_openai(file: StateFile, digest: str) -> bool:
 
 def _openai_hashes() -> set[str]:
     """SHA-256 of OpenAI's published CLIP files: the folder of each one's address."""
-    known = _open_clip()
+    known = _part("pretrained")
     urls = (
         known.get_pretrained_url(model, "openai") for model in known.list_pretrained_models_by_tag("openai")
     )
@@ -325,7 +346,25 @@ def _check_width(state: State, architecture: Mapping[str, Any], name: str, path:
         )
 
 
+class _Bare(TorchFunctionMode):
+    """Parameters stay as they are allocated: their weights are loaded next, and ViT-L/14's random ones take 2.4 s."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def _is_plain(found: _Found) -> bool:
+    """Whether text is read as OpenAI's models read it, so that of open_clip two modules are enough."""
+    architecture = found.architecture
+    plain = architecture.keys() <= _PLAIN and architecture["text_cfg"].keys() == _PLAIN_TEXT
+    return plain and "siglip" not in found.name.lower()
+
+
 def _load(found: _Found, source: str) -> Any:
+    if source == "text" and _is_plain(found):
+        return _load_text(found)
     from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict
 
@@ -336,6 +375,20 @@ def _load(found: _Found, source: str) -> Any:
     _check_fit(model.state_dict(), state, found)
     model.load_state_dict(state)
     return _keep_tower(model, source).eval().requires_grad_(False)
+
+
+def _load_text(found: _Found) -> nn.Module:
+    transformer, architecture = _part("transformer"), found.architecture
+    activation = transformer.QuickGELU if architecture["quick_gelu"] else nn.GELU
+    with _Bare():
+        model: nn.Module = transformer.TextTransformer(
+            **architecture["text_cfg"], output_dim=architecture["embed_dim"], act_layer=activation
+        )
+    others = ("visual.", "logit_scale", "logit_bias")
+    state = {key: value for key, value in found.tensors.items() if not key.startswith(others)}
+    _check_fit(model.state_dict(), state, found)
+    model.load_state_dict(state)
+    return model.eval().requires_grad_(False)
 
 
 def _build(architecture: Mapping[str, Any]) -> Any:
@@ -349,8 +402,10 @@ def _build(architecture: Mapping[str, Any]) -> Any:
     if foreign_text:
         parts["text_cfg"]["hf_model_pretrained"] = False
     custom = parts.pop("custom_text", False) or foreign_text
-    open_clip = _open_clip()
-    return (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**parts)
+    import open_clip
+
+    with _Bare():
+        return (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**parts)
 
 
 def _check_fit(expected: State, state: State, found: _Found) -> None:
@@ -385,7 +440,12 @@ def _keep_tower(model: Any, source: str) -> Any:
 
 def _tokenizer(found: _Found) -> Callable[[list[str]], Tensor]:
     text = found.architecture["text_cfg"]
-    open_clip = _open_clip()
+    tokenizer: Callable[[list[str]], Tensor]
+    if _is_plain(found):
+        tokenizer = _part("tokenizer").SimpleTokenizer(context_length=text["context_length"])
+        return tokenizer
+    import open_clip
+
     listed = found.name in open_clip.list_models()
     if "hf_tokenizer_name" in text and not listed:
         raise ConfigError(
@@ -394,7 +454,7 @@ def _tokenizer(found: _Found) -> Callable[[list[str]], Tensor]:
             "give the model by its name in open_clip",
         )
     try:
-        tokenizer: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(
+        tokenizer = open_clip.get_tokenizer(
             found.name if listed else "", context_length=text.get("context_length")
         )
     except (ImportError, OSError) as error:

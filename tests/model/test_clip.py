@@ -1,6 +1,7 @@
 """The frozen encoder: names, widths, quick-GELU, local files, and what the built-in one has learned."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def test_a_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> N
     def offline(*_: object, **__: object) -> str:
         raise FileNotFoundError("no network")
 
-    monkeypatch.setattr("open_clip.download_pretrained", offline)
+    monkeypatch.setattr("open_clip.pretrained.download_pretrained", offline)
     with pytest.raises(WeightsError, match=r"'openai' of ViT-L-14.*no network.*clip\.weights="):
         FrozenClip("ViT-L/14", "openai")
 
@@ -206,6 +207,22 @@ def test_only_the_wanted_tower_is_kept(description: str, weights: str) -> None:
         FrozenClip(description, weights, source="audio")
 
 
+@pytest.mark.parametrize("quick", [True, False])
+def test_the_text_tower_alone_leaves_open_clip_unimported(
+    tmp_path: Path, quick: bool, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """open_clip imports torchvision, timm and torch's compiler; the numbers are those of the whole model."""
+    (tmp_path / "mini.json").write_text(json.dumps({**MINI, "quick_gelu": quick}))
+    both = FrozenClip(str(tmp_path / "mini.json"), weights)
+    large = ("open_clip", "torchvision", "timm")
+    with monkeypatch.context() as patch:
+        for name in [name for name in sys.modules if name.split(".")[0] in large]:
+            patch.delitem(sys.modules, name)
+        clip = FrozenClip(str(tmp_path / "mini.json"), weights, source="text")
+        assert not [name for name in sys.modules if name.split(".")[0] in large]
+    assert torch.equal(clip.encode_text(CAPTIONS), both.encode_text(CAPTIONS))
+
+
 def test_nothing_of_it_trains(description: str, weights: str) -> None:
     clip = FrozenClip(description, weights)
     assert not any(p.requires_grad for p in clip._model.parameters())
@@ -261,7 +278,7 @@ def test_the_tag_says_so(
     tmp_path: Path, description: str, weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """openai's, metaclip's and others' tags carry quick_gelu; laion2b's does not."""
-    monkeypatch.setattr("open_clip.download_pretrained", lambda _: weights)
+    monkeypatch.setattr("open_clip.pretrained.download_pretrained", lambda _: weights)
     for tag, quick in (("openai", True), ("laion2b_s32b_b82k", False)):
         monkeypatch.setattr(clip_module, "_architecture", lambda _: ("ViT-L-14", MINI))
         assert is_quick(FrozenClip("ViT-L/14", tag)) == quick

@@ -6,8 +6,11 @@ Everything between two blocks is a matter of bytes, not of time. What was compil
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -55,6 +58,20 @@ def set_compilation(model: Glide, config: Config, micro_batch: int, device: torc
         block.compiled = call
     progress.close()
     progress.line(f"compiled {len(blocks)} blocks in {duration(time.monotonic() - progress.started)}")
+
+
+@contextmanager
+def compiler_spared() -> Iterator[None]:
+    """Have torch not import its compiler, 1 s, to keep its Python kernels of the meta device out of graphs."""
+    name = "torch._dynamo"
+    stand_in = ModuleType(name)
+    stand_in.__dict__["disable"] = lambda function, *_, **__: function
+    sys.modules.setdefault(name, stand_in)
+    try:
+        yield
+    finally:
+        if sys.modules[name] is stand_in:
+            del sys.modules[name]
 
 
 def _counted(call: Callable[..., Tensor], progress: Progress) -> Callable[..., Tensor]:

@@ -15,7 +15,7 @@ from glide_ds.model.glide import RECOMPUTED, Glide
 from glide_ds.training.speed.flops import count_work
 from glide_ds.training.speed.memory import gib, memory_estimate
 from glide_ds.training.speed.meta import meta_model
-from glide_ds.training.speed.recompute import Activations, count_activations, recomputed
+from glide_ds.training.speed.recompute import count_activations, recomputed
 from glide_ds.types import GlideConfig
 
 # Of a device's memory that an estimate may fill. It is within a tenth of what was measured (benchmarks/memory.py), and
@@ -59,12 +59,11 @@ def rank_memory(
     config: Config,
     arithmetic: BatchArithmetic,
     dial: str,
-    found: Activations | None = None,
     *,
     cpu: bool,
 ) -> dict[str, float]:
     """Bytes per rank by part, for a `meta_model`, with the frozen encoder and a GPU's workspace."""
-    parts = memory_estimate(model, config, arithmetic, dial, found, cpu=cpu)
+    parts = memory_estimate(model, config, arithmetic, dial, cpu=cpu)
     towers = CLIP_PARAMETERS.get(config.clip.model, CLIP_PARAMETERS["ViT-L/14"])
     if config.uses_clip:
         parts["CLIP"] = 4 * towers[config.clip.source == "image"]
@@ -72,27 +71,18 @@ def rank_memory(
     return parts
 
 
-def fit(
-    model: Glide,
-    config: Config,
-    arithmetic: BatchArithmetic,
-    limit: float,
-    found: Activations | None = None,
-    *,
-    cpu: bool,
-) -> Fit:
+def fit(model: Glide, config: Config, arithmetic: BatchArithmetic, limit: float, *, cpu: bool) -> Fit:
     """The least recomputing with which a rank takes no more than `limit` bytes; where nothing does, all blocks.
 
     `model` is a `meta_model`. A CUDA graph can't recompute, so that nothing else is tried for one.
     """
-    found = found or count_activations(model, cpu=cpu)
     needs: dict[str, float] = {}
     for dial in ("none",) if config.train.cuda_graph else RECOMPUTED:
-        needs[dial] = sum(rank_memory(model, config, arithmetic, dial, found, cpu=cpu).values())
+        needs[dial] = sum(rank_memory(model, config, arithmetic, dial, cpu=cpu).values())
         if needs[dial] <= limit:
             break
     cost = 0.0
-    if again := recomputed(found, config, arithmetic, dial):
+    if again := recomputed(count_activations(model, cpu=cpu), config, arithmetic, dial):
         work = count_work(model)
         cost = sum(work.blocks[block] for block in again) / work.step
     return Fit(dial, needs, limit, cost)

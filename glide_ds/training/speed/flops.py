@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import nn
 
 from glide_ds.config import Config
 from glide_ds.model.glide import Glide
+from glide_ds.training.speed.compiling import compiler_spared
 from glide_ds.training.speed.meta import meta_model, one_image
 from glide_ds.types import GlideConfig
 
@@ -23,6 +25,7 @@ class Work:
     blocks: Mapping[nn.Module, int]  # the forward pass of each block, which may be computed again
 
 
+@lru_cache(maxsize=1)
 def count_work(model: Glide) -> Work:
     """Operations of one image in matrix products, convolutions and attention, two per multiply-add.
 
@@ -32,18 +35,20 @@ def count_work(model: Glide) -> Work:
 
     with torch.device("meta"):
         inputs = one_image(model.config)
-    forward = FlopCounterMode(display=False)
-    with torch.no_grad(), forward:
-        model(**inputs)
-    with FlopCounterMode(display=False) as counter:
-        model(**inputs).sum().backward()
+    forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    with compiler_spared():
+        with forward:
+            output = model(**inputs)
+        with backward:
+            output.sum().backward()
     model.zero_grad()
     counts = forward.get_flop_counts()
     kind = type(model).__name__
     blocks: dict[nn.Module, int] = {
         block: int(sum(counts.get(f"{kind}.{name}", {}).values())) for name, block in model.blocks().items()
     }
-    return Work(int(counter.get_total_flops()), int(forward.get_total_flops()), blocks)
+    once = forward.get_total_flops()
+    return Work(int(once + backward.get_total_flops()), int(once), blocks)
 
 
 def step_work(glide: GlideConfig, config: Config) -> int:

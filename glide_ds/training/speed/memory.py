@@ -13,7 +13,7 @@ from glide_ds.config import BatchArithmetic, Config
 from glide_ds.model.glide import Glide
 from glide_ds.training.phases import parameter_groups
 from glide_ds.training.speed.meta import weight_bytes
-from glide_ds.training.speed.recompute import Activations, count_activations, recomputed
+from glide_ds.training.speed.recompute import count_activations, recomputed
 from glide_ds.training.zero.optimizer import KINDS
 
 
@@ -22,14 +22,12 @@ def memory_estimate(
     config: Config,
     arithmetic: BatchArithmetic,
     dial: str,
-    activations: Activations | None = None,
     *,
     cpu: bool = False,
 ) -> dict[str, float]:
     """Bytes per rank by part at the step's high point, for a `meta_model`. The frozen CLIP encoder is left out.
 
-    `activations` saves counting them again. `cpu`: the rank computes on one, where what a GPU's rank keeps in the
-    host's memory counts too.
+    `cpu`: the rank computes on one, where what a GPU's rank keeps in the host's memory counts too.
     """
     world, width = arithmetic.world_size, weight_bytes(config)
     groups: dict[str, int] = {}
@@ -51,7 +49,7 @@ def memory_estimate(
     if cpu and (frozen := frozen_masters(model, config)):
         static["frozen"] = frozen
     bucket_bytes = float(width * bucket * (2 if zero.get("overlap_comm") else 1))
-    activations = activations or count_activations(model, cpu=cpu)
+    activations = count_activations(model, cpu=cpu)
     again = recomputed(activations, config, arithmetic, dial)
     # Laid flat in the precision they come in, then in fp32.
     flat = (6.0 if width < 4 and not accumulated else 4.0) * max(groups.values(), default=0) / world

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from glide_ds.config import Config
 from glide_ds.model import create_model
 from glide_ds.model.glide import Glide
-from glide_ds.training.phases import parameter_groups
+from glide_ds.training.phases import role_of, trained_roles
 from glide_ds.types import GlideConfig
 
 
 def meta_model(glide: GlideConfig, config: Config) -> Glide:
     """The phase's model without memory: its precision, its frozen parameters."""
+    return _meta_model(glide, trained_roles(config), weight_bytes(config))
+
+
+@lru_cache(maxsize=1)  # all that is counted before a phase is counted of one and the same
+def _meta_model(glide: GlideConfig, roles: tuple[str, ...], width: int) -> Glide:
     with torch.device("meta"):
         model = create_model(glide)
-    parameter_groups(model, config)
-    return model.bfloat16() if weight_bytes(config) == 2 else model
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(role_of(name) in roles)
+    return model.bfloat16() if width == 2 else model
 
 
 def weight_bytes(config: Config) -> int:

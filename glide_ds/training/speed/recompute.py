@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from glide_ds.config import BatchArithmetic, Config
 from glide_ds.model.glide import RECOMPUTED, Glide
 from glide_ds.model.layers import Block
+from glide_ds.training.speed.compiling import compiler_spared
 from glide_ds.training.speed.meta import meta_model, one_image
 
 Again = frozenset[nn.Module]  # the blocks that are computed again in the backward pass
@@ -97,6 +99,7 @@ def set_recomputation(model: Glide, config: Config, arithmetic: BatchArithmetic)
         block.recompute = planned in again
 
 
+@lru_cache(maxsize=1)
 def count_activations(model: Glide, *, cpu: bool = False) -> Activations:
     """What autograd keeps of one image, and which block keeps it, for a model on the meta device.
 
@@ -140,7 +143,8 @@ def count_activations(model: Glide, *, cpu: bool = False) -> Activations:
     blocks = [m for m in model.modules() if isinstance(m, Block)]
     hooks = [m.register_forward_pre_hook(enter) for m in blocks]
     hooks += [m.register_forward_hook(leave) for m in blocks]
-    with torch.device("meta"), saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention(cpu):
+    watching = saved_tensors_hooks(keep, lambda tensor: tensor)
+    with compiler_spared(), torch.device("meta"), watching, _FusedAttention(cpu):
         model(**one_image(model.config))
     for hook in hooks:
         hook.remove()
