@@ -37,9 +37,9 @@ PRELOADED = (  # what a rank comes by that train_kit does not import
     "deepspeed.ops.op_builder.all_ops",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "glide_ds.training.run",
-    "open_clip",
+    "ftfy",
     "pytest",  # functions of test files run on ranks
-    "torch._dynamo",  # to count activations that nobody has counted before
+    "sympy",  # by counting on the meta device
 )
 
 
