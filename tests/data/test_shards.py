@@ -82,6 +82,35 @@ def test_keys_follow_webdataset() -> None:
     assert [split_name(name) for name in ("plain", ".hidden", "d/._x.jpg", "__meta.json")] == [None] * 4
 
 
+@pytest.mark.parametrize("kinds", [255, 256, 257, 300, 2000])
+def test_any_number_of_kinds_of_extension(tmp_path: Path, kinds: int) -> None:
+    """A byte numbers 256 of them; samples of the others must not get somebody else's members."""
+    members = [
+        (f"{n}", {f"k{n}": f"kind {n}".encode(), "txt": f"photo {n}".encode()}) for n in range(kinds - 1)
+    ]
+    path = write_tar(tmp_path / "x.tar", members)
+    for _ in range(2):  # made, then stored
+        shards = open_shards(str(path))
+        assert len(shards) == kinds - 1
+        assert len(shards.heads[0].extensions) == kinds
+        for n in (0, 100, 253, *range(kinds - 4, kinds - 1)):
+            assert shards.read(n) == members[n][1]
+        assert shards.read(kinds - 2, frozenset({"txt"})) == {f"k{kinds - 2}": f"kind {kinds - 2}".encode()}
+
+
+def test_names_with_dots_that_make_one_sample_of_many_are_named(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", [(f"IMG.{n:04d}", sample(n)) for n in range(10)])
+    with pytest.raises(
+        DataError, match=r"its 20 files make 1 sample.*IMG\.0000\.jpg and IMG\.0009\.txt.*IMG-0000\.jpg"
+    ):
+        open_shards(str(path))
+    assert len(open_shards(str(path), salvage=True)) == 1
+    extras = {"mask.png": b"m", "depth.png": b"d", "seg.png": b"s", "normal.png": b"n"}
+    for count in (1, 2, 5):
+        members = [(f"{n}", {**sample(n), **extras}) for n in range(count)]
+        assert len(open_shards(str(write_tar(tmp_path / f"{count}.tar", members)))) == count
+
+
 def test_index_round_trip_and_damage(tmp_path: Path) -> None:
     write_shards(tmp_path, [3])
     index = scan_shard(str(tmp_path / "s-000.tar"))

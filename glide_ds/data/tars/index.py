@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -55,7 +57,9 @@ class ShardIndex:
     first: memoryview  # uint32 [samples + 1]
     blocks: memoryview  # uint32 [members], offset of the data in blocks of 512 bytes
     sizes: memoryview  # uint32 [members], in bytes
-    kinds: memoryview  # uint8 [members], number of the extension in head.extensions
+    kinds: (
+        memoryview  # uint8, or uint32 for more than 256, [members]: number of the extension in head.extensions
+    )
 
     def members(self, sample: int) -> list[tuple[str, int, int]]:
         """(extension, offset, size) of each member of a sample."""
@@ -125,9 +129,10 @@ class ShardIndex:
         head = IndexHead(**stored)
         tables: list[memoryview] = []
         offset, whole = end + 1, memoryview(data)
-        for size in (4 * (head.samples + 1), 4 * head.members, 4 * head.members, head.members):
-            part = whole[offset : offset + size]
-            tables.append(part.cast("I") if len(tables) < 3 else part)
+        lengths = (head.samples + 1, head.members, head.members, head.members)
+        for length, kind in zip(lengths, ("I", "I", "I", _kind(head.extensions)), strict=True):
+            size = length * (4 if kind == "I" else 1)
+            tables.append(whole[offset : offset + size].cast(kind))
             offset += size
         if offset != len(data):
             raise ValueError("a cut index")
@@ -153,17 +158,17 @@ def build_index(scan: Scan, version: str = "") -> ShardIndex:
             seen = set()
         seen.add(extension)
         blocks.append(offset // BLOCK)
-        sizes.append(min(size, 2**32 - 1))
-        kinds.append(min(extensions.setdefault(extension, len(extensions)), 255))
+        sizes.append(size)
+        kinds.append(extensions.setdefault(extension, len(extensions)))
     first.append(len(blocks))
     tables = (
         np.array(first, np.uint32).data,
         np.array(blocks, np.uint32).data,
         np.array(sizes, np.uint32).data,
-        np.array(kinds, np.uint8).data,
+        np.array(kinds, np.uint8 if _kind(extensions) == "B" else np.uint32).data,
     )
     key_hash = hashlib.blake2b("\n".join(keys).encode(), digest_size=16).hexdigest()
-    names = tuple(extensions)[:256]
+    names = tuple(extensions)
     digest = hashlib.blake2b(f"{key_hash} {names}".encode(), digest_size=16)
     for table in tables:
         digest.update(table.tobytes())
@@ -176,10 +181,27 @@ def build_index(scan: Scan, version: str = "") -> ShardIndex:
         fingerprint=digest.hexdigest(),
         extensions=names,
         duplicates=len(keys) - len(set(keys)),
-        damage=tuple(scan.damage),
+        damage=(*scan.damage, *_run_together(keys, names, len(blocks))),
         scanner=SCANNER,
     )
     return ShardIndex(head, *tables)
+
+
+def _kind(extensions: Collection[str]) -> Literal["B", "I"]:
+    return "B" if len(extensions) <= 256 else "I"
+
+
+def _run_together(keys: Sequence[str], extensions: Sequence[str], members: int) -> Iterator[str]:
+    """What to say where dots in the names make one sample of many."""
+    dotted = [extension for extension in extensions if "." in extension]
+    if len(dotted) < 4 or len(dotted) < 0.8 * len(extensions) or len(extensions) < 2 * len(keys):
+        return  # else a few kinds of many samples, such as mask.png and depth.png
+    stem = os.path.basename(keys[0])
+    yield (
+        f"its {members} files make {len(keys)} sample(s), for WebDataset's rule ends a key at a name's first dot: "
+        f"{stem}.{dotted[0]} and {stem}.{dotted[-1]} are of one; rename them so that the first dot is the one before "
+        f"the kind, as in {stem}-{dotted[0].replace('.', '-', dotted[0].count('.') - 1)}"
+    )
 
 
 def index_urls(url: str, index_dir: str | None) -> list[str]:
