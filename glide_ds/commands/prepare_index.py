@@ -11,7 +11,7 @@ from functools import partial
 from typing import NamedTuple
 
 from glide_ds.data.tars.index import SCANNER, load_index, scan_shard, store_index
-from glide_ds.data.tars.shards import expand
+from glide_ds.data.tars.patterns import expand
 from glide_ds.data.tars.storage import Storage
 from glide_ds.data.workers import end_with
 from glide_ds.errors import GlideError

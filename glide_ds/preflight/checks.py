@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from braceexpand import braceexpand
 
 from glide_ds.config import Config, DataConfig, cache_dir
 from glide_ds.data.clip_store import ClipStore, Encoder
@@ -27,8 +26,8 @@ from glide_ds.data.filters import Filtered
 from glide_ds.data.samples import SampleSet, ShardSamples, open_samples
 from glide_ds.data.tally import Tally, Unusable
 from glide_ds.data.tars.index import open_index
-from glide_ds.data.tars.shards import expand
-from glide_ds.data.tars.storage import CacheOptions, Storage, is_remote
+from glide_ds.data.tars.patterns import existing
+from glide_ds.data.tars.storage import CacheOptions, Storage
 from glide_ds.errors import ConfigError, DataError, Fault, GlideError, WeightsError
 from glide_ds.files import sync_directory
 from glide_ds.model import create_model
@@ -243,16 +242,8 @@ def _built_in(patterns: str | tuple[str, ...]) -> bool:
 
 def _existing(patterns: str | tuple[str, ...]) -> tuple[list[str], list[Fault]]:
     """The shards that are there, so that one missing shard does not hide what ails the others."""
-    urls: list[str] = []
-    faults: list[Fault] = []
-    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-        try:
-            urls += expand(pattern)
-        except DataError as error:
-            faults += faults_of(error)
-            with suppress(ValueError):  # unbalanced braces, as the fault says
-                urls += [url for url in braceexpand(pattern) if is_remote(url) or os.path.isfile(url)]
-    return urls, faults
+    urls, errors = existing(patterns)
+    return urls, [fault for error in errors for fault in faults_of(error)]
 
 
 def _storage(data: DataConfig) -> Storage:

@@ -266,13 +266,6 @@ def test_a_corrupt_header_loses_one_member_not_the_rest(tmp_path: Path) -> None:
     assert salvaged.read(3)["txt"] == b"photo 3"
 
 
-def test_compressed_tars_are_refused(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "x.tar", "w:gz"):
-        pass
-    with pytest.raises(DataError, match="gzip"):
-        open_shards(str(tmp_path / "x.tar"))
-
-
 def test_shards_without_samples(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", [])
     with pytest.raises(DataError, match="hold no sample"):

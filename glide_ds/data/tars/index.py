@@ -19,6 +19,7 @@ import numpy as np
 
 from glide_ds.config import cache_dir
 from glide_ds.data.tars.scan import BLOCK, Scan, scan_tar, split_name
+from glide_ds.data.tars.signatures import check_is_tar
 from glide_ds.data.tars.storage import LocalFile, RemoteFile, Stat, Storage, is_remote, local_path, reading
 from glide_ds.errors import DataError, SurroundingsError
 from glide_ds.files import write_file
@@ -181,7 +182,11 @@ def build_index(scan: Scan, version: str = "") -> ShardIndex:
         fingerprint=digest.hexdigest(),
         extensions=names,
         duplicates=len(keys) - len(set(keys)),
-        damage=(*scan.damage, *_run_together(keys, names, len(blocks))),
+        damage=(
+            *scan.damage,
+            *_run_together(keys, names, len(blocks)),
+            *_scattered(keys, first, [names[kind] for kind in kinds]),
+        ),
         scanner=SCANNER,
     )
     return ShardIndex(head, *tables)
@@ -202,6 +207,26 @@ def _run_together(keys: Sequence[str], extensions: Sequence[str], members: int) 
         f"{stem}.{dotted[0]} and {stem}.{dotted[-1]} are of one; rename them so that the first dot is the one before "
         f"the kind, as in {stem}-{dotted[0].replace('.', '-', dotted[0].count('.') - 1)}"
     )
+
+
+def _scattered(keys: Sequence[str], first: Sequence[int], names: Sequence[str]) -> Iterator[str]:
+    """What to say where the members of a sample don't lie together: each part would be a sample, without the rest."""
+    if len(set(keys)) == len(keys):
+        return
+    seen: dict[str, set[str]] = {}
+    torn: dict[str, str] = {}
+    for number, key in enumerate(keys):
+        kinds = set(names[first[number] : first[number + 1]])
+        if not seen.setdefault(key, set()).isdisjoint(kinds):
+            continue  # another sample of that key, as whole as the one before
+        if seen[key]:
+            torn.setdefault(key, f"{key}.{min(seen[key])} and {key}.{min(kinds)} lie apart")
+        seen[key] |= kinds
+    if torn:
+        yield (
+            f"it is not sorted by key: the members of {len(torn)} samples lie apart, such as "
+            f"{next(iter(torn.values()))}; write it anew with `tar --sort=name`, or by `glide-ds prepare pack`"
+        )
 
 
 def index_urls(url: str, index_dir: str | None) -> list[str]:
@@ -270,8 +295,7 @@ def scan_shard(url: str, storage: Storage | None = None) -> ShardIndex:
     storage = storage or Storage()
     stat = storage.stat(url)
     file = storage.open(url, stat)
-    if stat.size >= 2 and file.read(0, 2) == b"\x1f\x8b":
-        raise DataError(f"shard {url} is gzip-compressed", "no sample can be read alone", "gunzip it first")
+    check_is_tar(url, file.read(0, min(BLOCK, stat.size)))
     return build_index(scan_tar(file.read, stat.size), stat.version)
 
 

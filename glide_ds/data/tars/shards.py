@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
-import glob
 import hashlib
-import os
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from braceexpand import braceexpand
 from cachetools import LRUCache
 
 from glide_ds.data.tars.index import IndexHead, ShardIndex, index_urls, open_index
+from glide_ds.data.tars.patterns import expand
 from glide_ds.data.tars.scan import BLOCK, header_name
 from glide_ds.data.tars.storage import (
     LocalFile,
@@ -24,83 +20,11 @@ from glide_ds.data.tars.storage import (
     Storage,
     fault,
     is_remote,
-    local_path,
     open_at_once,
 )
 from glide_ds.errors import DataError, GlideError, SurroundingsError
 
 OPEN_SHARDS = 256  # with their indexes, per process, at least
-
-
-# ---- URLs
-
-
-def expand(patterns: str | Sequence[str]) -> list[str]:
-    """Expand brace patterns, globs, folders and lists of them to shard URLs, in the given order.
-
-    Raises DataError naming the pattern, and the nearest existing files, where one matches nothing or where
-    a local shard it names does not exist.
-    """
-    wanted = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-    urls = [url for pattern in wanted for url in _expand_one(pattern)]
-    if not urls:
-        raise DataError("data.shards is empty", remedy="name tar files, a brace pattern, or builtin:shapes")
-    if doubled := [url for url, count in Counter(urls).items() if count > 1]:
-        raise DataError(
-            f"data.shards names {doubled[0]} more than once ({len(doubled)} such shards)",
-            "its samples would be read twice an epoch",
-            "name each shard once",
-        )
-    return urls
-
-
-def _expand_one(pattern: str) -> list[str]:
-    try:
-        urls = list(braceexpand(pattern))
-    except ValueError as error:
-        raise DataError(
-            f"data.shards pattern {pattern!r} has unbalanced braces", remedy="close them"
-        ) from error
-    if pattern == "" or not urls:
-        raise DataError("data.shards has an empty pattern", remedy="name tar files, or builtin:shapes")
-    found = [match for url in urls for match in _matches(url)]
-    missing = [path for path in found if not is_remote(path) and not os.path.isfile(local_path(path))]
-    if not found or missing:
-        raise _missing(pattern, missing or urls, len(found) - len(missing), len(urls))
-    return found
-
-
-def _matches(url: str) -> list[str]:
-    if is_remote(url):
-        return [url]
-    path = local_path(url)
-    if os.path.isdir(path):
-        return sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
-    if glob.has_magic(path) and not os.path.exists(path):
-        return sorted(glob.glob(path))
-    return [path]
-
-
-def _missing(pattern: str, missing: list[str], found: int, total: int) -> DataError:
-    near = nearest_files(local_path(missing[0]))
-    example = "" if missing[0] == pattern else f" (the first is {missing[0]})"
-    if found:
-        fact = f"data.shards pattern {pattern!r}: {len(missing)} of {total} shards do not exist{example}"
-    else:
-        fact = f"data.shards pattern {pattern!r} matches no file{example}"
-    hint = f"the nearest existing are {', '.join(near)}" if near else "no tar file lies in or near that folder"
-    remedy = "correct the pattern, or use data.shards=builtin:shapes to try without data"
-    return DataError(f"{fact}; {hint}", remedy=remedy)
-
-
-def nearest_files(path: str, count: int = 3) -> list[str]:
-    """The existing tar files most like a missing path, in its folder or the nearest folder that exists."""
-    folder = os.path.dirname(os.path.abspath(path))
-    while not os.path.isdir(folder):
-        folder = os.path.dirname(folder)
-    tars = sorted(glob.glob(os.path.join(glob.escape(folder), "*.tar")))
-    tars = tars or sorted(glob.glob(os.path.join(glob.escape(folder), "*", "*.tar")))[:1000]
-    return difflib.get_close_matches(os.path.abspath(path), tars, n=count, cutoff=0.0)
 
 
 # ---- a set of shards

@@ -218,6 +218,15 @@ class RemoteFiles:
     def read_all(self, url: str) -> bytes:
         return _retry(url, lambda: bytes(self._system(url).cat_file(url)))
 
+    def list(self, url: str) -> list[str]:
+        """The files that a pattern with `*`, `?` or `[]` names, or the tars below a folder. Raises OSError."""
+        system = self._system(url)
+        if url.endswith("/"):
+            names = [name for name in _retry(url, lambda: system.find(url)) if name.lower().endswith(".tar")]
+        else:
+            names = _retry(url, lambda: system.glob(url))
+        return sorted(str(system.unstrip_protocol(name)) for name in names)
+
     def write_all(self, url: str, data: bytes) -> None:
         try:
             _retry(url, lambda: self._system(url).pipe_file(url, data))
