@@ -1,8 +1,9 @@
-"""`glide-ds prepare pack`: a folder, a jsonl or a parquet of pictures and captions to balanced tar shards.
+"""`glide-ds prepare pack`: a folder or a list of pictures and captions to balanced tar shards.
 
-    glide-ds prepare pack photos/ --out shards/            pictures with a .txt (or .json) of the same name
-    glide-ds prepare pack pairs.jsonl --out shards/        {"image": path, "caption": text, …} a line
-    glide-ds prepare pack pairs.parquet --out shards/      columns image (path or bytes) and caption
+    glide-ds prepare pack photos/ --out shards/            pictures with texts of the same name, or a metadata.jsonl
+    glide-ds prepare pack pairs.jsonl --out shards/        {"image": path, "caption": text, …} a line; .csv, .tsv too
+    glide-ds prepare pack pairs.parquet --out shards/      columns image (path or bytes) and caption; folders of them
+    glide-ds prepare pack captions_train2017.json …        COCO's captions, beside the folder of its pictures
 
 Shard n holds the n-th consecutive part of the input, all parts equal but for one sample, and is written under
 its name only when whole. The same input gives the same bytes. A second run is a sync by content: afterwards the folder
@@ -29,28 +30,19 @@ from PIL import Image
 
 from glide_ds.commands.prepare_index import index_one
 from glide_ds.data.captions import read_caption
-from glide_ds.data.pictures.decode import IMAGE_EXTENSIONS, DecodeOptions, decode
-from glide_ds.data.tally import Unusable
+from glide_ds.data.intake import Intake, Pair, Passed, Row, Rows
+from glide_ds.data.pictures.decode import DecodeOptions, decode
+from glide_ds.data.tally import Cause, Unusable
 from glide_ds.data.workers import end_with
 from glide_ds.errors import DataError
 from glide_ds.files import replacing, write_file
 from glide_ds.progress import Progress
 
-IMAGE_FIELDS = ("image", "image_path", "path", "file_name", "filename", "file", "jpg")
-TEXT_FIELDS = ("caption", "text", "TEXT", "prompt", "title")
 SHEET, CELL = 8, 96  # the contact sheet has SHEET x SHEET pictures of CELL pixels
 NOTE = ".packed.json"
 BEFORE = ".before.json"  # there while a run is under way
-PACKING = b"2"  # grows when the same input is packed otherwise
+PACKING = b"3"  # grows when the same input is packed otherwise
 EXTENSIONS = {b"\xff\xd8\xff": "jpg", b"\x89PN": "png", b"RIF": "webp", b"GIF": "gif"}
-
-
-class Pair(NamedTuple):
-    """One input sample, not yet read: where its picture is, and its text."""
-
-    image: str | bytes
-    caption: str | None  # None: in a file beside the picture
-    record: dict[str, Any]
 
 
 class Packed(NamedTuple):
@@ -65,10 +57,11 @@ class Packed(NamedTuple):
 
 
 NOTHING = Packed("", 0, 0, [], [], {})
+ROWS = Rows()  # of this process
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("input", type=Path, help="a folder, a .jsonl or a .parquet")
+    parser.add_argument("input", type=Path, help="a folder, .jsonl, .csv, .tsv, .json or .parquet")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--per_shard", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=4)
@@ -89,17 +82,19 @@ def pack(source: Path, out: Path, per_shard: int = 1000, workers: int = 1) -> di
     Shards of an earlier run that the input no longer fills are removed. Raises DataError where no picture can be used;
     where the input has none, `out` stays as it was.
     """
-    pairs = list(read_pairs(source))
+    intake = Intake(source, out)
+    pairs = intake.pairs
     if not pairs or per_shard < 1:
+        why = "".join(f"; {passed}" for passed in intake.passed[:3])
         raise DataError(
-            f"{source} has {len(pairs)} pictures for shards of {per_shard}", remedy="nothing to pack"
+            f"{source} has {len(pairs)} pictures for shards of {per_shard}{why}", remedy="nothing to pack"
         )
     out.mkdir(parents=True, exist_ok=True)
     earlier = _earlier(out)
     count = -(-len(pairs) // per_shard)
     edges = [len(pairs) * n // count for n in range(count + 1)]
     parts = [(out / f"{n:06d}.tar", pairs[edges[n] : edges[n + 1]]) for n in range(count)]
-    task = partial(_write_shard, source.parent if source.is_file() else source)
+    task = partial(_write_shard, intake.root)
     with Progress("packing", count, "shards") as progress:
         if workers > 1:
             with ProcessPoolExecutor(
@@ -109,7 +104,7 @@ def pack(source: Path, out: Path, per_shard: int = 1000, workers: int = 1) -> di
         else:
             packed = list(progress.over(map(task, parts)))
     removed, foreign = _remove_others(out, {path for path, _ in parts})
-    summary = _summary(packed, earlier) | {"removed_shards": removed, "foreign": foreign}
+    summary = _summary(packed, earlier, intake) | {"removed_shards": removed, "foreign": foreign}
     if not summary["samples"]:
         raise DataError(
             f"none of the {len(pairs)} pictures of {source} can be used: {'; '.join(summary['skipped'][:3])}",
@@ -117,64 +112,9 @@ def pack(source: Path, out: Path, per_shard: int = 1000, workers: int = 1) -> di
             "give each picture a caption, and check that the pictures open",
         )
     write_file(out / "summary.json", json.dumps(summary, indent=1))
-    write_file(out / "contact.png", _contact_sheet(pairs, source))
+    write_file(out / "contact.png", _contact_sheet(pairs, intake.root))
     (out / BEFORE).unlink()
     return summary
-
-
-# ---- input
-
-
-def read_pairs(source: Path) -> Iterator[Pair]:
-    """The input's pairs in a fixed order. Raises DataError where it is of no known kind or lacks its fields."""
-    if source.is_dir():
-        for path in sorted(source.rglob("*")):
-            if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS:
-                yield Pair(str(path.relative_to(source)), None, {})
-    elif source.suffix == ".jsonl":
-        for number, line in enumerate(source.read_text("utf-8").splitlines(), 1):
-            if line.strip():
-                yield _pair(_json_line(source, number, line), f"{source} line {number}")
-    elif source.suffix == ".parquet":
-        for number, record in enumerate(_parquet_rows(source)):
-            yield _pair(record, f"{source} row {number}")
-    else:
-        raise DataError(f"{source} is no folder, .jsonl or .parquet that exists", remedy="name one of these")
-
-
-def _json_line(source: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{source} line {number} is no JSON: {error}", remedy="correct it") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{source} line {number} is no JSON object", remedy="give it an image and a caption")
-    return record
-
-
-def _parquet_rows(source: Path) -> Iterator[dict[str, Any]]:
-    try:
-        from pyarrow import parquet  # optional: nothing else needs it
-    except ImportError as error:
-        raise DataError(f"reading {source} needs pyarrow", remedy="pip install pyarrow") from error
-    for batch in parquet.ParquetFile(source).iter_batches():
-        yield from batch.to_pylist()
-
-
-def _pair(record: dict[str, Any], where: str) -> Pair:
-    image = next((record[name] for name in IMAGE_FIELDS if record.get(name) is not None), None)
-    if isinstance(image, dict):  # Hugging Face's image column
-        image = image.get("bytes") or image.get("path")
-    text = next((record[name] for name in TEXT_FIELDS if isinstance(record.get(name), str)), None)
-    if not isinstance(image, str | bytes) or text is None:
-        raise DataError(
-            f"{where} has the fields {', '.join(record)}",
-            remedy=f"it needs one of {', '.join(IMAGE_FIELDS)} and one of {', '.join(TEXT_FIELDS)}",
-        )
-    rest = {
-        k: v for k, v in record.items() if k not in IMAGE_FIELDS and isinstance(v, str | int | float | bool)
-    }
-    return Pair(image, text, rest)
 
 
 # ---- output
@@ -194,10 +134,10 @@ def _write_shard(root: Path, part: tuple[Path, Sequence[Pair]]) -> Packed:
             try:
                 image, members = _members(root, pair)
             except (OSError, Unusable) as error:
-                skipped.append(f"{pair.image if isinstance(pair.image, str) else path.name}: {error}")
+                skipped.append(str(Passed(_called(pair, path), _why(error))))
                 continue
-            lengths.append(len(members["txt"].decode()))
-            contents[_place(pair, contents)] = _hash([image, *members.values()])
+            lengths.append(len(read_caption(members, 0.0)[0]))
+            contents[_place(pair, _hash([image]), contents)] = _hash([image, *members.values()])
             for extension, data in ({_extension(image): image} | members).items():
                 info = tarfile.TarInfo(f"{path.stem}{number:06d}.{extension}")
                 info.size = len(data)
@@ -215,29 +155,42 @@ def _hash(parts: Iterable[bytes]) -> str:
     return digest.hexdigest()
 
 
+def _called(pair: Pair, path: Path) -> str:
+    if isinstance(pair.image, Row):
+        return f"{pair.image.file} row {pair.image.number}"
+    return pair.image if isinstance(pair.image, str) else f"a picture for {path.name}"
+
+
+def _why(error: OSError | Unusable) -> str:
+    if isinstance(error, Unusable):
+        return f"{error.cause}: {error.detail}" if error.detail else str(error.cause)
+    return error.strerror or str(error)
+
+
 def _digest(root: Path, pairs: Sequence[Pair]) -> str:
     """Of everything that a shard is made from: its pictures' and texts' bytes, and the way they are packed."""
 
     def parts() -> Iterator[bytes]:
         yield PACKING
         for pair in pairs:
-            yield repr((pair.caption, pair.record, pair.image if isinstance(pair.image, str) else "")).encode()
+            kinds = [kind for kind, _ in pair.beside]
+            yield repr(
+                (pair.captions, pair.record, pair.image if isinstance(pair.image, str) else "", kinds)
+            ).encode()
             try:
                 image, texts = _read(root, pair)
             except OSError as error:
                 yield repr(error.errno).encode()
                 continue
             yield image
-            for extension, text in texts.items():
-                yield extension.encode()
-                yield text
+            yield from texts.values()
 
     return _hash(parts())
 
 
-def _place(pair: Pair, taken: Mapping[str, str]) -> str:
+def _place(pair: Pair, image: str, taken: Mapping[str, str]) -> str:
     """Where a sample is in the input, as the next run will find it again: its path, or what it is made of."""
-    name = pair.image if isinstance(pair.image, str) else _hash([pair.image])
+    name = pair.image if isinstance(pair.image, str) else image
     number = 1
     while (place := f"{name}#{number}" if number > 1 else name) in taken:
         number += 1
@@ -285,32 +238,54 @@ def _read(root: Path, pair: Pair) -> tuple[bytes, dict[str, bytes]]:
     """The picture's bytes and those of the texts beside it, as they are. Raises OSError."""
     if isinstance(pair.image, bytes):
         return pair.image, {}
-    beside = root / pair.image
-    image = beside.read_bytes()
-    if pair.caption is not None:
-        return image, {}
-    names = {extension: beside.with_suffix(f".{extension}") for extension in ("txt", "json")}
-    return image, {extension: name.read_bytes() for extension, name in names.items() if name.exists()}
+    if isinstance(pair.image, Row):
+        return ROWS.read(pair.image, root), {}
+    return (root / pair.image).read_bytes(), {kind: (root / text).read_bytes() for kind, text in pair.beside}
 
 
 def _members(root: Path, pair: Pair) -> tuple[bytes, dict[str, bytes]]:
-    """The picture's bytes, unchanged, and the text members. Raises OSError or Unusable."""
+    """The picture's bytes, unchanged where training reads them, and the text members. Raises OSError or Unusable."""
     image, texts = _read(root, pair)
+    image = _readable(image)
     decode(image, DecodeOptions(16))
-    if pair.caption is not None:
-        caption, _ = read_caption({"txt": pair.caption.encode()}, 0.0)
-        return image, {"txt": caption.encode()} | (
-            {"json": json.dumps(pair.record, ensure_ascii=False).encode()} if pair.record else {}
-        )
-    caption, _ = read_caption(texts, 0.0)
-    return image, {**texts, "txt": caption.encode()}
+    if not pair.captions:
+        caption, _ = read_caption(texts, 0.0)
+        return image, {kind: text for kind, text in texts.items() if kind == "json"} | {"txt": caption.encode()}
+    if len(pair.captions) > 1:  # of which training draws one
+        told = {"json": json.dumps({**pair.record, "captions": pair.captions}).encode()}
+        read_caption(told, 0.0)
+        return image, told
+    caption, _ = read_caption({"txt": pair.captions[0].encode("utf-8", "ignore")}, 0.0)
+    told = (
+        {"json": json.dumps(pair.record, ensure_ascii=False).encode("utf-8", "ignore")} if pair.record else {}
+    )
+    return image, {"txt": caption.encode()} | told
+
+
+def _readable(image: bytes) -> bytes:
+    """A HEIC picture as JPEG, for training reads no HEIC; any other as it is."""
+    if image[4:8] != b"ftyp" or image[8:12] not in (b"heic", b"heix", b"mif1", b"heim", b"hevc", b"msf1"):
+        return image
+    try:
+        import pillow_heif
+    except ImportError:
+        raise Unusable(
+            Cause.UNKNOWN_FORMAT, "HEIC is read by pillow-heif, which is missing: pip install 'glide_ds[pack]'"
+        ) from None
+    try:
+        opened = pillow_heif.open_heif(io.BytesIO(image), convert_hdr_to_8bit=True).to_pillow()
+    except (ValueError, OSError, RuntimeError) as error:
+        raise Unusable(Cause.CORRUPT_IMAGE, str(error)[:120]) from None
+    out = io.BytesIO()
+    opened.convert("RGB").save(out, "JPEG", quality=95, subsampling=0)
+    return out.getvalue()
 
 
 def _extension(image: bytes) -> str:
-    return EXTENSIONS.get(image[:3], "img")
+    return "avif" if image[4:8] == b"ftyp" else EXTENSIONS.get(image[:3], "img")
 
 
-def _summary(packed: Sequence[Packed], earlier: Counter[tuple[str, str]]) -> dict[str, Any]:
+def _summary(packed: Sequence[Packed], earlier: Counter[tuple[str, str]], intake: Intake) -> dict[str, Any]:
     now = Counter(sample for shard in packed for sample in shard.contents.items())
     come, gone = now - earlier, earlier - now
     changed = {place for place, _ in come} & {place for place, _ in gone}
@@ -328,13 +303,13 @@ def _summary(packed: Sequence[Packed], earlier: Counter[tuple[str, str]]) -> dic
             "median": float(np.median(lengths)),
             "max": int(lengths.max()),
         },
-        "skipped": [line for shard in packed for line in shard.skipped],
+        "skipped": [*map(str, intake.passed), *(line for shard in packed for line in shard.skipped)],
+        "other_files": dict(intake.others.most_common()),
     }
 
 
-def _contact_sheet(pairs: Sequence[Pair], source: Path) -> bytes:
+def _contact_sheet(pairs: Sequence[Pair], root: Path) -> bytes:
     """PNG of pictures spread evenly over the input, as training would see them."""
-    root = source.parent if source.is_file() else source
     sheet = np.full((SHEET * CELL, SHEET * CELL, 3), 255, np.uint8)
     chosen = [pairs[len(pairs) * n // SHEET**2] for n in range(min(len(pairs), SHEET**2))]
     for number, pair in enumerate(chosen):

@@ -39,8 +39,8 @@ from glide_ds.data.pictures.metadata import (
 from glide_ds.data.pictures.resample import Box, Pixels, resize
 from glide_ds.data.tally import Cause, Unusable
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "jfif", "gif", "bmp", "tif", "tiff", "img", "image")
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "jfif", "gif", "bmp", "tif", "tiff", "avif", "img", "image")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 REDUCED_SIDE = 1.25  # times the wanted side is left of a JPEG's shorter side by reduced decoding, at least
 ENOUGH = 0.5  # times the wanted side must be left after trimming, else it is decoded again, less reduced
