@@ -63,6 +63,7 @@ def make_material(folder: Path) -> None:
     write_shard(folder / "cut.tar", [_sample(n) for n in range(SAMPLES)])
     os.truncate(folder / "cut.tar", (folder / "cut.tar").stat().st_size // 2)
     _store(folder / "embeddings", str(folder / "plain.tar"))
+    torch.manual_seed(1)  # others than a random start has
     write_state(folder / "start.pt", create_model(GlideConfig(**ARCHITECTURE)).state_dict())  # type: ignore[arg-type]
     for name, factor in (("clip-a", 1.0), ("clip-b", -1.0)):
         state = {key: tensor * factor for key, tensor in read_state_file(BUILTIN_WEIGHTS).tensors.items()}

@@ -13,6 +13,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -196,6 +197,7 @@ def _open_clip_folder() -> Path:
     return Path(spec.origin).parent
 
 
+@cache  # each phase of a pipeline has an encoder of its own
 def _part(name: str) -> ModuleType:
     """A module of open_clip without what the package imports: torchvision, timm and torch's compiler, 1.9 s a rank."""
     if "open_clip" in sys.modules:
@@ -440,10 +442,8 @@ def _keep_tower(model: Any, source: str) -> Any:
 
 def _tokenizer(found: _Found) -> Callable[[list[str]], Tensor]:
     text = found.architecture["text_cfg"]
-    tokenizer: Callable[[list[str]], Tensor]
     if _is_plain(found):
-        tokenizer = _part("tokenizer").SimpleTokenizer(context_length=text["context_length"])
-        return tokenizer
+        return _simple_tokenizer(text["context_length"])
     import open_clip
 
     listed = found.name in open_clip.list_models()
@@ -454,7 +454,7 @@ def _tokenizer(found: _Found) -> Callable[[list[str]], Tensor]:
             "give the model by its name in open_clip",
         )
     try:
-        tokenizer = open_clip.get_tokenizer(
+        tokenizer: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(
             found.name if listed else "", context_length=text.get("context_length")
         )
     except (ImportError, OSError) as error:
@@ -462,4 +462,10 @@ def _tokenizer(found: _Found) -> Callable[[list[str]], Tensor]:
             f"clip.model={found.name} has a tokenizer of its own, which cannot be had ({error})",
             remedy="pip install transformers and run once where there is a network, or choose ViT-L/14",
         ) from error
+    return tokenizer
+
+
+@cache  # to read the vocabulary takes 0.1 s
+def _simple_tokenizer(context_length: int) -> Callable[[list[str]], Tensor]:
+    tokenizer: Callable[[list[str]], Tensor] = _part("tokenizer").SimpleTokenizer(context_length=context_length)
     return tokenizer

@@ -118,7 +118,7 @@ def test_a_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> N
     def offline(*_: object, **__: object) -> str:
         raise FileNotFoundError("no network")
 
-    monkeypatch.setattr("open_clip.pretrained.download_pretrained", offline)
+    monkeypatch.setattr(clip_module._part("pretrained"), "download_pretrained", offline)
     with pytest.raises(WeightsError, match=r"'openai' of ViT-L-14.*no network.*clip\.weights="):
         FrozenClip("ViT-L/14", "openai")
 
@@ -218,6 +218,8 @@ def test_the_text_tower_alone_leaves_open_clip_unimported(
     with monkeypatch.context() as patch:
         for name in [name for name in sys.modules if name.split(".")[0] in large]:
             patch.delitem(sys.modules, name)
+        clip_module._part.cache_clear()
+        clip_module._simple_tokenizer.cache_clear()
         clip = FrozenClip(str(tmp_path / "mini.json"), weights, source="text")
         assert not [name for name in sys.modules if name.split(".")[0] in large]
     assert torch.equal(clip.encode_text(CAPTIONS), both.encode_text(CAPTIONS))
@@ -278,7 +280,7 @@ def test_the_tag_says_so(
     tmp_path: Path, description: str, weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """openai's, metaclip's and others' tags carry quick_gelu; laion2b's does not."""
-    monkeypatch.setattr("open_clip.pretrained.download_pretrained", lambda _: weights)
+    monkeypatch.setattr(clip_module._part("pretrained"), "download_pretrained", lambda _: weights)
     for tag, quick in (("openai", True), ("laion2b_s32b_b82k", False)):
         monkeypatch.setattr(clip_module, "_architecture", lambda _: ("ViT-L-14", MINI))
         assert is_quick(FrozenClip("ViT-L/14", tag)) == quick

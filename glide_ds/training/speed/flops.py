@@ -25,7 +25,7 @@ class Work:
     blocks: Mapping[nn.Module, int]  # the forward pass of each block, which may be computed again
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=8)
 def count_work(model: Glide) -> Work:
     """Operations of one image in matrix products, convolutions and attention, two per multiply-add.
 

@@ -18,7 +18,7 @@ def meta_model(glide: GlideConfig, config: Config) -> Glide:
     return _meta_model(glide, trained_roles(config), weight_bytes(config))
 
 
-@lru_cache(maxsize=1)  # all that is counted before a phase is counted of one and the same
+@lru_cache(maxsize=8)  # all that is counted before a phase is counted of one and the same
 def _meta_model(glide: GlideConfig, roles: tuple[str, ...], width: int) -> Glide:
     with torch.device("meta"):
         model = create_model(glide)

@@ -99,7 +99,7 @@ def set_recomputation(model: Glide, config: Config, arithmetic: BatchArithmetic)
         block.recompute = planned in again
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=8)
 def count_activations(model: Glide, *, cpu: bool = False) -> Activations:
     """What autograd keeps of one image, and which block keeps it, for a model on the meta device.
 
