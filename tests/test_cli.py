@@ -65,6 +65,15 @@ def test_a_mistake_is_one_clean_message(tmp_path, capsys):
     assert captured.err.count("\n") == 1
 
 
+def test_a_mistake_in_a_configuration_is_too(capsys):
+    arguments = ["--ds_config", "ds_configs/tiny/phase3.json", "--dry_run", "--set", "trian.steps=2"]
+    assert cli.main(["train", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("glide-ds: error: --set trian.steps=2: unknown key 'trian'")
+    assert captured.err.count("\n") == 1
+    assert captured.out == "glide_ds: reading ds_configs/tiny/phase3.json\n"
+
+
 def test_ctrl_c_is_no_traceback(monkeypatch, tmp_path, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt

@@ -65,6 +65,7 @@ def steady(path: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in UNSTEADY} for line in read_lines(path)]
 
 
+@pytest.mark.slow  # test_cli.py has the same in this process
 def test_a_mistake_ends_the_command_with_one_message_and_code_2(root: Path):
     arguments = ["--ds_config", "ds_configs/tiny/phase3.json", "--set", "trian.steps=2"]
     command = [sys.executable, str(root / "launch" / "train.py"), *arguments]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -43,9 +44,15 @@ PUBLIC = {"_replace", "_asdict", "_fields", "_make", "_exit"}  # documented, for
 DOCUMENTED = re.compile(r"deepspeed(\.comm|(\.\w+)*\.(\w+_)?config)?$")  # its sections' models among them
 
 
+@cache
+def nodes(source: str) -> tuple[ast.AST, ...]:
+    """All of a file's syntax tree, which is walked many times."""
+    return tuple(ast.walk(ast.parse(source)))
+
+
 def imported_modules(source: str, package: str) -> Iterator[tuple[int, str]]:
     """(line, absolute dotted name) of every import in a module that lies in `package`."""
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -131,7 +138,7 @@ def own_names(package: Path) -> set[str]:
     """Every private name that the package itself defines: functions, classes, attributes, variables."""
     names = set()
     for path in package.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path.read_text()):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 names.add(node.name)
             elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
@@ -144,7 +151,7 @@ def own_names(package: Path) -> set[str]:
 
 def private_names(path: Path, own: set[str]) -> Iterator[tuple[int, str]]:
     """(line, name) of every private name of somebody else's that a file touches, as an attribute or a string."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path.read_text()):
         name = None
         if isinstance(node, ast.Attribute):
             name = node.attr
@@ -183,7 +190,7 @@ def outside_the_room(package: Path) -> list[str]:
 
 
 def functions(path: Path) -> Iterator[tuple[str, int]]:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path.read_text()):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node.name, (node.end_lineno or 0) - node.lineno + 1
 
