@@ -1,6 +1,9 @@
-"""From one CLIP embedding to the tokens that DualAttention reads.
+"""From one CLIP embedding to what the UNet reads of it: tokens for DualAttention, a vector beside the timestep.
 
-B samples, D width of the embedding, W width of a token, K tokens.
+unCLIP conditions GLIDE both ways (arXiv 2204.06125, section 2.1), as GLIDE does with its own caption. Attention
+sits in a few blocks, the vector reaches every residual block: it brings colours and places, the tokens shapes.
+
+B samples, D width of the embedding, W width of a token, K tokens, E width of the timestep embedding.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glide_ds.model.dual_attention import gate_value, new_gate
-from glide_ds.model.layers import LayerNorm, normal_parameter
+from glide_ds.model.layers import LayerNorm, normal_parameter, zero_init
 
 
 def unit_rms(embedding_bd: Tensor) -> Tensor:
@@ -25,10 +28,7 @@ def unit_rms(embedding_bd: Tensor) -> Tensor:
 
 
 class ClipAdapter(nn.Module):
-    """Residual two-layer MLP with a gate, out = proj(x) + g * MLP(LN(x)), then a projection to K tokens.
-
-    A row whose CLIP is dropped uses the learned null embedding instead of its own.
-    """
+    """Residual two-layer MLP with a gate, out = proj(x) + g * MLP(LN(x)), then a projection to K tokens."""
 
     def __init__(self, clip_dim: int, width: int, tokens: int) -> None:
         super().__init__()
@@ -41,12 +41,37 @@ class ClipAdapter(nn.Module):
         self.to_tokens = nn.Linear(width, tokens * width)
         self.token_norm = LayerNorm(width)
 
-    def forward(self, embedding_bd: Tensor, drop_b: Tensor, gate_offset: Tensor) -> Tensor:
-        """Embeddings [B, D] and drop (bool [B]) -> tokens [B, K, W].
+    def read(self, embedding_bd: Tensor, drop_b: Tensor) -> Tensor:
+        """Embeddings [B, D] at unit RMS, and the learned null embedding in rows whose CLIP is dropped (bool [B]).
 
         Dropping is a mask and never a branch: every rank runs the same operations.
         """
         x = unit_rms(embedding_bd).to(self.proj.weight.dtype)
-        x = torch.where(drop_b[:, None], self.clip_null_embedding, x)
-        h = self.proj(x) + gate_value(self.clip_gate, gate_offset).to(x.dtype) * self.mlp(self.norm(x))
+        return torch.where(drop_b[:, None], self.clip_null_embedding, x)
+
+    def forward(self, x_bd: Tensor, gate_offset: Tensor) -> Tensor:
+        """What `read` returned -> tokens [B, K, W]."""
+        gate = gate_value(self.clip_gate, gate_offset).to(x_bd.dtype)
+        h = self.proj(x_bd) + gate * self.mlp(self.norm(x_bd))
         return self.token_norm(self.to_tokens(h).unflatten(-1, (self.tokens, -1)))
+
+
+class ClipVector(nn.Module):
+    """A gated two-layer MLP, whose last layer starts at zero: what CLIP adds to the timestep embedding.
+
+    It sees what GLIDE adds for the caption, so as to leave unsaid what the caption says already: both together
+    would push twice the same way, and the picture suffer (docs/clip.md).
+    """
+
+    def __init__(self, clip_dim: int, emb_width: int) -> None:
+        super().__init__()
+        self.norm = LayerNorm(emb_width)
+        self.mlp = nn.Sequential(
+            nn.Linear(clip_dim + emb_width, emb_width), nn.SiLU(), zero_init(nn.Linear(emb_width, emb_width))
+        )
+        self.clip_gate = new_gate()
+
+    def forward(self, x_bd: Tensor, caption_be: Tensor, gate_offset: Tensor) -> Tensor:
+        """Embeddings [B, D] as ClipAdapter.read returns them and the pooled caption [B, E] -> [B, E]."""
+        gate = gate_value(self.clip_gate, gate_offset).to(x_bd.dtype)
+        return gate * self.mlp(torch.cat([x_bd, self.norm(caption_be)], dim=-1))

@@ -45,5 +45,5 @@ class DualAttention(AttentionBlock):
         if context.clip is None:
             return h
         clip_k, clip_v = self._split_heads(self.clip_kv(context.clip.tokens), 2)
-        gate = gate_value(self.clip_gate, context.clip.gate_offset).to(h.dtype)
+        gate = gate_value(self.clip_gate, context.clip.gate_offset).to(h.dtype) * context.clip.scale
         return h + gate * self.attend(q, clip_k, clip_v)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glide_ds.errors import ConfigError, GlideError
-from glide_ds.model.clip_adapter import ClipAdapter
+from glide_ds.model.clip_adapter import ClipAdapter, ClipVector
 from glide_ds.model.dual_attention import DualAttention
 from glide_ds.model.layers import Block, LayerNorm, normal_parameter
 from glide_ds.model.reduced import Reducible
@@ -52,6 +52,7 @@ class Glide(UNet):
         self.transformer_proj = nn.Linear(width, self.emb_width)
         if config.clip_dim is not None:
             self.clip_adapter = ClipAdapter(config.clip_dim, width, config.clip_tokens)
+            self.clip_vector = ClipVector(config.clip_dim, self.emb_width)
             self.clip_gate_offset: Tensor
             self.register_buffer("clip_gate_offset", torch.zeros(()))
 
@@ -66,6 +67,7 @@ class Glide(UNet):
         inpaint_mask: Tensor | None = None,
         clip_embedding: Tensor | None = None,
         clip_drop: Tensor | None = None,
+        clip_scale: float = 1.0,
         text: TextEncoding | None = None,
     ) -> Tensor:
         """Predict noise and variance of x_t.
@@ -75,18 +77,22 @@ class Glide(UNet):
         low_res [B, 3, S/4, S/4]: for upsamplers.
         inpaint_image [B, 3, S, S] and inpaint_mask [B, 1, S, S], 1 = known; neither = nothing is known.
         clip_embedding [B, D], of any length: None leaves CLIP out, which is plain GLIDE.
-        clip_drop bool [B]: rows that use the null embedding instead.
+        clip_drop bool [B]: rows that use the null embedding instead. clip_scale multiplies what CLIP adds.
 
         Returns [B, 6, S, S] in the dtype of x: epsilon, then the interpolation weights of the log variance.
         Raises GlideError if an input is missing or this kind of model has no use for it.
         """
         text = text if text is not None else self.encode_text(tokens, mask)
-        context = Context(text.tokens, self._clip_context(clip_embedding, clip_drop))
         dtype = self.positional_embedding.dtype
         sinusoids = timestep_embedding(
             timesteps, self.config.model_channels, torch.promote_types(dtype, torch.float32)
         )
-        emb = self.time_embed(sinusoids.to(dtype)) + text.pooled
+        emb, clip = self.time_embed(sinusoids.to(dtype)) + text.pooled, None
+        if clip_embedding is not None:
+            x_clip, offset = self._read_clip(clip_embedding, clip_drop), self.clip_gate_offset
+            emb = emb + clip_scale * self.clip_vector(x_clip, text.pooled, offset)
+            clip = ClipContext(self.clip_adapter(x_clip, offset), offset, clip_scale)
+        context = Context(text.tokens, clip)
         image = self._input_image(x, low_res, inpaint_image, inpaint_mask).to(dtype)
         return self.denoise(image, emb, context).to(x.dtype)
 
@@ -137,9 +143,7 @@ class Glide(UNet):
         for block in self.blocks().values():
             block.recompute = isinstance(block, RECOMPUTED[dial])
 
-    def _clip_context(self, embedding: Tensor | None, drop: Tensor | None) -> ClipContext | None:
-        if embedding is None:
-            return None
+    def _read_clip(self, embedding: Tensor, drop: Tensor | None) -> Tensor:
         if self.config.clip_dim is None:
             raise GlideError(
                 "clip_embedding was given to a model without CLIP layers",
@@ -153,7 +157,7 @@ class Glide(UNet):
             )
         if drop is None:
             drop = torch.zeros(len(embedding), dtype=torch.bool, device=embedding.device)
-        return ClipContext(self.clip_adapter(embedding, drop, self.clip_gate_offset), self.clip_gate_offset)
+        return self.clip_adapter.read(embedding, drop)
 
     def _input_image(
         self, x: Tensor, low_res: Tensor | None, inpaint_image: Tensor | None, inpaint_mask: Tensor | None

@@ -24,6 +24,7 @@ class ClipContext(NamedTuple):
 
     tokens: Tensor  # [B, clip tokens, W]
     gate_offset: Tensor  # scalar, added to every gate logit
+    scale: float = 1.0  # of what the tokens add, beside the gate
 
 
 class Context(NamedTuple):

@@ -5,20 +5,20 @@ import torch
 import torch.nn.functional as F
 from tiny_glide import CLIP_DIM, tiny_embeddings, tiny_inputs, tiny_model
 
-from glide_ds.model.clip_adapter import ClipAdapter, unit_rms
+from glide_ds.model.clip_adapter import ClipAdapter, ClipVector, unit_rms
 from glide_ds.model.dual_attention import DualAttention
 from glide_ds.model.glide import Glide
 from glide_ds.model.unet import ClipContext, Context
 
 
 def clip_model(trained: bool = True, **changes) -> Glide:
-    """`trained` gives the value half of clip_kv something to say and opens the gates."""
+    """`trained` gives all that starts at zero something to say and opens the gates."""
     model = tiny_model(clip_dim=CLIP_DIM, **changes)
     if trained:
         with torch.no_grad():
             model.clip_gate_offset.fill_(10.0)
             for name, parameter in model.named_parameters():
-                if "clip_kv" in name:
+                if "clip_kv" in name or "clip_vector.mlp.2" in name:
                     parameter.normal_(std=0.3)
     return model
 
@@ -40,6 +40,7 @@ def test_a_fresh_model_equals_plain_glide_bit_for_bit(offset: float, scale: floa
 def test_without_embedding_the_branch_is_not_run() -> None:
     model = clip_model()
     model.clip_adapter.register_forward_hook(lambda *_: pytest.fail("the adapter ran"))
+    model.clip_vector.register_forward_hook(lambda *_: pytest.fail("clip_vector ran"))
     model.middle_block[1].clip_kv.register_forward_hook(lambda *_: pytest.fail("clip_kv ran"))
     inputs = tiny_inputs(model)
     plain = tiny_model()
@@ -70,7 +71,7 @@ def test_the_gate_adds_a_softmax_over_clip_tokens_alone() -> None:
 def test_gates_are_stored_closed_and_opened_by_the_offset() -> None:
     model = clip_model(trained=False)
     logits = [parameter for name, parameter in model.named_parameters() if name.endswith("clip_gate")]
-    assert len(logits) == 4 + 1  # each attention block of the tiny model, and the adapter
+    assert len(logits) == 4 + 2  # each attention block of the tiny model, the adapter's tokens, its vector
     assert all(logit.shape == (1,) and logit.item() == -10 for logit in logits)
     assert model.state_dict()["clip_gate_offset"].shape == ()
     assert model.state_dict()["clip_gate_offset"] == 0
@@ -127,8 +128,38 @@ def test_the_adapter_is_residual_and_gated() -> None:
     x = unit_rms(embedding)
     h = adapter.proj(x) + torch.sigmoid(torch.tensor(2.0)) * adapter.mlp(adapter.norm(x))
     expected = adapter.token_norm(adapter.to_tokens(h).reshape(2, 4, 16))
-    tokens = adapter(embedding, kept, torch.tensor(12.0))
+    tokens = adapter(adapter.read(embedding, kept), torch.tensor(12.0))
     torch.testing.assert_close(tokens, expected)
+
+
+def test_the_vector_is_a_gated_mlp_of_embedding_and_caption_and_nothing_at_first() -> None:
+    torch.manual_seed(0)
+    vector = ClipVector(CLIP_DIM, emb_width=16)
+    x, caption, offset = unit_rms(tiny_embeddings()), torch.randn(2, 16), torch.tensor(12.0)
+    assert not vector(x, caption, offset).any()
+    last = vector.mlp[2]
+    torch.nn.init.normal_(last.weight)
+    hidden = F.silu(vector.mlp[0](torch.cat([x, F.layer_norm(caption, (16,))], 1)))
+    expected = torch.sigmoid(torch.tensor(2.0)) * last(hidden)
+    torch.testing.assert_close(vector(x, caption, offset), expected)
+    assert not torch.allclose(vector(x, caption.flip(0), offset), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("left", ["clip_kv", "clip_vector.mlp.2"])
+def test_each_way_conditions_by_itself_and_the_scale_is_over_both(left: str) -> None:
+    model = clip_model()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ("clip_kv" in name or "clip_vector.mlp.2" in name) and left not in name:
+                parameter.zero_()
+    inputs = tiny_inputs(model)
+    plain = model(**inputs)
+    given = {**inputs, "clip_embedding": tiny_embeddings()}
+    assert (model(**given) - plain).norm() > 1e-3 * plain.norm()
+    assert torch.equal(model(**given, clip_scale=0.0), plain)
+    moved = [(model(**given, clip_scale=scale) - plain).norm().item() for scale in (0.0, 0.1, 0.5)]
+    assert moved == sorted(moved)
+    assert moved[1] < 0.5 * moved[2]
 
 
 @pytest.mark.parametrize("dial", ["none", "blocks"])

@@ -22,6 +22,8 @@ WITH_CLIP = GlideConfig(**{**ARCHITECTURE, "clip_dim": 24})
         ("clip_adapter.clip_null_embedding", "adapter"),
         ("clip_adapter.mlp.0.weight", "adapter"),
         ("clip_adapter.clip_gate", "gates"),
+        ("clip_vector.mlp.2.weight", "adapter"),
+        ("clip_vector.clip_gate", "gates"),
         ("input_blocks.1.1.clip_kv.weight", "adapter"),
         ("input_blocks.1.1.clip_gate", "gates"),
         ("input_blocks.1.1.encoder_kv.weight", "unet"),
@@ -122,5 +124,5 @@ def test_gates_are_read_per_block_with_the_offset():
         model.clip_adapter.clip_gate.fill_(-8.0)
     read = dict(gates(model))
     assert read.pop("clip_adapter") == pytest.approx(torch.tensor(2.0).sigmoid().item())
-    assert len(read) == 4
+    assert len(read) == 4 + 1  # the attention blocks, and the vector
     assert all(value == 0.5 for value in read.values())

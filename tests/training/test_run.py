@@ -114,8 +114,8 @@ def test_metrics_hold_gates_rates_and_norms_by_role(trained: Path):
     assert line["lr"] == max(line["lr_by_role"].values())
     assert line["grad_norm"] == pytest.approx(sum(n**2 for n in line["grad_norm_by_role"].values()) ** 0.5)
     assert line["gate_offset"] == 10.0
-    assert len(line["gates"]) == 5
-    assert line["gate_mean"] == pytest.approx(sum(line["gates"].values()) / 5)
+    assert len(line["gates"]) == 6
+    assert line["gate_mean"] == pytest.approx(sum(line["gates"].values()) / 6)
     assert line["gate_mean"] == pytest.approx(0.5, abs=0.01)
     assert all(value > 0 for value in line["grad_norm_by_role"].values())
     assert line["images_per_s"] > 0
@@ -373,8 +373,8 @@ def test_the_opening_block_says_what_will_happen(
     for part in (
         "phase adapter_only",
         "phase full",
-        "trains adapter 27,584 parameters",
-        "frozen gates 5, unet 845,254, text 1,625,984 parameters",
+        "trains adapter 69,056 parameters",
+        "frozen gates 6, unet 845,254, text 1,625,984 parameters",
         "builtin:tiny text embeddings, 64-d",
         "builtin:shapes: 64 samples, 16 batches per epoch",
         "batch 4 = micro-batch 4 x accumulation 1 x 1 rank",
