@@ -6,16 +6,17 @@ B samples, S image side. A sampler is one function in SAMPLERS; to add one, writ
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from glide_ds.diffusion.process import Diffusion
-from glide_ds.errors import GlideError
+from glide_ds.errors import ConfigError, GlideError
 from glide_ds.model.glide import Glide
 from glide_ds.tokenizer import END_TOKEN
 
@@ -62,6 +63,18 @@ def guide(output: Tensor, scale: float) -> Tensor:
     return torch.cat([guided.repeat(2, 1, 1, 1), variance], dim=1)
 
 
+def guide_apart(output: Tensor, scale: float, clip_scale: float) -> Tensor:
+    """Guidance with a scale of its own for CLIP: eps = u + scale * (c - u) + clip_scale * (cc - c).
+
+    As InstructPix2Pix guides by two conditions (arXiv 2211.09800, equation 3). Rows come in three parts of B: caption
+    and CLIP (cc), the caption alone (c), neither (u). Returns [B, 6, S, S] with the variance channels of the first.
+    """
+    eps, variance = output.chunk(2, dim=1)
+    both, caption, neither = eps.chunk(3)
+    guided = neither + scale * (caption - neither) + clip_scale * (both - caption)
+    return torch.cat([guided, variance[: len(guided)]], dim=1)
+
+
 def run_steps(
     diffusion: Diffusion,
     denoise: Denoiser,
@@ -86,7 +99,9 @@ def sample(
     tokens: Tensor,
     mask: Tensor,
     clip_embedding: Tensor | None = None,
+    clip_scale: float = 1.0,
     guidance: float = 3.0,
+    clip_guidance: float | None = None,
     sampler: str = "ddpm",
     eta: float = 0.0,
     noise: Tensor | None = None,
@@ -99,14 +114,21 @@ def sample(
 ) -> Tensor:
     """Draw images [B, 3, S, S] in [-1, 1] for captions (tokens and mask [B, T]) with a bare Glide model.
 
-    clip_embedding [B, D] conditions on CLIP as well; the unconditional rows of guidance then drop caption and
-    CLIP together. guidance 1 means none and halves the work. noise is x_T [B, 3, S, S], drawn if not given and
-    multiplied by noise_scale (GLIDE's upsampler: 0.997). A generator makes all draws reproducible; one on the
-    CPU makes them equal on every device. low_res [B, 3, S/4, S/4] is rounded to 8-bit levels; known pixels of
-    inpaint_image (mask 1) stay as they are. eta is DDIM's. progress wraps the sequence of steps, as tqdm does.
+    clip_embedding [B, D] conditions on CLIP as well, clip_scale times as strongly as trained (0: not at all); the
+    unconditional rows of guidance then drop caption and CLIP together. guidance 1 means none and halves the work.
+    clip_guidance gives CLIP a scale of its own beside the caption's, for half as much work again.
 
-    The model is put in eval mode meanwhile. Raises GlideError for a sampler or option that does not exist.
+    noise is x_T [B, 3, S, S], drawn if not given and multiplied by noise_scale (GLIDE's upsampler: 0.997). A
+    generator makes all draws reproducible; one on the CPU makes them equal on every device. low_res
+    [B, 3, S/4, S/4] is rounded to 8-bit levels; known pixels of inpaint_image (mask 1) stay as they are. eta is
+    DDIM's. progress wraps the sequence of steps, as tqdm does.
+
+    The model is put in eval mode meanwhile. Raises GlideError for a sampler or option that does not exist, and for a
+    clip_scale below 0 or a clip_guidance without an embedding.
     """
+    check_clip_strength(clip_scale, clip_guidance, given=clip_embedding is not None)
+    if clip_scale == 0:
+        clip_embedding, clip_guidance = None, None
     step = _step(sampler, eta)
     device = tokens.device
     if noise is None:
@@ -115,7 +137,8 @@ def sample(
     conditions: dict[str, Any] = {"low_res": None if low_res is None else _round_to_bytes(low_res)}
     conditions |= {"inpaint_image": inpaint_image, "inpaint_mask": inpaint_mask}
     with _evaluating(model):
-        denoise = _denoiser(model, diffusion, tokens, mask, clip_embedding, guidance, conditions)
+        clip = None if clip_embedding is None else ClipPrompt(clip_embedding, clip_scale, clip_guidance)
+        denoise = _denoiser(model, diffusion, tokens, mask, clip, guidance, conditions)
         if inpaint_image is not None and inpaint_mask is not None:
             denoise = _keep_known(diffusion, denoise, inpaint_image, inpaint_mask)
         shape = noise.shape
@@ -136,34 +159,73 @@ def _step(sampler: str, eta: float) -> Step:
     return partial(step, eta=eta)
 
 
+class ClipPrompt(NamedTuple):
+    """What CLIP is to say, and how loudly."""
+
+    embedding: Tensor  # [B, D]
+    scale: float = 1.0
+    guidance: float | None = None  # None: that of the caption, which takes two passes instead of three
+
+
+def check_clip_strength(scale: float, guidance: float | None, *, given: bool) -> None:
+    """Raises ConfigError for what could not be drawn by."""
+    if not 0 <= scale < math.inf:
+        raise ConfigError(
+            f"clip_scale is {scale:g}", "CLIP can't add less than nothing", "give 0 (CLIP off) to about 1.5"
+        )
+    if guidance is not None and not math.isfinite(guidance):
+        raise ConfigError(f"clip_guidance is {guidance:g}", remedy="give a number, such as 1")
+    if guidance is not None and not given:
+        raise ConfigError(
+            f"clip_guidance = {guidance:g} without a CLIP embedding",
+            "it would do nothing",
+            "leave it out, or give a CLIP prompt to a model with an adapter",
+        )
+
+
 def _denoiser(
     model: Glide,
     diffusion: Diffusion,
     tokens: Tensor,
     mask: Tensor,
-    clip_embedding: Tensor | None,
+    clip: ClipPrompt | None,
     guidance: float,
     conditions: dict[str, Any],
 ) -> Denoiser:
-    """The model with everything but x_t and t fixed; the captions are encoded once, here."""
-    if guidance == 1:
-        text = model.encode_text(tokens, mask)
-        return lambda x, t: model(
-            x, diffusion.model_timesteps(t), text=text, clip_embedding=clip_embedding, **conditions
-        )
+    """The model with everything but x_t and t fixed; the captions are encoded once, here.
+
+    Its passes are rows of one batch, by (caption kept, CLIP kept).
+    """
+    passes, combine = _passes(guidance, clip.guidance if clip else None)
+    count, empty = len(tokens), torch.full_like(tokens, END_TOKEN)
     text = model.encode_text(
-        torch.cat([tokens, torch.full_like(tokens, END_TOKEN)]), torch.cat([mask, torch.zeros_like(mask)])
+        torch.cat([tokens if caption else empty for caption, _ in passes]),
+        torch.cat([mask if caption else torch.zeros_like(mask) for caption, _ in passes]),
     )
-    doubled = {name: _twice(value) for name, value in conditions.items()}
-    if clip_embedding is not None:
-        doubled["clip_embedding"] = _twice(clip_embedding)
-        doubled["clip_drop"] = torch.arange(2 * len(tokens), device=tokens.device) >= len(tokens)
+    given: dict[str, Any] = {name: _times(value, len(passes)) for name, value in conditions.items()}
+    if clip is not None:
+        given |= {"clip_embedding": _times(clip.embedding, len(passes)), "clip_scale": clip.scale}
+        if len(passes) > 1:
+            kept = torch.tensor([kept for _, kept in passes], device=tokens.device)
+            given["clip_drop"] = ~kept.repeat_interleave(count)
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
-        output = model(_twice(x), diffusion.model_timesteps(t).repeat(2), text=text, **doubled)
-        return guide(output, guidance)[: len(x)]
+        times = diffusion.model_timesteps(t).repeat(len(passes))
+        return combine(model(_times(x, len(passes)), times, text=text, **given))[:count]
 
     return denoise
+
+
+def _passes(
+    guidance: float, clip_guidance: float | None
+) -> tuple[list[tuple[bool, bool]], Callable[[Tensor], Tensor]]:
+    """(caption kept, CLIP kept) of each pass, and what makes one prediction of them."""
+    if clip_guidance is not None:
+        passes = [(True, True), (True, False), (False, False)]
+        return passes, partial(guide_apart, scale=guidance, clip_scale=clip_guidance)
+    if guidance == 1:
+        return [(True, True)], lambda output: output
+    return [(True, True), (False, False)], partial(guide, scale=guidance)
 
 
 def _keep_known(diffusion: Diffusion, denoise: Denoiser, image: Tensor, mask: Tensor) -> Denoiser:
@@ -177,8 +239,8 @@ def _keep_known(diffusion: Diffusion, denoise: Denoiser, image: Tensor, mask: Te
     return constrained
 
 
-def _twice(x: Tensor | None) -> Tensor | None:
-    return None if x is None else torch.cat([x, x])
+def _times(x: Tensor | None, count: int) -> Tensor | None:
+    return x if x is None or count == 1 else torch.cat([x] * count)
 
 
 def _draw(shape: Sequence[int], device: torch.device, generator: torch.Generator | None) -> Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -20,7 +21,9 @@ def draw(
     *,
     schedule: str,
     clip_embedding: Tensor | None = None,
+    clip_scale: float = 1.0,
     guidance: float = 3.0,
+    clip_guidance: float | None = None,
     steps: int | str = 100,
     sampler: str = "ddpm",
     seed: int = 0,
@@ -30,8 +33,8 @@ def draw(
 ) -> Tensor:
     """Draw uint8 [B, S, S, 3] for captions; the same seed gives the same pictures on any device.
 
-    `steps` is a respacing: a number, or a name such as fast27.
-    clip_embedding [B, D] conditions on CLIP; low_res [B, 3, S/4, S/4] is what an upsampler enlarges.
+    `steps` is a respacing: a number, or a name such as fast27. clip_embedding [B, D] conditions on CLIP (its
+    strength and guidance: diffusion.sample); low_res [B, 3, S/4, S/4] is what an upsampler enlarges.
     """
     device = next(model.parameters()).device
     tokens, mask = encode(captions, model.config.text_ctx)
@@ -41,7 +44,9 @@ def draw(
         tokens=tokens.to(device),
         mask=mask.to(device),
         clip_embedding=clip_embedding,
+        clip_scale=clip_scale,
         guidance=guidance,
+        clip_guidance=clip_guidance,
         sampler=sampler,
         noise_scale=noise_scale,
         low_res=low_res,
@@ -49,6 +54,21 @@ def draw(
         progress=progress,
     )
     return to_bytes(images)
+
+
+class Row(NamedTuple):
+    """Pictures that stand beside each other."""
+
+    images: Tensor  # uint8 [N, S, S, 3]
+    labels: list[str]
+
+
+def rows_grid(rows: Sequence[Row]) -> Image.Image:
+    """Rows one above the other, with white where one is shorter; each picture over its label."""
+    columns = max(len(row.labels) for row in rows)
+    images = [F.pad(row.images, (0, 0, 0, 0, 0, 0, 0, columns - len(row.labels)), value=255) for row in rows]
+    labels = [label for row in rows for label in [*row.labels, *[""] * (columns - len(row.labels))]]
+    return grid(torch.cat(images), labels, columns=columns)
 
 
 def grid(images: Tensor, captions: Sequence[str], columns: int = 8) -> Image.Image:

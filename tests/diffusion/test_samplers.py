@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from glide_ds.diffusion import SAMPLERS, create_diffusion, sample
-from glide_ds.diffusion.samplers import guide
-from glide_ds.errors import GlideError
+from glide_ds.diffusion.samplers import guide, guide_apart
+from glide_ds.errors import ConfigError, GlideError
 from glide_ds.model.text import TextEncoding
 from glide_ds.tokenizer import encode
 from glide_ds.types import GlideConfig
@@ -77,6 +77,47 @@ def test_the_unconditional_rows_drop_caption_and_clip_together() -> None:
         assert torch.equal(call["x"][:2], call["x"][2:])
         assert torch.equal(call["clip_embedding"], torch.cat([embedding, embedding]))
         assert call["clip_drop"].tolist() == [False, False, True, True]
+
+
+def test_clip_can_have_a_guidance_scale_of_its_own() -> None:
+    """eps = u + s (c - u) + t (cc - c), checked where every pass says something else."""
+    output = torch.randn(6, 6, 2, 2)
+    both, caption, neither = output[:, :3].chunk(3)
+    guided = guide_apart(output, 3.0, 0.5)
+    torch.testing.assert_close(guided[:, :3], neither + 3 * (caption - neither) + 0.5 * (both - caption))
+    assert torch.equal(guided[:, 3:], output[:2, 3:])
+    torch.testing.assert_close(guide_apart(output, 3.0, 3.0)[:, :3], neither + 3 * (both - neither))
+
+    model, embedding = Recorder(), torch.randn(2, 24)
+    draw(model, captions=("a", "b"), clip_embedding=embedding, clip_guidance=1.5)
+    ((_, mask),) = model.texts
+    assert mask.any(1).tolist() == [True] * 4 + [False] * 2
+    for call in model.calls:
+        assert call["clip_drop"].tolist() == [False] * 2 + [True] * 4
+        assert torch.equal(call["clip_embedding"], torch.cat([embedding] * 3))
+
+
+def test_a_clip_scale_of_zero_is_clip_off_and_any_other_reaches_the_model() -> None:
+    off, model = Recorder(), Recorder()
+    without = draw(off)
+    assert torch.equal(draw(model, clip_embedding=torch.randn(1, 24), clip_scale=0.0), without)
+    assert all("clip_embedding" not in call for call in model.calls)
+    draw(model, clip_embedding=torch.randn(1, 24), clip_scale=0.7)
+    assert model.calls[-1]["clip_scale"] == 0.7
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"clip_scale": -0.1}, "clip_scale is -0.1"),
+        ({"clip_scale": float("nan")}, "clip_scale is nan"),
+        ({"clip_guidance": 2.0}, "without a CLIP embedding"),
+        ({"clip_guidance": float("inf"), "clip_embedding": torch.ones(1, 24)}, "clip_guidance is inf"),
+    ],
+)
+def test_what_cannot_be_drawn_by_is_refused(options: dict[str, Any], part: str) -> None:
+    with pytest.raises(ConfigError, match=part):
+        draw(Recorder(), **options)
 
 
 def test_guidance_one_is_a_single_pass_with_the_same_result() -> None:
