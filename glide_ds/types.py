@@ -78,6 +78,9 @@ def send(host: Tensor, device: torch.device | str) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True)
 
 
+ON_HOST = ("sample_ids", "slots", "pictured")
+
+
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch of one rank, as the loader hands it over.
@@ -94,16 +97,21 @@ class Batch:
     captions: tuple[str, ...]  # as read, before dropout
     clip: Tensor | None = None  # float16 [B, D], from a store of embeddings
     low_res: Tensor | None = None  # uint8 [B, S/4, S/4, 3], for the upsampler
+    # Where CLIP reads pictures: bool [B], the rows whose embedding is the picture's; stays on the host.
+    pictured: Tensor | None = None
+    clip_images: Tensor | None = (
+        None  # uint8 [P, C, C, 3], the P pictured rows' at CLIP's own side, never mirrored
+    )
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with what the model reads on `device`; ids and slots stay, for the host reads them."""
+        """The same batch with what the model reads on `device`; the others stay, for the host reads them."""
         moved: dict[str, Any] = {
             f.name: send(value, device)
             for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor) and f.name not in ("sample_ids", "slots")
+            if isinstance(value := getattr(self, f.name), Tensor) and f.name not in ON_HOST
         }
         return replace(self, **moved)
 

@@ -57,6 +57,7 @@ SAMPLES = 13  # of a tar: no multiple of a batch
 def make_material(folder: Path) -> None:
     """Shards good and bad, embeddings, weights: all that a row names."""
     write_shard(folder / "plain.tar", [_sample(n) for n in range(SAMPLES)])
+    (folder / "photo.png").write_bytes(encoded(photo(3)))
     write_shard(folder / "other.tar", [_sample(n) for n in range(100, 100 + SAMPLES)])
     half = {"png": _sample(0)["png"][:200], "txt": b"half a picture"}
     write_shard(folder / "bad.tar", [*(_sample(n) for n in range(SAMPLES)), half])
@@ -123,8 +124,9 @@ def batches(config: Config, count: int = 4) -> Any:
         read = list(islice(source.batches(0), count))
     except DataError as error:
         return str(error)
+    tensors = ("images", "drop_clip", "clip", "pictured")
     held = [
-        (b.sample_ids.tolist(), digest(b.images), b.tokens.tolist(), b.drop_clip.tolist(), digest(b.clip))
+        (b.sample_ids.tolist(), b.tokens.tolist(), *(digest(getattr(b, name)) for name in tensors))
         for b in read
     ]
     return held, source.report(), source.batches_per_epoch

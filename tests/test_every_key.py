@@ -104,6 +104,7 @@ TABLE = [
         TWO_SETS,
     ),
     *rows(see.batches, {"data.shapes_samples": 32}),
+    *rows(see.batches, {"clip.image_share": 0.9}, {**TAR, "clip.source": "both"}),
     *rows(see.batches, {"data.damaged_shards": "salvage"}, {"data.shards": "cut.tar"}),
     *rows(see.many_batches, {"data.max_bad_fraction": 0.01}, {"data.shards": "bad.tar", "train_batch_size": 8}),
     *rows(see.loader_processes, {"data.workers": 1}),
@@ -269,6 +270,7 @@ TABLE = [
         },
         {**BASE_PHASE, **GRID},
     ),
+    *rows(see.grid, {"log.sample_images": ["photo.png"]}, {**GRID, "clip.source": "image"}),
     *rows(
         see.validated,
         {

@@ -12,22 +12,26 @@ import sys
 import tarfile
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from data_kit import encoded, photo, write_tar
+from data.data_kit import encoded, photo, source, write_tar
+from PIL import Image
 from ranks import COMMAND, Ranks, Warm
 
 from glide_ds.commands import prepare_clip as prepare
+from glide_ds.config import ClipConfig
+from glide_ds.data import shapes
 from glide_ds.data.clip_store import ClipStore, Encoder, picture_hash, text_hash
 from glide_ds.data.pictures.decode import DecodeOptions, decode, image_member
 from glide_ds.data.shapes import write_shards
 from glide_ds.data.tars.shards import open_shards
 from glide_ds.errors import DataError
-from glide_ds.model.clip import FrozenClip
+from glide_ds.model.clip import FrozenClip, weights_hash
 
 
 def arguments(*words: str) -> argparse.Namespace:
@@ -49,13 +53,14 @@ def test_embeddings_are_the_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyP
     prepare.run(arguments(*words))
     assert {p.name: p.read_bytes() for p in (tmp_path / "c").iterdir()} == before
     shards = open_shards(str(tmp_path / "s"))
-    store = ClipStore(tmp_path / "c", shards, Encoder("builtin:tiny", "builtin", source))
+    cropping = (None, None) if source == "text" else ("center", True)
+    store = ClipStore(tmp_path / "c", shards, Encoder("builtin:tiny", "builtin", source, *cropping))
     members = [shards.read(n) for n in range(10)]
     encoder = FrozenClip("builtin:tiny", "builtin", source=source)
     if source == "text":
         wanted = encoder.encode_text([each["txt"].decode() for each in members])
     else:
-        pictures = [decode(image_member(each), DecodeOptions(prepare.PICTURE_SIDE)) for each in members]
+        pictures = [decode(image_member(each), DecodeOptions(32)) for each in members]
         wanted = encoder.encode_image(torch.from_numpy(np.stack(pictures)))
     hashes = [
         text_hash(each["txt"].decode()) if source == "text" else picture_hash(image_member(each))
@@ -66,7 +71,42 @@ def test_embeddings_are_the_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert np.ptp(wanted.numpy(), axis=0).max() > 0.1  # they differ, so that none stands for another
     assert np.allclose(np.linalg.norm(rows.astype(float), axis=1), 1, atol=1e-2)
     with pytest.raises(DataError, match="another --out"):
-        prepare.run(arguments(*words, "--source", "image" if source == "text" else "text"))
+        prepare.run(arguments(*words, "--weights", "other"))
+
+
+def test_store_training_and_validation_embed_a_picture_alike(tmp_path: Path) -> None:
+    """Whatever its format and border, and the side that is trained on: to 1e-3 of the cosine, in float16."""
+    frame = ((9, 9), (40, 40), (0, 0))
+    big = np.asarray(Image.fromarray(shapes.draw(5, 96)[0]).resize((300, 200)))
+    layer = np.dstack([shapes.draw(6, 64)[0], np.full((64, 64), 128, np.uint8)])
+    pictures = [
+        {"png": encoded(shapes.draw(1, 64)[0])},
+        {"jpg": encoded(big, "JPEG", quality=85)},
+        {"jpg": encoded(np.pad(big, frame), "JPEG", quality=95)},
+        {"png": encoded(np.pad(shapes.draw(3, 64)[0], frame, constant_values=255))},
+        {"webp": encoded(shapes.draw(4, 80)[0], "WEBP", quality=90)},
+        {"png": encoded(layer)},
+    ]
+    tar = write_tar(
+        tmp_path / "x.tar", [(f"{i}", {**m, "txt": f"t {i}".encode()}) for i, m in enumerate(pictures)]
+    )
+    clip, weights = FrozenClip("builtin:tiny"), weights_hash("builtin:tiny", "openai")
+    for number, (crop, trim) in enumerate(product(("center", "pad"), (True, False))):
+        folder = tmp_path / f"clip-{number}"
+        words = [str(tar), "--out", str(folder), "--model", "builtin:tiny", "--source", "both", "--crop", crop]
+        prepare.run(arguments(*words, *([] if trim else ["--no_trim"])))
+        data = {"crop": crop, "trim": trim, "drop_both": 0.0, "shuffle": False, "batch": 6}
+        for side, kind in ((16, "image"), (64, "image"), (32, "both")):
+            config = ClipConfig(model="builtin:tiny", source=kind)
+            stored = source(str(tar), size=side, clip=config, clip_store=str(folder), **data)
+            stored.clip.of_weights(weights)
+            kept, trained = stored.one(0), source(str(tar), size=side, clip=config, clip_side=32, **data).one(0)
+            assert torch.equal(kept.pictured, trained.pictured)
+            assert kept.clip_images is None
+            cosine = torch.cosine_similarity(kept.clip.float(), clip.embed(trained))
+            assert (cosine > 1 - 1e-3).all(), (side, kind, crop, trim, cosine)
+            others = torch.cosine_similarity(kept.clip.float(), clip.embed(trained).roll(1, 0))
+            assert others.min() < 0.9
 
 
 def test_a_sample_without_caption_gets_zeros(tmp_path: Path) -> None:

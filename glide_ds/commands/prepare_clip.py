@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from glide_ds.config import ClipConfig
 from glide_ds.data.captions import read_caption
 from glide_ds.data.clip_store import (
     Embedded,
@@ -28,19 +29,18 @@ from glide_ds.data.clip_store import (
     Places,
     Rows,
     StoreNote,
+    encoders,
     picture_hash,
     read_note,
     text_hash,
     write_store,
 )
-from glide_ds.data.pictures.decode import DecodeOptions, Pixels, decode, image_member
+from glide_ds.data.pictures.decode import Cropping, DecodeOptions, Pixels, decode, image_member
 from glide_ds.data.tally import Unusable
 from glide_ds.data.tars.shards import ShardSet, open_shards
 from glide_ds.errors import DataError
-from glide_ds.model.clip import FrozenClip, weights_hash
+from glide_ds.model.clip import SOURCES, FrozenClip, weights_hash
 from glide_ds.progress import Progress
-
-PICTURE_SIDE = 224  # what pictures are decoded at before the encoder resizes them to its own input
 
 
 class Place(NamedTuple):
@@ -56,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="the store's folder, for data.clip_store")
     parser.add_argument("--model", default="ViT-L/14")
     parser.add_argument("--weights", default="openai", help="open_clip's tag or a local file")
-    parser.add_argument("--source", choices=["text", "image"], default="text")
+    parser.add_argument("--source", choices=SOURCES, default="text", help="as clip.source")
+    parser.add_argument("--crop", choices=["center", "pad"], default="center", help="as data.crop, of pictures")
+    parser.add_argument("--no_trim", dest="trim", action="store_false", help="as data.trim=false, of pictures")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--index_dir")
     parser.add_argument("--force", action="store_true", help="compute again what is there")
@@ -66,16 +68,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     place = _place(args.local_rank)
     shards = open_shards(args.shards, args.index_dir, salvage=True, part=(place.rank, place.world_size))
-    encoder = Encoder(args.model, args.weights, args.source)
+    config = ClipConfig(model=args.model, weights=args.weights, source=args.source)
+    clip: FrozenClip | None = None
+    for encoder in encoders(config, Cropping(args.crop, args.trim)):
+        clip = embed_shards(args, place, shards, encoder, clip)
+
+
+def embed_shards(
+    args: argparse.Namespace, place: Place, shards: ShardSet, encoder: Encoder, clip: FrozenClip | None
+) -> FrozenClip | None:
+    """This process's share of the shards, by one kind of embedding. The model goes in and out, once it's loaded."""
     made_by = weights_hash(args.model, args.weights)
     store = Places(args.out)
     mine = range(place.rank, len(shards.urls), place.world_size)
     todo = [n for n in mine if args.force or not _is_done(store, shards, n, encoder, made_by)]
-    print(f"rank {place.rank}: {len(todo)} shards to embed, {len(mine) - len(todo)} are done", flush=True)
+    print(
+        f"rank {place.rank}: {len(todo)} shards to embed by {encoder.source}, {len(mine) - len(todo)} are done",
+        flush=True,
+    )
     if not todo:
-        return
+        return clip
     known = Embedded([] if args.force else _of_other_shards(store, shards, todo), encoder, made_by)
-    clip = FrozenClip(args.model, args.weights, place.device, source=args.source)
+    clip = clip or FrozenClip(args.model, args.weights, place.device, source=args.source)
     became: Counter[str] = Counter()
     with Progress(f"rank {place.rank}: embedding", len(todo), "shards") as progress:
         for shard in progress.over(todo):
@@ -85,6 +99,7 @@ def run(args: argparse.Namespace) -> None:
         f"{became['missing']} samples have none",
         flush=True,
     )
+    return clip
 
 
 def _of_other_shards(store: Places, shards: ShardSet, todo: list[int]) -> list[Path]:
@@ -107,6 +122,8 @@ def _is_done(store: Places, shards: ShardSet, shard: int, encoder: Encoder, made
         try:
             note = read_note(path)
         except DataError:
+            continue
+        if note.encoder.source != encoder.source:
             continue
         if note.encoder != encoder:
             raise DataError(
@@ -134,7 +151,8 @@ def embed_shard(
     rows = np.zeros((head.samples, clip.dim), np.float16)
     hashes = np.zeros(head.samples, np.uint64)
     computed = 0
-    for numbers, inputs in _batches(shards, shard, encoder.source, batch, known, rows, hashes):
+    options = DecodeOptions(clip.image_side, encoder.crop or "center", encoder.trim is not False)
+    for numbers, inputs in _batches(shards, shard, encoder.source, options, batch, known, rows, hashes):
         rows[numbers] = _encode(clip, encoder.source, inputs)
         computed += len(numbers)
     missing = int((hashes == 0).sum())
@@ -152,11 +170,17 @@ def embed_shard(
 
 
 def _batches(
-    shards: ShardSet, shard: int, source: str, batch: int, known: Embedded, rows: Rows, hashes: Hashes
+    shards: ShardSet,
+    shard: int,
+    source: str,
+    options: DecodeOptions,
+    batch: int,
+    known: Embedded,
+    rows: Rows,
+    hashes: Hashes,
 ) -> Iterator[tuple[list[int], list[str | Pixels]]]:
     """(sample numbers in the shard, captions or pictures) of what is to be computed; puts what is known into `rows`."""
     first = int(shards.ends[shard] - shards.sizes[shard])
-    options = DecodeOptions(PICTURE_SIDE)
     numbers: list[int] = []
     inputs: list[str | Pixels] = []
     for number in range(int(shards.sizes[shard])):

@@ -207,11 +207,25 @@ def _conflicts(made: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> list[Fa
                 "remove it (it defaults to train.steps) or raise it",
             )
         )
+    images = made["log"].sample_images if made.get("log") else ()
+    if images and clip and not clip.pictured:
+        faults.append(
+            Fault(
+                f"log.sample_images = {list(images)} with clip.source = 'text'",
+                "an adapter that never saw a picture's embedding would be shown them",
+                "set clip.source=both or image, or remove log.sample_images",
+            )
+        )
+    if images and model and model.architecture.upsamples:
+        fault = (
+            f"log.sample_images = {list(images)} with an upsampler, which enlarges pictures of the run's data"
+        )
+        faults.append(Fault(fault, remedy="remove log.sample_images"))
     if model and model.architecture.inpaints:
-        if clip and clip.source == "image":
+        if clip and clip.pictured:
             faults.append(
                 Fault(
-                    "clip.source = 'image' shows an inpaint model what it should fill in",
+                    f"clip.source = {clip.source!r} shows an inpaint model what it should fill in",
                     remedy="use clip.source=text",
                 )
             )

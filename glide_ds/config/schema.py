@@ -253,10 +253,29 @@ class ClipConfig(Section):
 
     model: str = fixed("ViT-L/14", "its name as people write it, or builtin:tiny")
     weights: str = fixed("openai", "open_clip's tag or a local file; builtin:tiny brings its own")
-    source: Literal["text", "image"] = fixed("text", "which embedding trains the adapter")
+    source: Literal["text", "image", "both"] = fixed(
+        "text", "which embedding trains the adapter; both: a model that takes either prompt"
+    )
+    image_share: float = fixed(
+        0.5, "of the samples whose picture is embedded, with source=both; the others' caption is", gt=0, lt=1
+    )
     drop: float = fixed(
         0.1, "probability that CLIP alone is dropped (with the caption: data.drop_both)", ge=0, le=1
     )
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.source != "both" and self.image_share != type(self).model_fields["image_share"].default:
+            fault = Fault(
+                f"clip.image_share = {self.image_share:g} with clip.source = {self.source!r}",
+                "it would do nothing",
+                "set clip.source=both, or remove it",
+            )
+            yield Conflict(("source", "image_share"), fault)
+
+    @property
+    def pictured(self) -> float:
+        """The share of samples whose embedding is their picture's."""
+        return {"text": 0.0, "image": 1.0, "both": self.image_share}[self.source]
 
 
 class LrScale(Section):
@@ -396,6 +415,9 @@ class LogConfig(Section):
     tensorboard: bool = free(True, "write RUN/tensorboard too")
     samples_every: int = free(1000, "steps between two sample grids; 0 draws none", ge=0)
     sample_prompts: Texts = free((), "what the grids show; none: captions of the run's own data")
+    sample_images: Texts = free(
+        (), "picture files that the grids vary, where clip.source is image or both; none: of the run's own data"
+    )
     samples: int = free(8, "pictures per grid where the prompts come from the data", ge=1)
     sample_steps: int = free(50, "timesteps of a picture in a grid", ge=1)
     guidance: float = free(3.0, "scale of classifier-free guidance in a grid")

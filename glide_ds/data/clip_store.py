@@ -23,6 +23,8 @@ import numpy as np
 from cachetools import LRUCache
 from numpy.typing import NDArray
 
+from glide_ds.config import ClipConfig
+from glide_ds.data.pictures.decode import Cropping
 from glide_ds.data.tars.shards import ShardSet
 from glide_ds.data.tars.storage import LocalFile, fault, local_path, open_at_once
 from glide_ds.errors import DataError
@@ -60,6 +62,15 @@ class Encoder:
     model: str
     weights: str
     source: str  # text | image
+    crop: str | None = None  # how pictures were made square, as data.crop and data.trim say
+    trim: bool | None = None
+
+
+def encoders(clip: ClipConfig, cropping: Cropping) -> list[Encoder]:
+    """What must have made a run's embeddings: those of captions, of pictures, or both."""
+    of_text = Encoder(clip.model, clip.weights, "text")
+    of_pictures = Encoder(clip.model, clip.weights, "image", *cropping)
+    return [encoder for encoder in (of_text, of_pictures) if clip.source in (encoder.source, "both")]
 
 
 @dataclass(frozen=True)
@@ -159,6 +170,35 @@ def write_store(folder: str | Path, url: str, rows: Rows, hashes: Hashes, note: 
 # ---- reading
 
 
+class Embeddings:
+    """What conditions a set of shards, by sample number: embeddings of captions, of pictures, or of each its share."""
+
+    def __init__(self, folder: str | Path, shards: ShardSet, made_by: Sequence[Encoder]) -> None:
+        """Raises DataError where something is missing (see ClipStore)."""
+        self.stores = {encoder.source: ClipStore(folder, shards, encoder) for encoder in made_by}
+        self.dim = next(iter(self.stores.values())).dim
+
+    def of_weights(self, weights_hash: str) -> None:
+        """Keep to what the encoder with these weights made. Raises DataError where a shard has none of it."""
+        for store in self.stores.values():
+            store.of_weights(weights_hash)
+
+    def keep_open(self, arrays: int) -> None:
+        """Have room for that many open arrays in each process, beside their shards."""
+        for store in self.stores.values():
+            store.keep_open(arrays)
+
+    def rows(self, samples: NDArray[np.int64], hashes: Sequence[int], pictured: NDArray[np.bool_]) -> Rows:
+        """float16 [B, D]: of the picture in rows that are `pictured`, else of the caption. Raises as ClipStore's."""
+        if len(self.stores) == 1:
+            return next(iter(self.stores.values())).rows(samples, hashes)
+        out = np.empty((len(samples), self.dim), np.float16)
+        for source, here in (("text", ~pictured), ("image", pictured)):
+            wanted = [value for value, is_here in zip(hashes, here.tolist(), strict=True) if is_here]
+            out[here] = self.stores[source].rows(samples[here], wanted)
+        return out
+
+
 class ClipStore:
     """The embeddings of a set of shards, by sample number.
 
@@ -174,14 +214,15 @@ class ClipStore:
             shards.urls, shards.fingerprints, shards.sizes.tolist(), strict=True
         ):
             found = places.of(url, fingerprint)
-            notes = [read_note(path) for path in found]
-            if not notes:
+            if not found:
                 raise _none_for(url, places)
-            for note in notes:
+            noted = [(path, read_note(path)) for path in found]
+            # A folder may hold embeddings of captions and of pictures; where these are none of ours, the check says so.
+            noted = [each for each in noted if each[1].encoder.source == encoder.source] or noted
+            for _, note in noted:
                 _check(note, encoder, url, fingerprint, samples)
                 dims.add(note.dim)
-            made = zip(found, notes, strict=True)
-            self._made.append([(path.with_suffix(".npy"), note.weights_hash) for path, note in made])
+            self._made.append([(path.with_suffix(".npy"), note.weights_hash) for path, note in noted])
         if len(dims) != 1:
             raise DataError(
                 f"the embeddings in {folder} have the widths {sorted(dims)}", remedy="prepare them anew"
@@ -335,13 +376,18 @@ def _none_for(url: str, places: Places) -> DataError:
     return _no_embeddings(places.folder, f"none of {url}")
 
 
+_KEYS = {"crop": "data.crop", "trim": "data.trim"} | {
+    name: f"clip.{name}" for name in ("model", "weights", "source")
+}
+
+
 def _check(note: StoreNote, encoder: Encoder, url: str, fingerprint: str, samples: int) -> None:
     for name, wanted in asdict(encoder).items():
         found = getattr(note.encoder, name)
         if found != wanted:
             raise DataError(
-                f"the embeddings of {url} were made with clip.{name}={found}, this run has {wanted}",
-                remedy=f"run `glide-ds prepare clip` for {wanted}, or set clip.{name}={found}",
+                f"the embeddings of {url} were made with {_KEYS[name]}={found}, this run has {wanted}",
+                remedy=f"run `glide-ds prepare clip` for {wanted}, or set {_KEYS[name]}={found}",
             )
     if (note.fingerprint, note.samples) != (fingerprint, samples):
         raise DataError(

@@ -41,10 +41,10 @@ class Sender:
         size = sum(len(piece) for piece in pieces)
         self._turn = (self._turn + 1) % len(self._buffers)
         buffer = self._buffers[self._turn]
-        known = buffer is not None and len(buffer) == size
+        known = buffer is not None and len(buffer) >= size  # batches differ in how many pictures CLIP reads
         if buffer is None or not known:
             buffer = self._buffers[self._turn] = torch.empty(size, dtype=torch.uint8).share_memory_()
-        torch.cat(pieces, out=buffer)
+        torch.cat(pieces, out=buffer[:size])
         info = get_worker_info()
         return Packed(
             info.id if info else 0,
@@ -67,6 +67,6 @@ class Receiver:
         if packed.buffer is not None:
             self._buffers[key] = packed.buffer
         sizes = [shape.numel() * dtype.itemsize for _, dtype, shape in packed.parts]
-        pieces = zip(packed.parts, self._buffers[key].clone().split(sizes), strict=True)
+        pieces = zip(packed.parts, self._buffers[key][: sum(sizes)].clone().split(sizes), strict=True)
         tensors = {name: piece.view(dtype).view(shape) for (name, dtype, shape), piece in pieces}
         return Batch(captions=packed.captions, **tensors)

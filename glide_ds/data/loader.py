@@ -4,7 +4,7 @@ One item of the underlying data set is a whole micro-batch, named by (step, micr
 samples it holds and how each is augmented follows from the seed and those numbers alone (`order`), so the
 worker processes that build items share no state, and starting at any step costs nothing.
 
-S image side, B micro-batch, T caption tokens.
+S image side, B micro-batch, T caption tokens, C side of the pictures that CLIP reads.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from glide_ds import tokenizer
 from glide_ds.config import ClipConfig, DataConfig
-from glide_ds.data.clip_store import ClipStore, Encoder
+from glide_ds.data.clip_store import Embeddings, encoders
 from glide_ds.data.filters import Filtered
 from glide_ds.data.handover import Packed, Receiver, Sender
 from glide_ds.data.order import MixOrder, Order, micro_slots, mix, uniform
+from glide_ds.data.pictures.decode import Cropping
 from glide_ds.data.pictures.resample import Pixels, resize
 from glide_ds.data.samples import Sample, SampleSet, ShardSamples, open_samples
 from glide_ds.data.tally import Tally, Unusable
@@ -37,7 +38,7 @@ ENOUGH_TO_JUDGE = 200  # samples read before data.max_bad_fraction can stop a ru
 PREFETCH = 4  # micro-batches each worker prepares ahead
 
 # What a per-sample random number is for; part of its hash, so the draws are independent.
-_SUBSTITUTE, _CAPTION, _FLIP, _DROP = range(4)
+_SUBSTITUTE, _CAPTION, _FLIP, _DROP, _PICTURE = range(5)
 
 
 class Made(NamedTuple):
@@ -68,6 +69,7 @@ class Layout:
     world_size: int
     seed: int
     low_res: bool = False
+    image_share: float = 0.0  # of the samples whose CLIP embedding is the picture's, not the caption's
 
     @property
     def accumulation(self) -> int:
@@ -95,7 +97,7 @@ class MicroBatches(Dataset[Made]):
         order: Order | MixOrder,
         config: DataConfig,
         layout: Layout,
-        clip: ClipStore | None = None,
+        clip: Embeddings | None = None,
     ) -> None:
         self.samples, self.order, self.config, self.layout, self.clip = samples, order, config, layout, clip
 
@@ -114,21 +116,32 @@ class MicroBatches(Dataset[Made]):
         size = layout.image_size
         images = np.empty((len(slots), size, size, 3), np.uint8)
         ids = drawn.ids.copy()
-        captions, hashes = [], []
+        captions, hashes, for_clip = [], [], []
         dice = uniform(_CAPTION, layout.seed, drawn.epochs, drawn.ids).tolist()
-        wishes = zip(drawn.ids.tolist(), drawn.epochs.tolist(), dice, strict=True)
-        for row, (wanted, epoch, die) in enumerate(wishes):
-            ids[row], sample = self._usable(wanted, epoch, die, tally)
+        pictured = uniform(_PICTURE, layout.seed, drawn.epochs, drawn.ids) < layout.image_share
+        wishes = zip(drawn.ids.tolist(), drawn.epochs.tolist(), dice, pictured.tolist(), strict=True)
+        for row, (wanted, epoch, die, shown) in enumerate(wishes):
+            ids[row], sample = self._usable(wanted, epoch, die, shown, tally)
             images[row] = sample.pixels
             captions.append(sample.caption)
             hashes.append(sample.hash)
+            if sample.clip_pixels is not None:
+                for_clip.append(sample.clip_pixels)
         tally.delivered = len(slots)
-        batch = self._batch(ids, slots, drawn.epochs, images, tuple(captions), hashes)
+        batch = self._batch(ids, slots, drawn.epochs, images, tuple(captions))
+        if self.clip:
+            batch = replace(batch, clip=torch.from_numpy(self.clip.rows(ids, hashes, pictured)))
+        if layout.image_share:
+            batch = replace(
+                batch,
+                pictured=torch.from_numpy(pictured),
+                clip_images=torch.from_numpy(np.stack(for_clip)) if for_clip else None,
+            )
         if drawn.padding.any():
             batch = replace(batch, sample_ids=torch.from_numpy(np.where(drawn.padding, -1 - ids, ids)))
         return batch
 
-    def _usable(self, wanted: int, epoch: int, die: float, tally: Tally) -> tuple[int, Sample]:
+    def _usable(self, wanted: int, epoch: int, die: float, pictured: bool, tally: Tally) -> tuple[int, Sample]:
         """The wanted sample, or the first usable one of a sequence that follows from its id and epoch.
 
         Raises GlideError where there is none, and where the set can't be read.
@@ -138,7 +151,7 @@ class MicroBatches(Dataset[Made]):
             tally.read += 1
             try:
                 # A store has one embedding per sample: that of the caption its first draw gives.
-                sample = self.samples.load(candidate, 0.0 if self.clip else die)
+                sample = self.samples.load(candidate, 0.0 if self.clip else die, pictured=pictured)
             except Filtered as finding:
                 tally.filtered[finding.cause] += 1
             except Unusable as finding:
@@ -164,7 +177,6 @@ class MicroBatches(Dataset[Made]):
         epochs: np.ndarray[Any, np.dtype[np.int64]],
         images: Pixels,
         captions: tuple[str, ...],
-        hashes: list[int],
     ) -> Batch:
         config, seed = self.config, self.layout.seed
         mirrored = uniform(_FLIP, seed, epochs, ids) < config.flip
@@ -182,7 +194,6 @@ class MicroBatches(Dataset[Made]):
             mask=mask,
             drop_clip=torch.from_numpy(drop_both),
             captions=captions,
-            clip=torch.from_numpy(self.clip.rows(ids, hashes)) if self.clip else None,
             low_res=torch.from_numpy(_low_res(images)) if self.layout.low_res else None,
         )
 
@@ -215,7 +226,7 @@ class Source:
     """A BatchSource (types.py) over a set of samples."""
 
     def __init__(
-        self, samples: SampleSet, config: DataConfig, layout: Layout, clip: ClipStore | None = None
+        self, samples: SampleSet, config: DataConfig, layout: Layout, clip: Embeddings | None = None
     ) -> None:
         self.samples, self.config, self.layout, self.clip = samples, config, layout, clip
         self.order = _order(samples, config, layout)
@@ -328,19 +339,33 @@ def build_source(
     seed: int,
     low_res: bool = False,
     clip: ClipConfig | None = None,
+    clip_side: int | None = None,
 ) -> Source:
     """This rank's source of micro-batches. Raises DataError or ConfigError before anything is trained.
 
-    `clip` says which encoder the embeddings of data.clip_store must come from; without a store it says nothing.
+    `clip` says which encoder the embeddings of data.clip_store must come from, and what they are made of.
+    `clip_side` is the side of the pictures that the encoder reads: batches bring them where its embeddings are made
+    of pictures and are not in a store.
     """
     layout = Layout(
-        image_size, context_length, global_batch, micro_batch, rank, world_size, seed, low_res=low_res
+        image_size,
+        context_length,
+        global_batch,
+        micro_batch,
+        rank,
+        world_size,
+        seed,
+        low_res=low_res,
+        image_share=clip.pictured if clip else 0.0,
     )
     samples = open_samples(config, image_size, rank, world_size)
-    return Source(samples, config, layout, _open_store(config, samples, clip))
+    store = _open_store(config, samples, clip)
+    if not store:
+        samples.clip_side = clip_side
+    return Source(samples, config, layout, store)
 
 
-def _open_store(config: DataConfig, samples: SampleSet, clip: ClipConfig | None) -> ClipStore | None:
+def _open_store(config: DataConfig, samples: SampleSet, clip: ClipConfig | None) -> Embeddings | None:
     if config.clip_store is None or clip is None:
         return None
     if not isinstance(samples, ShardSamples):
@@ -348,5 +373,5 @@ def _open_store(config: DataConfig, samples: SampleSet, clip: ClipConfig | None)
             f"data.clip_store={config.clip_store} can't go with {config.shards}, which has no shards",
             remedy="unset it",
         )
-    samples.embedded = clip.source
-    return ClipStore(config.clip_store, samples.shards, Encoder(clip.model, clip.weights, clip.source))
+    samples.hashed = True
+    return Embeddings(config.clip_store, samples.shards, encoders(clip, Cropping(config.crop, config.trim)))

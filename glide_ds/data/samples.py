@@ -14,7 +14,7 @@ from glide_ds.config import DataConfig, FilterConfig, cache_dir
 from glide_ds.data.captions import TEXT_EXTENSIONS, read_caption
 from glide_ds.data.clip_store import picture_hash, text_hash
 from glide_ds.data.filters import check as check_rules
-from glide_ds.data.pictures.decode import DecodeOptions, decode, image_member
+from glide_ds.data.pictures.decode import DecodeOptions, decode_at, image_member
 from glide_ds.data.pictures.resample import Pixels
 from glide_ds.data.shapes import HELD_OUT
 from glide_ds.data.shapes import draw as draw_shape
@@ -33,6 +33,7 @@ class Sample(NamedTuple):
     caption: str
     notes: tuple[str, ...] = ()  # what was tolerated
     hash: int = 0  # of what a CLIP store has the embedding of, where there is one
+    clip_pixels: Pixels | None = None  # uint8 [C, C, 3], the same picture for CLIP, where it is to be embedded
 
 
 class SampleSet(Protocol):
@@ -42,6 +43,7 @@ class SampleSet(Protocol):
     part_sizes: list[np.ndarray[Any, np.dtype[np.int64]]]  # the same, by part of a mix
     fingerprint: str
     duplicates: int  # samples with a key that an earlier one of their shard has; read like all others
+    clip_side: int | None  # C, where pictures are to be embedded while training
 
     def __len__(self) -> int: ...
 
@@ -49,10 +51,10 @@ class SampleSet(Protocol):
         """(first sample, count) of the part of the mix that a sample belongs to."""
         ...
 
-    def load(self, sample: int, draw: float) -> Sample:
+    def load(self, sample: int, draw: float, *, pictured: bool = False) -> Sample:
         """Raises Unusable with the cause, and GlideError where the set itself can't be read.
 
-        `draw` in [0, 1) picks among several captions.
+        `draw` in [0, 1) picks among several captions. `pictured`: what CLIP embeds is the picture, not the caption.
         """
         ...
 
@@ -74,7 +76,8 @@ class ShardSamples:
         self._unread = [unread(shards, filter) for shards, filter in parts]
         self.sizes, self.fingerprint = self.shards.sizes, self.shards.fingerprint
         self.duplicates, self.name = self.shards.duplicates, self.shards.name
-        self.embedded: str | None = None  # what a CLIP store was made of: text or image
+        self.clip_side: int | None = None
+        self.hashed = False  # whether a CLIP store wants to know what its embeddings are of
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -84,7 +87,7 @@ class ShardSamples:
         first = self._ends[part - 1] if part else 0
         return first, self._ends[part] - first
 
-    def load(self, sample: int, draw: float) -> Sample:
+    def load(self, sample: int, draw: float, *, pictured: bool = False) -> Sample:
         part = bisect_right(self._ends, sample)
         members = self.shards.read(sample, self._unread[part])
         check_rules(members, self._filters[part])
@@ -94,20 +97,17 @@ class ShardSamples:
             if not self._unread[part] or error.cause not in IN_THE_RECORD:
                 raise
             caption, notes = read_caption(self.shards.read(sample), draw)
-        picture = image_member(members)
-        return Sample(decode(picture, self.options), caption, notes, self._hash(caption, picture))
+        picture, hashed = image_member(members), 0
+        if self.hashed:
+            hashed = picture_hash(picture) if pictured else text_hash(caption)
+        sides = [self.options.size, *([self.clip_side] if pictured and self.clip_side else [])]
+        pixels, *for_clip = decode_at(picture, self.options, *sides)
+        return Sample(pixels, caption, notes, hashed, *for_clip)
 
-    def hash(self, sample: int) -> int:
+    def hash(self, sample: int, *, pictured: bool) -> int:
         """Of what a CLIP store has the embedding of. Raises Unusable, and GlideError where the set can't be read."""
         members = self.shards.read(sample)
-        if self.embedded == "image":
-            return picture_hash(image_member(members))
-        return text_hash(read_caption(members, 0.0)[0])
-
-    def _hash(self, caption: str, picture: bytes) -> int:
-        if self.embedded is None:
-            return 0
-        return picture_hash(picture) if self.embedded == "image" else text_hash(caption)
+        return picture_hash(image_member(members)) if pictured else text_hash(read_caption(members, 0.0)[0])
 
     def keep_open(self, shards: int) -> None:
         self.shards.keep_open(shards)
@@ -126,6 +126,7 @@ class ShapeSamples:
         self.sizes = np.array([samples], np.int64)
         self.fingerprint = f"shapes-{'heldout-' if held_out else ''}{samples}"
         self.part_sizes, self.duplicates = [self.sizes], 0
+        self.clip_side: int | None = None
         self._size, self._first = size, HELD_OUT if held_out else 0
 
     def __len__(self) -> int:
@@ -134,8 +135,10 @@ class ShapeSamples:
     def span(self, sample: int) -> tuple[int, int]:
         return 0, len(self)
 
-    def load(self, sample: int, draw: float) -> Sample:
-        return Sample(*draw_shape(self._first + sample, self._size))
+    def load(self, sample: int, draw: float, *, pictured: bool = False) -> Sample:
+        number = self._first + sample
+        for_clip = draw_shape(number, self.clip_side)[0] if pictured and self.clip_side else None
+        return Sample(*draw_shape(number, self._size), clip_pixels=for_clip)
 
     def keep_open(self, shards: int) -> None:
         """Nothing is opened."""

@@ -45,6 +45,9 @@ class Figures:
     loss_by_quartile: dict[str, float]  # of `loss`, by quarter of the timesteps
     gain_with_caption: Gain | None
     gain_without_caption: Gain | None
+    gain_of_pictures: Gain | None = (
+        None  # by the pictures' embeddings, caption emptied, where both kinds are given
+    )
 
 
 class HeldOut:
@@ -61,6 +64,7 @@ class HeldOut:
         captions: Iterable[str],
         embedding: Tensor | None,  # [B, D]
         *,
+        picture_embedding: Tensor | None = None,  # [B, D], where the other one is the captions'
         low_res: Tensor | None = None,  # uint8 [B, S/4, S/4, 3]
         rows: Tensor | None = None,
         count: int | None = None,
@@ -72,8 +76,18 @@ class HeldOut:
         self.low_res = None if low_res is None else to_signed(low_res)
         noise = torch.randn((self.count, *self.x0.shape[1:]), generator=torch.Generator().manual_seed(0))
         self.noise = noise[self.rows].clone()
+        empty = [""] * len(self.captions)
+        asked = {
+            "gain_with_caption": (self.captions, embedding),
+            "gain_without_caption": (empty, embedding),
+            "gain_of_pictures": (empty, picture_embedding),
+        }
         # Samples next to each other have nearly the same timestep, so a rotation shuffles fairly.
-        self.shuffled = None if embedding is None else self._rotated(embedding)
+        self.gains = {
+            name: (captions, (right, self._rotated(right), None))
+            for name, (captions, right) in asked.items()
+            if right is not None
+        }
 
     def measure(self, model: Glide) -> Figures:
         """Everything, in one pass over the samples per figure. Collective."""
@@ -84,19 +98,17 @@ class HeldOut:
         by_quartile = [torch.where(quartile == q, on, 0.0) for q in range(QUARTILES)]
         in_quartile = [(quartile == q).double() for q in range(QUARTILES)]
         columns = [on, off, *by_quartile, *in_quartile]
-        if self.embedding is not None:
-            for captions in (self.captions, [""] * len(self.captions)):
-                for embedding in (self.embedding, self.shuffled, None):
-                    columns.append(self._x0_errors(model, captions, embedding))
+        for captions, embeddings in self.gains.values():
+            columns += [self._x0_errors(model, captions, embedding) for embedding in embeddings]
         sums = _over_ranks(torch.stack(columns).sum(1))
         loss, loss_off = (sums[:2] / self.count).tolist()
         totals, counts = sums[2 : 2 + 2 * QUARTILES].view(2, QUARTILES).tolist()
         quartiles = {f"q{i + 1}": t / n for i, (t, n) in enumerate(zip(totals, counts, strict=True)) if n}
         errors = sums[2 + 2 * QUARTILES :].view(-1, 3).tolist()
-        gains = [
-            Gain(over_shuffled=1 - right / wrong, over_off=1 - right / off) for right, wrong, off in errors
-        ]
-        return Figures(loss, loss_off, quartiles, *(gains or (None, None)))
+        gains: dict[str, Gain | None] = {"gain_with_caption": None, "gain_without_caption": None}
+        for name, (right, wrong, off) in zip(self.gains, errors, strict=True):
+            gains[name] = Gain(over_shuffled=1 - right / wrong, over_off=1 - right / off)
+        return Figures(loss, loss_off, quartiles, **gains)
 
     def loss_clip_off(self, model: Glide) -> float:
         """That one figure alone. Collective."""

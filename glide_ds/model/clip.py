@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from glide_ds.errors import ConfigError, WeightsError
 from glide_ds.files import sha256
 from glide_ds.model.tensor_files import State, StateFile, read_state_file, sidecar
+from glide_ds.types import Batch, send
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +82,9 @@ class FrozenClip:
         self.dim: int = found.architecture["embed_dim"]
         self.quick_gelu: bool = bool(found.architecture.get("quick_gelu", False))
         self.weights_hash = found.hash
+        self._architecture = found.architecture
         self._tokenize = _tokenizer(found)
         self._model = _load(found, source).to(self.device)
-        self._size: int = found.architecture["vision_cfg"]["image_size"]
         self._mean, self._std = (
             torch.tensor(v, device=self.device).view(3, 1, 1) for v in (found.mean, found.std)
         )
@@ -95,9 +96,25 @@ class FrozenClip:
             "quick-GELU" if self.quick_gelu else "GELU",
         )
 
-    def encode(self, captions: Sequence[str], images: Tensor) -> Tensor:
-        """The embedding that `source` names, of a batch of pairs -> float32 [B, D] of unit length."""
-        return self.encode_image(images) if self.source == "image" else self.encode_text(captions)
+    @property
+    def image_side(self) -> int:
+        """Of the pictures that it reads, in pixels."""
+        return image_side(self._architecture)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """What conditions a batch: its pictured rows' picture, the others' caption -> float32 [B, D] of unit length."""
+        if batch.pictured is None:
+            return self.encode_text(batch.captions)
+        parts = []
+        if texts := [
+            text for text, shown in zip(batch.captions, batch.pictured.tolist(), strict=True) if not shown
+        ]:
+            parts.append(self.encode_text(texts))
+        if batch.clip_images is not None:
+            parts.append(self.encode_image(batch.clip_images))
+        # Row i of the batch is the place of i among captions first, pictures after.
+        order = batch.pictured.int().argsort(stable=True).argsort()
+        return torch.cat(parts)[send(order, self.device)]
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Tensor:
@@ -117,8 +134,9 @@ class FrozenClip:
 
     def _prepare(self, images: Tensor) -> Tensor:
         x = images.to(self.device).movedim(3, 1).float() / 255
-        if x.shape[-1] != self._size:
-            x = functional.interpolate(x, (self._size, self._size), mode="bicubic", antialias=True).clamp(0, 1)
+        if x.shape[-1] != self.image_side:
+            sides = (self.image_side, self.image_side)
+            x = functional.interpolate(x, sides, mode="bicubic", antialias=True).clamp(0, 1)
         return (x - self._mean) / self._std
 
     def _has(self, tower: str) -> None:
@@ -128,6 +146,24 @@ class FrozenClip:
                 f"it cannot encode {tower}",
                 f"set clip.source={tower}, or build it with source='both'",
             )
+
+
+def image_side(model: str | Mapping[str, Any]) -> int:
+    """The side in pixels of the pictures that a model reads, by its name or its architecture.
+
+    Raises ConfigError for an unknown name, and for a model whose pictures are no squares.
+    """
+    name, architecture = _architecture(model) if isinstance(model, str) else ("", model)
+    side = architecture["vision_cfg"]["image_size"]
+    if isinstance(side, int):
+        return side
+    if len(set(side)) > 1:
+        raise ConfigError(
+            f"the CLIP model {name} reads pictures of {tuple(side)} pixels",
+            "they would be squeezed",
+            "choose one that reads squares, such as ViT-L/14",
+        )
+    return int(side[0])
 
 
 def embedding_dim(model: str, weights: str = "openai") -> int:

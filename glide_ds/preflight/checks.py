@@ -21,8 +21,9 @@ import numpy as np
 import torch
 
 from glide_ds.config import Config, DataConfig, cache_dir
-from glide_ds.data.clip_store import ClipStore, Encoder
+from glide_ds.data.clip_store import Embeddings, encoders
 from glide_ds.data.filters import Filtered
+from glide_ds.data.pictures.decode import Cropping
 from glide_ds.data.samples import SampleSet, ShardSamples, open_samples
 from glide_ds.data.tally import Tally, Unusable
 from glide_ds.data.tars.index import open_index
@@ -314,7 +315,7 @@ def clip(site: Site) -> Finding:
     if config is None:
         return Finding("the phase does without CLIP")
     frozen = FrozenClip(
-        config.clip.model, config.clip.weights, source="both" if config.clip.source == "image" else "text"
+        config.clip.model, config.clip.weights, source="both" if config.clip.pictured else "text"
     )
     text = f"{config.clip.model} loads"
     if config.data.clip_store is None:
@@ -328,13 +329,14 @@ def clip(site: Site) -> Finding:
             f"data.clip_store={config.data.clip_store} can't go with {config.data.shards}, which has no shards",
             remedy="unset it",
         )
-    encoder = Encoder(config.clip.model, config.clip.weights, config.clip.source)
-    store = ClipStore(config.data.clip_store, opened.shards, encoder)
+    made_by = encoders(config.clip, Cropping(config.data.crop, config.data.trim))
+    store = Embeddings(config.data.clip_store, opened.shards, made_by)
     store.of_weights(frozen.weights_hash)
-    opened.embedded = config.clip.source
     for sample in np.unique(np.linspace(0, len(opened) - 1, site.samples).astype(np.int64)):
-        with suppress(Unusable):  # which the shards' own check counts
-            store.rows(sample[None], [opened.hash(int(sample))])
+        for source in store.stores:
+            pictured = source == "image"
+            with suppress(Unusable):  # which the shards' own check counts
+                store.rows(sample[None], [opened.hash(int(sample), pictured=pictured)], np.array([pictured]))
     return Finding(f"{text}; {config.data.clip_store} fits, {store.dim}-d")
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from glide_ds.config import Config
 from glide_ds.files import write_file
-from glide_ds.inference.draw import grid
+from glide_ds.inference.draw import Row, grid, rows_grid
 from glide_ds.progress import Progress, duration
 from glide_ds.types import Batch
 
@@ -183,9 +183,9 @@ class RunLog:
             for name, value in _flat(metrics):
                 self.tensorboard.add_scalar(name, value, step)
 
-    def pictures(self, step: int, images: Tensor, captions: Sequence[str]) -> Path:
-        """Write a grid of samples (uint8 [N, S, S, 3]) to samples/ and TensorBoard."""
-        picture = grid(images, captions)
+    def pictures(self, step: int, rows: Sequence[Row]) -> Path:
+        """Write a grid of samples to samples/ and TensorBoard."""
+        picture = grid(*rows[0]) if len(rows) == 1 else rows_grid(rows)
         path = self.folder / "samples" / f"{self.phase}-{step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)

@@ -93,6 +93,7 @@ def save(run: PhaseRun, done: int, first_offset: float) -> None:
         "model": asdict(run.model.config),
         "schedule": run.config.model.noise_schedule,
         "clip": run.config.clip.model_dump() if run.clip is not None else None,
+        "pictures": {"crop": run.config.data.crop, "trim": run.config.data.trim},
         "lineage": lineage(run.config),
         "first_gate_offset": first_offset,
         "samples_seen": done * run.arithmetic.global_batch,

@@ -161,8 +161,4 @@ class Objective:
     def embed(self, batch: Batch) -> Tensor:
         """CLIP embeddings [B, D] of the batch: from its store, or encoded now."""
         assert self.clip is not None
-        if batch.clip is not None:
-            return batch.clip.float()
-        if self.config.clip.source == "image":
-            return self.clip.encode_image(batch.images)
-        return self.clip.encode_text(batch.captions)
+        return batch.clip.float() if batch.clip is not None else self.clip.embed(batch)

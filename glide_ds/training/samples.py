@@ -1,19 +1,37 @@
-"""Pictures drawn while training: the same captions and noise each time, so that grids can be compared."""
+"""Pictures drawn while training: the same prompts and noise each time, so that grids can be compared.
+
+N prompts, S image side, C side of the pictures that CLIP reads, D CLIP width.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from glide_ds.config import Config
 from glide_ds.data.loader import build_source
+from glide_ds.data.pictures.decode import Cropping
 from glide_ds.diffusion.pixels import to_signed
-from glide_ds.inference.draw import draw
+from glide_ds.inference.draw import Row, draw
+from glide_ds.inference.prompts import read_picture
 from glide_ds.model.clip import FrozenClip
 from glide_ds.model.glide import Glide
 from glide_ds.training.faults.watchdog import Watch
 from glide_ds.training.logging import RunLog
 from glide_ds.training.zero.ema import Ema, averaged
+
+
+class Examples(NamedTuple):
+    """What the grids are drawn from."""
+
+    captions: list[str]
+    low_res: Tensor | None = None  # [N, 3, S/4, S/4] in [-1, 1], for an upsampler
+    pictures: Tensor | None = None  # uint8 [N, C, C, 3], where CLIP reads pictures
 
 
 class Sampler:
@@ -32,44 +50,62 @@ class Sampler:
         self.config, self.clip, self.model, self.ema = config, clip, model, ema
         self.log, self.watch = log, watch
         self.active = dist.get_rank() == 0 and config.log.samples_every > 0
-        self.captions, self.low_res = example_inputs(config) if self.active else ([], None)
+        side = clip.image_side if clip and config.clip.pictured else None
+        self.examples = find_examples(config, side) if self.active else Examples([])
 
     def draw(self, done: int) -> None:
         """Write the grid after update `done`. Collective."""
         self.watch.at("sample", done)
         with averaged(self.ema):
             if self.active:
-                self._draw(done)
+                self.log.line(f"drew {self.log.pictures(done, list(self._rows()))}")
 
-    def _draw(self, done: int) -> None:
-        options, device = self.config.log, next(self.model.parameters()).device
-        images = draw(
+    def _rows(self) -> Iterator[Row]:
+        """Captions by caption and CLIP; and the pictures that CLIP reads over what it draws of them alone."""
+        captions, _, pictures = self.examples
+        if pictures is None or self.config.clip.pictured < 1 or self.config.log.sample_prompts:
+            embedding = None if self.clip is None else self.clip.encode_text(captions)
+            yield Row(self._drawn(captions, embedding), captions)
+        if pictures is not None and self.clip is not None:
+            side = self.config.model.architecture.image_size
+            shown = F.interpolate(pictures.movedim(3, 1).float(), (side, side), mode="area")
+            yield Row(shown.round().byte().movedim(1, 3), ["prompt"] * len(pictures))
+            yield Row(self._drawn([""] * len(pictures), self.clip.encode_image(pictures)), [""] * len(pictures))
+
+    def _drawn(self, captions: list[str], embedding: Tensor | None) -> Tensor:
+        options, low_res = self.config.log, self.examples.low_res
+        return draw(
             self.model,
-            self.captions,
+            captions,
             schedule=self.config.model.noise_schedule,
-            clip_embedding=None if self.clip is None else self.clip.encode_text(self.captions),
+            clip_embedding=embedding,
             guidance=options.guidance,
             steps=options.sample_steps,
             seed=self.config.train.seed,
-            low_res=None if self.low_res is None else self.low_res.to(device),
+            low_res=None if low_res is None else low_res.to(next(self.model.parameters()).device),
             progress=self.watch.over,
-        )
-        self.log.line(f"drew {self.log.pictures(done, images, self.captions)}")
+        ).cpu()
 
 
-def example_inputs(config: Config) -> tuple[list[str], Tensor | None]:
-    """The captions to draw, and for an upsampler the pictures to enlarge, [B, 3, S/4, S/4] in [-1, 1].
+def find_examples(config: Config, clip_side: int | None) -> Examples:
+    """`log.sample_prompts` and `log.sample_images`, else captions and pictures of the run's own data.
 
-    `log.sample_prompts`, else captions of the run's own data.
+    `clip_side` is C, where CLIP reads pictures. Raises GlideError for an image that can't be used.
     """
+    cropping = Cropping(config.data.crop, config.data.trim)
     prompts, architecture = list(config.log.sample_prompts), config.model.architecture
-    if prompts and not architecture.upsamples:
-        return prompts, None
+    own = (
+        torch.stack([read_picture(path, clip_side, cropping) for path in config.log.sample_images])
+        if (clip_side and config.log.sample_images)
+        else None
+    )
+    if prompts and not architecture.upsamples and (own is not None or not clip_side):
+        return Examples(prompts, pictures=own)
     count = len(prompts) or config.log.samples
     if not prompts:  # a set may hold fewer samples than a grid has places
         count = min(count, config.deepspeed["train_batch_size"])
     source = build_source(
-        config.data.changed("data", workers=0),
+        config.data.changed("data", workers=0, clip_store=None),
         image_size=architecture.image_size,
         context_length=architecture.text_ctx,
         global_batch=count,
@@ -78,6 +114,12 @@ def example_inputs(config: Config) -> tuple[list[str], Tensor | None]:
         world_size=1,
         seed=config.train.seed,
         low_res=architecture.upsamples,
+        clip=config.clip.changed("clip", source="image") if clip_side else None,
+        clip_side=clip_side,
     )
     batch = next(source.batches(0))
-    return prompts or list(batch.captions), None if batch.low_res is None else to_signed(batch.low_res)
+    return Examples(
+        prompts or list(batch.captions),
+        None if batch.low_res is None else to_signed(batch.low_res),
+        batch.clip_images if own is None else own,
+    )

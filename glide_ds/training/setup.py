@@ -17,7 +17,7 @@ from glide_ds.diffusion import Diffusion, create_diffusion
 from glide_ds.errors import ConfigError, DataError, GlideError
 from glide_ds.files import probe
 from glide_ds.model import create_model
-from glide_ds.model.clip import FrozenClip, embedding_dim
+from glide_ds.model.clip import FrozenClip, embedding_dim, image_side
 from glide_ds.model.glide import RECOMPUTED, Glide
 from glide_ds.model.reduced import can_reduce
 from glide_ds.training import preview
@@ -258,14 +258,20 @@ def open_source(config: Config, arithmetic: BatchArithmetic, rank: int) -> Sourc
         seed=phase_seed(config),
         low_res=architecture.upsamples,
         clip=config.clip if config.uses_clip else None,
+        clip_side=picture_side(config),
     )
+
+
+def picture_side(config: Config) -> int | None:
+    """Of the pictures that CLIP reads, in pixels, where it reads any."""
+    return image_side(config.clip.model) if config.uses_clip and config.clip.pictured else None
 
 
 def _frozen_clip(config: Config, device: torch.device) -> FrozenClip | None:
     if not config.uses_clip:
         return None
-    # Sample grids are drawn from captions, so the text tower is needed in any case.
-    towers = "both" if config.clip.source == "image" else "text"
+    # Sample grids may be drawn from captions, so the text tower is needed in any case.
+    towers = "both" if config.clip.pictured else "text"
     return FrozenClip(config.clip.model, config.clip.weights, device, source=towers)
 
 

@@ -27,7 +27,6 @@ from glide_ds.training.faults.ranks import agreed
 from glide_ds.training.faults.watchdog import Watch
 from glide_ds.training.logging import RunLog, finite
 from glide_ds.training.zero.ema import Ema, averaged
-from glide_ds.types import Batch
 
 
 class Validation:
@@ -58,7 +57,8 @@ class Validation:
         shards = held_out_shards(config)
         if shards is None:
             return
-        source = agreed(lambda: open_held_out(config, shards))
+        side = clip.image_side if clip and config.clip.pictured else None
+        source = agreed(lambda: open_held_out(config, shards, side))
         self.held_out = load_held_out(config, source, diffusion, clip)
         self.identity = {"fingerprint": source.fingerprint, "samples": self.options.samples}
         before = start.resumed or start.parent
@@ -149,8 +149,11 @@ def held_out_shards(config: Config) -> str | tuple[str, ...] | None:
     return SHAPES_HELD_OUT if config.data.shards == SHAPES and not config.data.mix else None
 
 
-def open_held_out(config: Config, shards: str | tuple[str, ...]) -> Source:
-    """The held-out samples, one per micro-batch, in their order, unaugmented. Raises DataError, ConfigError."""
+def open_held_out(config: Config, shards: str | tuple[str, ...], clip_side: int | None = None) -> Source:
+    """The held-out samples, one per micro-batch, in their order, unaugmented, with CLIP's pictures of `clip_side`.
+
+    Raises DataError, ConfigError.
+    """
     architecture, samples = config.model.architecture, config.validation.samples
     plain = {"flip": 0.0, "drop_caption": 0.0, "drop_both": 0.0, "shuffle": False, "clip_store": None}
     data = config.data.changed("data", shards=shards, mix={}, workers=0, drop_last=False, **plain)
@@ -164,6 +167,8 @@ def open_held_out(config: Config, shards: str | tuple[str, ...]) -> Source:
         world_size=1,
         seed=config.train.seed,
         low_res=architecture.upsamples,
+        clip=config.clip.changed("clip", source="image") if clip_side else None,
+        clip_side=clip_side,
     )
     held = source.facts()["samples"]
     if held < samples:
@@ -183,27 +188,25 @@ def load_held_out(config: Config, source: Source, diffusion: Diffusion, clip: Fr
         )
     rows = torch.arange(dist.get_rank(), count, world)
     batches = agreed(lambda: [source.one(row) for row in rows.tolist()])
-    embedding = None
-    if clip is not None:
-        embedding = torch.cat([_embed(config, clip, part) for part in _chunks(batches)])
+    captions = [caption for batch in batches for caption in batch.captions]
+    embeddings: list[Tensor] = []
+    if clip is not None and config.clip.pictured < 1:
+        embeddings.append(torch.cat([clip.encode_text(part).cpu() for part in _chunks(captions)]))
+    if clip is not None and config.clip.pictured:
+        pictures = [batch.clip_images for batch in batches if batch.clip_images is not None]
+        embeddings.append(torch.cat([clip.encode_image(torch.cat(part)).cpu() for part in _chunks(pictures)]))
     low_res = [batch.low_res for batch in batches if batch.low_res is not None]
     return HeldOut(
         diffusion,
         torch.cat([batch.images for batch in batches]),
-        [caption for batch in batches for caption in batch.captions],
-        embedding,
+        captions,
+        embeddings[0] if embeddings else None,
+        picture_embedding=embeddings[1] if len(embeddings) > 1 else None,
         low_res=torch.cat(low_res) if low_res else None,
         rows=rows,
         count=count,
     )
 
 
-def _chunks(batches: list[Batch]) -> Iterable[list[Batch]]:
-    return (batches[i : i + CHUNK] for i in range(0, len(batches), CHUNK))
-
-
-def _embed(config: Config, clip: FrozenClip, batches: list[Batch]) -> Tensor:
-    """CLIP embeddings [B, D] on the host, of what conditions the training: captions or pictures."""
-    if config.clip.source == "image":
-        return clip.encode_image(torch.cat([batch.images for batch in batches])).float().cpu()
-    return clip.encode_text([caption for batch in batches for caption in batch.captions]).float().cpu()
+def _chunks(items: list[Any]) -> Iterable[list[Any]]:
+    return (items[i : i + CHUNK] for i in range(0, len(items), CHUNK))

@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from glide_ds.config import DataConfig
+from glide_ds.config import ClipConfig, DataConfig
 from glide_ds.data import Source, build_source
 
 
@@ -73,6 +73,8 @@ def source(
     seed: int = 0,
     size: int = 16,
     low_res: bool = False,
+    clip: ClipConfig | None = None,
+    clip_side: int | None = None,
     **data: Any,
 ) -> Source:
     data = {"workers": 0, **data}
@@ -86,6 +88,8 @@ def source(
         world_size=ranks,
         seed=seed,
         low_res=low_res,
+        clip=clip,
+        clip_side=clip_side,
     )
 
 

@@ -19,11 +19,11 @@ import torch
 from data_kit import encoded, json_bytes, sample, source, take, write_shards, write_tar
 from PIL import Image
 
-from glide_ds.config import FilterConfig
+from glide_ds.config import ClipConfig, FilterConfig
 from glide_ds.data import samples
 from glide_ds.data.handover import Receiver, Sender
 from glide_ds.data.loader import ENOUGH_TO_JUDGE
-from glide_ds.data.pictures.decode import decode
+from glide_ds.data.pictures.decode import DecodeOptions, decode, decode_at
 from glide_ds.data.tars.shards import ShardSet
 from glide_ds.errors import ConfigError, DataError
 from glide_ds.types import Batch
@@ -273,13 +273,52 @@ def test_layouts_of_known_sets_side_by_side(tmp_path: Path) -> None:
 
 def test_the_upsamplers_pair_comes_from_one_decode(shards: str, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = []
-    monkeypatch.setattr(samples, "decode", lambda *words: decoded.append(words) or decode(*words))
+    monkeypatch.setattr(samples, "decode_at", lambda *words: decoded.append(words) or decode_at(*words))
     (batch,) = take(source(shards, batch=6, size=256, low_res=True, flip=0.5), 1)
     assert len(decoded) == 6
     assert (batch.images.shape, batch.low_res.shape) == ((6, 256, 256, 3), (6, 64, 64, 3))
     for large, small in zip(batch.images.numpy(), batch.low_res.numpy(), strict=True):
         wanted = np.asarray(Image.fromarray(large).resize((64, 64), Image.Resampling.LANCZOS))
         assert np.abs(small.astype(int) - wanted).max() <= 1
+
+
+def test_clips_pictures_come_from_the_same_bytes_unmirrored_at_its_own_side(shards: str) -> None:
+    """And are those that `prepare clip` and an image prompt make of the file."""
+    plain = source(shards, batch=6, flip=1.0)
+    seen = source(shards, batch=6, flip=1.0, clip=ClipConfig(source="image"), clip_side=24)
+    (batch,), (before,) = take(seen, 1), take(plain, 1)
+    assert same(replace(batch, images=before.images), before)
+    assert batch.pictured is not None
+    assert batch.pictured.all()
+    for sample_id, picture in zip(batch.sample_ids.tolist(), batch.clip_images.numpy(), strict=True):
+        jpeg = sample(sample_id)["jpg"]
+        assert np.array_equal(picture, decode(jpeg, DecodeOptions(24)))
+    assert (before.pictured, before.clip_images) == (None, None)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_share_of_the_samples_shows_its_picture_the_same_at_any_number_of_ranks(
+    shards: str, workers: int
+) -> None:
+    given = {"clip": ClipConfig(source="both", image_share=0.3), "clip_side": 8, "workers": workers}
+    whole = take(source(shards, batch=24, **given), 16)
+    shown = torch.cat([batch.pictured for batch in whole])
+    assert 0.2 < shown.float().mean() < 0.4
+    assert all(len(batch.clip_images) == batch.pictured.sum() for batch in whole)
+    parts = [take(source(shards, batch=24, ranks=2, rank=rank, **given), 16) for rank in (0, 1)]
+    for step, batch in enumerate(whole):
+        by_slot = {}
+        for part in (batch, parts[0][step], parts[1][step]):
+            pictures = iter([] if part.clip_images is None else part.clip_images)
+            for slot, is_shown in zip(part.slots.tolist(), part.pictured.tolist(), strict=True):
+                by_slot.setdefault(slot, []).append(next(pictures) if is_shown else None)
+        for one, other in by_slot.values():
+            assert one is other is None or torch.equal(one, other)
+    ids = torch.cat([batch.sample_ids for batch in whole]).tolist()
+    again = {number: set() for number in ids}
+    for number, is_shown in zip(ids, shown.tolist(), strict=True):
+        again[number].add(is_shown)
+    assert any(len(kinds) == 2 for kinds in again.values())  # drawn anew in each epoch
 
 
 def test_layout_errors(shards: str) -> None:

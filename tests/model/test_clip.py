@@ -198,7 +198,6 @@ def test_only_the_wanted_tower_is_kept(description: str, weights: str) -> None:
         clip = FrozenClip(description, weights, source=source)
         given = CAPTIONS if source == "text" else images
         assert torch.equal(getattr(clip, method)(given), getattr(both, method)(given))
-        assert torch.equal(clip.encode(CAPTIONS, images), getattr(both, method)(given))
         with pytest.raises(ConfigError, match=f"clip.source={other}"):
             getattr(clip, f"encode_{other}")(images if other == "image" else CAPTIONS)
         size = sum(p.numel() for p in clip._model.parameters())

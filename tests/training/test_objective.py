@@ -15,6 +15,7 @@ from glide_ds.diffusion import create_diffusion
 from glide_ds.diffusion.losses import reverse_kl
 from glide_ds.diffusion.pixels import to_signed
 from glide_ds.model import create_model
+from glide_ds.model.clip import FrozenClip
 from glide_ds.model.glide import Glide
 from glide_ds.tokenizer import encode
 from glide_ds.training.metrics import Meter
@@ -56,6 +57,9 @@ class Bare:
 
 
 class Encoder:
+    embed = FrozenClip.embed
+    device = torch.device("cpu")
+
     def encode_text(self, captions: Any) -> Tensor:
         return torch.tensor([[float(len(c))] for c in captions]).expand(-1, WIDTH)
 
@@ -284,10 +288,16 @@ def test_the_source_says_which_embedding_conditions(tmp_path: Path):
     of_text, model_t = objective(tmp_path)
     of_image, model_i = objective(tmp_path, clip={"source": "image"})
     of_text(batch(), 0)
-    of_image(batch(), 0)
+    pictures = torch.randint(256, (B, 5, 5, 3), dtype=torch.uint8)
+    of_image(batch(pictured=torch.ones(B, dtype=torch.bool), clip_images=pictures), 0)
     encoder, one = Encoder(), batch()
     assert torch.equal(model_t.calls[0]["clip_embedding"], encoder.encode_text(one.captions))
-    assert torch.equal(model_i.calls[0]["clip_embedding"], encoder.encode_image(one.images))
+    assert torch.equal(model_i.calls[0]["clip_embedding"], encoder.encode_image(pictures))
+    mixed, model_b = objective(tmp_path, clip={"source": "both"})
+    pictured = torch.tensor([row % 3 == 1 for row in range(B)])
+    mixed(batch(pictured=pictured, clip_images=pictures[pictured]), 0)
+    wanted = torch.where(pictured[:, None], encoder.encode_image(pictures), encoder.encode_text(one.captions))
+    assert torch.equal(model_b.calls[0]["clip_embedding"], wanted)
     stored, model_s = objective(tmp_path)
     rows = torch.ones(B, WIDTH, dtype=torch.float16) / 3
     stored(batch(clip=rows), 0)

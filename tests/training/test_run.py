@@ -36,8 +36,9 @@ from glide_ds.data.clip_store import Encoder, StoreNote, text_hash, write_store
 from glide_ds.data.tars.shards import open_shards
 from glide_ds.diffusion.losses import QUARTILES
 from glide_ds.errors import ConfigError, DataError, GlideError, WeightsError
+from glide_ds.inference.draw import Row
 from glide_ds.model import GlideConfig, create_model
-from glide_ds.model.clip import weights_hash
+from glide_ds.model.clip import FrozenClip, weights_hash
 from glide_ds.model.dual_attention import DualAttention
 from glide_ds.model.reduced import Reducible
 from glide_ds.model.tensor_files import write_state
@@ -391,12 +392,57 @@ def test_the_opening_block_says_what_will_happen(
 
 
 def test_captions_for_the_grid_come_from_the_data(tmp_path: Path):
-    captions, low_res = samples.example_inputs(make_config(tmp_path, log={"samples": 3}))
+    captions, low_res, pictures = samples.find_examples(make_config(tmp_path, log={"samples": 3}), None)
     assert len(captions) == 3
     assert all(" " in caption for caption in captions)
-    assert low_res is None
+    assert (low_res, pictures) == (None, None)
     prompts = make_config(tmp_path, log={"sample_prompts": ["a", "b"], "samples": 3})
-    assert samples.example_inputs(prompts) == (["a", "b"], None)
+    assert samples.find_examples(prompts, None) == (["a", "b"], None, None)
+
+
+def test_grids_of_clip_show_the_pictures_of_the_data_above_what_is_drawn_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[tuple[list[str], torch.Tensor]] = []
+
+    def drawn(model: Any, captions: list[str], *, clip_embedding: torch.Tensor, **_: Any) -> torch.Tensor:
+        asked.append((captions, clip_embedding))
+        return torch.full((len(captions), 16, 16, 3), 7, dtype=torch.uint8)
+
+    monkeypatch.setattr(samples, "draw", drawn)
+    clip = FrozenClip("builtin:tiny")
+    for source in ("image", "both"):
+        asked.clear()
+        settings = {"clip": {"source": source}, "log": {"samples_every": 1, "samples": 2}}
+        rows: list[Row] = []
+        with opened(make_config(tmp_path / source, **settings)) as run:
+            monkeypatch.setattr(run.log, "pictures", lambda _, drawn, rows=rows: rows.extend(drawn))
+            run.sampler.draw(1)
+            captions, _, pictures = run.sampler.examples
+        texts = [[*captions]] if source == "both" else []
+        assert [told for told, _ in asked] == [*texts, ["", ""]]
+        torch.testing.assert_close(asked[-1][1], clip.encode_image(pictures))
+        if texts:
+            torch.testing.assert_close(asked[0][1], clip.encode_text(captions))
+        assert len(rows) == len(asked) + 1
+        shown = rows[-2].images.float()
+        wanted = pictures.float().unflatten(1, (16, 2)).unflatten(3, (16, 2)).mean((2, 4))
+        torch.testing.assert_close(shown, wanted, atol=0.51, rtol=0)
+
+
+UPSAMPLE = {"preset": "upsample", "architecture": {}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"log": {"sample_images": ["a.png"]}}, "clip.source=both"),
+        ({"log": {"sample_images": ["a.png"]}, "clip": {"source": "both"}, "model": UPSAMPLE}, "upsampler"),
+    ],
+)
+def test_sample_images_that_would_do_nothing_are_refused(tmp_path: Path, settings: Any, part: str):
+    with pytest.raises(ConfigError, match=part):
+        make_config(tmp_path, **settings)
 
 
 def test_grids_are_drawn_as_the_options_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -51,6 +51,13 @@ Image.MAX_IMAGE_PIXELS = None
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
+class Cropping(NamedTuple):
+    """How a run makes its pictures square. Fields as in config.DataConfig."""
+
+    crop: str = "center"
+    trim: bool = True
+
+
 @dataclass(frozen=True)
 class DecodeOptions:
     """How a picture becomes square. Fields as in config.DataConfig."""
@@ -72,18 +79,22 @@ def image_member(members: Mapping[str, bytes]) -> bytes:
 
 def decode(data: bytes, options: DecodeOptions) -> Pixels:
     """Decode, turn upright, trim, square and resize: uint8 [S, S, 3]. Raises Unusable with the cause."""
+    return decode_at(data, options, options.size)[0]
+
+
+def decode_at(data: bytes, options: DecodeOptions, *sides: int) -> tuple[Pixels, ...]:
+    """`decode` to squares of several sides at once, uint8 [side, side, 3] each, instead of options.size."""
     if not data:
         raise Unusable(Cause.CORRUPT_IMAGE, "empty file")
+    largest = max(sides)
     try:
-        opened = open_pixels(data, options, round(options.size * REDUCED_SIDE))
-        if not options.trim:
-            return make_square(opened, opened.extent, options)
-        box = content_box(*opened)
-        if opened.scale > 1 and _side(box) < options.size * ENOUGH:
-            finer = options.size * _side(opened.extent) / _side(box)
+        opened = open_pixels(data, options, round(largest * REDUCED_SIDE))
+        box = content_box(*opened) if options.trim else opened.extent
+        if opened.scale > 1 and _side(box) < largest * ENOUGH:
+            finer = largest * _side(opened.extent) / _side(box)
             opened = open_pixels(data, options, math.ceil(finer))
             box = content_box(*opened)
-        return make_square(opened, box, options)
+        return tuple(make_square(opened, box, options.crop, side) for side in sides)
     except Unusable:
         raise
     except Exception as error:  # noqa: BLE001 - codecs raise anything on damaged data, all of it means the same
@@ -209,18 +220,18 @@ def _by_pillow(data: bytes, options: DecodeOptions) -> Opened:
 # ---- square
 
 
-def make_square(opened: Opened, box: Box, options: DecodeOptions) -> Pixels:
-    """Cut the box out, crop or pad it to a square and resize to [S, S, 3]."""
+def make_square(opened: Opened, box: Box, crop: str, size: int) -> Pixels:
+    """Cut the box out, crop or pad it to a square and resize to [size, size, 3]."""
     pixels, scale, _ = opened
     top, bottom, left, right = box
-    if options.crop == "pad":
+    if crop == "pad":
         ground = pixels[0, 0] if (top, left) != (0, 0) else WHITE
-        return _pad(pixels, box, options.size, ground)
+        return _pad(pixels, box, size, ground)
     side = _side(box)
     # The crop is in whole pixels of the full size, as it would be without reduced decoding.
     top += (bottom - top - side) * scale // 2 / scale
     left += (right - left - side) * scale // 2 / scale
-    return resize(pixels, (top, top + side, left, left + side), options.size, options.size)
+    return resize(pixels, (top, top + side, left, left + side), size, size)
 
 
 def _pad(pixels: Pixels, box: Box, size: int, ground: Pixels) -> Pixels:

@@ -66,7 +66,7 @@ def rank_memory(
     parts = memory_estimate(model, config, arithmetic, dial, cpu=cpu)
     towers = CLIP_PARAMETERS.get(config.clip.model, CLIP_PARAMETERS["ViT-L/14"])
     if config.uses_clip:
-        parts["CLIP"] = 4 * towers[config.clip.source == "image"]
+        parts["CLIP"] = 4 * towers[config.clip.pictured > 0]
     parts["workspace"] = 0.0 if cpu else GPU_WORKSPACE
     return parts
 
