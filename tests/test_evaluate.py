@@ -1,8 +1,11 @@
 """What `glide-ds evaluate` measures: judged drawings and the conditioning gain."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from glide_ds.commands import evaluate
 from glide_ds.commands.load import Loaded
@@ -28,7 +31,7 @@ SMALL = GlideConfig(
 
 @pytest.fixture(scope="module")
 def clip():
-    return FrozenClip("builtin:tiny", source="text")
+    return FrozenClip("builtin:tiny", source="both")
 
 
 def fresh() -> Loaded:
@@ -66,13 +69,45 @@ def test_an_adapter_that_reads_the_embedding_is_told_from_a_shuffled_one(clip):
 
 
 @pytest.mark.parametrize(("shift", "right"), [(0, True), (1, False)])
-def test_pictures_are_judged_against_their_own_captions(monkeypatch, tmp_path, shift, right):
-    def real_pictures(_model, captions, **_):
-        drawn = [shapes.draw(shapes.HELD_OUT + i + shift, 32)[0] for i in range(len(captions))]
-        return torch.from_numpy(np.stack(drawn))
-
-    monkeypatch.setattr(evaluate, "draw", real_pictures)
-    score = evaluate.draw_and_judge(fresh(), None, 16, 1, 3.0, tmp_path / "grid.png")
+def test_pictures_are_judged_against_their_own_captions(shift, right):
+    drawn, captions = zip(*(shapes.draw(shapes.HELD_OUT + i, 32) for i in range(17)), strict=True)
+    score = evaluate.judged(torch.from_numpy(np.stack(drawn[shift : shift + 16])), list(captions[:16]))
     assert score.count == 16
     assert (score.colour >= 0.98 and score.shape >= 0.98) is right
-    assert (tmp_path / "grid.png").stat().st_size > 1000
+
+
+def test_each_way_is_drawn_with_what_it_says_and_without_the_rest(clip, monkeypatch, tmp_path):
+    asked = []
+
+    def scenes(_model, captions, *, clip_embedding, **options):
+        asked.append((captions, clip_embedding, options))
+        return torch.zeros(len(captions), 32, 32, 3, dtype=torch.uint8)
+
+    monkeypatch.setattr(evaluate, "draw", scenes)
+    drawing = evaluate.Drawing(4, 2, clip_scale=0.5, clip_guidance=2.0)
+    found = evaluate.evaluate(fresh(), clip, drawing, 8, tmp_path / "grid.png")
+    captions = [shapes.caption(shapes.scene(shapes.HELD_OUT + i)) for i in range(4)]
+    pictures = np.stack([shapes.draw(shapes.HELD_OUT + i, 32)[0] for i in range(4)])
+    text, image = clip.encode_text(captions), clip.encode_image(torch.from_numpy(pictures))
+    wanted = [(captions, text), (captions, None), ([""] * 4, text), ([""] * 4, image), ([""] * 4, None)]
+    for (told, embedding, options), (caption, right) in zip(asked, wanted, strict=True):
+        assert told == caption
+        assert (embedding is None) == (right is None)
+        assert options["clip_guidance"] == (None if right is None else 2.0)
+        if right is not None:
+            torch.testing.assert_close(embedding, right)
+    assert all(options["clip_scale"] == 0.5 for _, _, options in asked)
+    for name in ("score", "score_caption_only", "score_clip_text", "score_clip_image", "score_off"):
+        assert asdict(found)[name].keys() == {"count", "colour", "shape", "position"}
+    assert Image.open(tmp_path / "grid.png").height > 5 * 128
+
+
+def test_a_model_without_adapter_has_no_figures_of_clip(monkeypatch):
+    loaded = fresh()._replace(clip=None)
+    monkeypatch.setattr(
+        evaluate, "draw", lambda _, captions, **__: torch.zeros(len(captions), 32, 32, 3).byte()
+    )
+    found = evaluate.evaluate(loaded, None, evaluate.Drawing(4, 2), 8)
+    assert found.score == found.score_caption_only
+    assert found.score_off is not None
+    assert (found.score_clip_text, found.score_clip_image, found.gain_of_pictures) == (None, None, None)

@@ -16,17 +16,23 @@ from glide_ds.commands import load, sample
 from glide_ds.commands.export import export
 from glide_ds.commands.load import Loaded, find_checkpoint, load_model
 from glide_ds.commands.sample import add_arguments, load_upsampler, run
-from glide_ds.errors import ConfigError, WeightsError
+from glide_ds.data import shapes
+from glide_ds.data.pictures.decode import Cropping, DecodeOptions, decode_at
+from glide_ds.errors import ConfigError, DataError, WeightsError
+from glide_ds.inference.prompts import clip_prompt, read_picture
 from glide_ds.model import GlideConfig, create_model
+from glide_ds.model.clip import FrozenClip
 from glide_ds.model.tensor_files import write_sidecar, write_state
 
 CPU = torch.device("cpu")
 
 
-def draw(source: Path | str, out: Path, *options: str) -> np.ndarray:
+def draw(
+    source: Path | str, out: Path, *options: str, prompts: tuple[str, ...] = ("a red circle", "a blue square")
+) -> np.ndarray:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    arguments = [str(source), "--prompt", "a red circle", "a blue square", "--out", str(out), "--steps", "3"]
+    arguments = [str(source), "--out", str(out), "--steps", "3", *(("--prompt", *prompts) if prompts else ())]
     run(parser.parse_args([*arguments, *options]))
     return np.asarray(Image.open(out))
 
@@ -56,6 +62,9 @@ def test_the_options_change_the_picture(exported: Path, tmp_path: Path):
         ["--sampler", "ddim"],
         ["--steps", "4"],
         ["--clip", "off"],
+        ["--clip_scale", "0.5"],
+        ["--clip_guidance", "1"],
+        ["--clip_prompt", "a green ring"],
     ):
         assert not np.array_equal(first, draw(exported, tmp_path / "b.png", *options)), options
 
@@ -69,6 +78,94 @@ def test_both_draws_a_row_with_clip_and_one_without(exported: Path, tmp_path: Pa
     assert np.array_equal(both[below : below + 128], off[:128])
 
 
+@pytest.fixture
+def pictures(tmp_path: Path) -> tuple[str, str]:
+    """A red circle and a blue square, as files."""
+    paths = tmp_path / "red circle.png", tmp_path / "blue:square.png"
+    for path, index in zip(paths, (1, 2), strict=True):
+        Image.fromarray(shapes.draw(index, 48)[0]).save(path)
+    return str(paths[0]), str(paths[1])
+
+
+def test_a_picture_is_a_prompt_with_or_without_a_caption(
+    exported: Path, tmp_path: Path, pictures: tuple[str, str], capsys: pytest.CaptureFixture[str]
+):
+    red, blue = pictures
+    alone = draw(exported, tmp_path / "a.png", "--image", red, "--n", "3", prompts=())
+    assert alone.shape[1] == 3 * 132
+    assert "was trained on text embeddings alone" in capsys.readouterr().out
+    assert not np.array_equal(
+        alone, draw(exported, tmp_path / "a.png", "--image", blue, "--n", "3", prompts=())
+    )
+    captioned = draw(exported, tmp_path / "a.png", "--image", red, "--n", "3", prompts=("a red circle",))
+    assert not np.array_equal(alone[:128], captioned[:128])
+    two = draw(exported, tmp_path / "a.png", "--image", red, "--n", "3")
+    assert (two.shape[0] > captioned.shape[0], two.shape[1]) == (True, 3 * 132)  # a row per caption
+
+
+def test_the_weights_of_prompts_are_shares_of_their_mean(
+    exported: Path, tmp_path: Path, pictures: tuple[str, str]
+):
+    red, blue = pictures
+    out = tmp_path / "a.png"
+
+    def drawn(*options: str) -> np.ndarray:
+        return draw(exported, out, *options, prompts=())[:128]
+
+    alone = drawn("--image", red)
+    assert np.array_equal(drawn("--image", f"{red}:2", f"{blue}:0"), alone)
+    half = drawn("--image", red, blue)
+    assert np.array_equal(drawn("--image", f"{red}:0.5", f"{blue}:0.5"), half)
+    assert not np.array_equal(half, alone)
+    assert not np.array_equal(drawn("--image", f"{red}:0.9", f"{blue}:0.1"), half)
+    mixed = drawn("--image", f"{red}:1", "--clip_prompt", "a ring: green:1")
+    assert not np.array_equal(mixed, alone)
+
+
+def test_a_picture_prompt_is_seen_as_training_saw_its_pictures(pictures: tuple[str, str], tmp_path: Path):
+    """The same embedding as the loader, validation and `prepare clip` compute of these bytes."""
+    clip = FrozenClip("builtin:tiny")
+    pixels = np.pad(shapes.draw(1, 48)[0], ((6, 6), (30, 30), (0, 0)))  # a border, which trimming takes away
+    Image.fromarray(pixels).save(tmp_path / "x.jpg", quality=95)
+    for cropping in (Cropping(), Cropping("pad", False)):
+        seen = read_picture(tmp_path / "x.jpg", 32, cropping).numpy()
+        options = DecodeOptions(16, *cropping)
+        assert np.array_equal(seen, decode_at((tmp_path / "x.jpg").read_bytes(), options, 16, 32)[1])
+        assert clip_prompt(clip, [str(tmp_path / "x.jpg")], [], cropping).shape == (1, 64)
+
+
+BAD_PROMPTS = [
+    (["--image", "missing.png"], DataError, r"missing\.png can't be read"),
+    (["--image", "text.png"], DataError, "no picture"),
+    (["--image", "RED:0.5", "BLUE"], ConfigError, "1 weights are given for 2"),
+    (["--image", "RED:0.5", "--clip_prompt", "a ring"], ConfigError, "'a ring' has none"),
+    (["--image", "RED:-1"], ConfigError, "-1"),
+    (["--image", "RED:0"], ConfigError, "above 0"),
+    (["--image", "RED:nan"], ConfigError, "nan"),
+    (["--image", "RED", "--clip", "off"], ConfigError, "would do nothing"),
+    (["--clip_scale", "-1", "--image", "RED"], ConfigError, "clip_scale is -1"),
+    ([], ConfigError, "nothing to draw"),
+]
+
+
+@pytest.mark.parametrize(("options", "kind", "part"), BAD_PROMPTS)
+def test_bad_prompts_are_answered(
+    exported: Path,
+    tmp_path: Path,
+    pictures: tuple[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    kind: type[Exception],
+    part: str,
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.png").write_text("no picture")
+    given = [option.replace("RED", pictures[0]).replace("BLUE", pictures[1]) for option in options]
+    with pytest.raises(kind, match=part):
+        draw(exported, tmp_path / "a.png", *given, prompts=())
+    assert not (tmp_path / "a.png").exists()
+
+
 def test_a_model_without_an_adapter_draws_without_clip(tmp_path: Path):
     config = GlideConfig(**ARCHITECTURE)
     write_state(tmp_path / "plain.pt", create_model(config).state_dict())
@@ -77,8 +174,9 @@ def test_a_model_without_an_adapter_draws_without_clip(tmp_path: Path):
     assert loaded.clip is None
     assert not loaded.model.training
     draw(tmp_path / "plain.pt", tmp_path / "a.png")
-    with pytest.raises(ConfigError, match="no CLIP adapter"):
-        draw(tmp_path / "plain.pt", tmp_path / "a.png", "--clip", "on")
+    for asked in (["--clip", "on"], ["--image", "a.png"], ["--clip_prompt", "a"], ["--clip_scale", "0.5"]):
+        with pytest.raises(ConfigError, match="no CLIP adapter"):
+            draw(tmp_path / "plain.pt", tmp_path / "a.png", *asked)
 
 
 def test_the_schedule_of_the_export_is_used(exported: Path, trained: Path):

@@ -145,6 +145,7 @@ def about(checkpoint: Committed, path: Path, names: tuple[str, ...], *, ema: boo
         "model": asdict(GlideConfig(**model)),
         "schedule": manifest["schedule"],
         "clip": manifest["clip"],
+        "pictures": manifest.get("pictures", {}),
         "phase": manifest["phase"],
         "step": checkpoint.step,
         "ema": ema,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from glide_ds.config import PRESETS, ClipConfig
 from glide_ds.config.phases import PHASES
+from glide_ds.data.pictures.decode import Cropping
 from glide_ds.errors import CheckpointError, ConfigError, WeightsError
 from glide_ds.model import create_model
 from glide_ds.model.clip import FrozenClip
@@ -29,10 +30,11 @@ class Loaded(NamedTuple):
     model: Glide
     schedule: str
     clip: ClipConfig | None
+    pictures: Cropping = Cropping()  # how those it was trained on were made square
 
-    def text_encoder(self, device: torch.device) -> FrozenClip | None:
-        """The CLIP encoder whose embeddings the model reads, its text tower alone; None for plain GLIDE."""
-        return FrozenClip(self.clip.model, self.clip.weights, device, source="text") if self.clip else None
+    def encoder(self, device: torch.device, source: str) -> FrozenClip | None:
+        """The CLIP encoder whose embeddings the model reads, with the towers for `source`; None for plain GLIDE."""
+        return FrozenClip(self.clip.model, self.clip.weights, device, source=source) if self.clip else None
 
 
 def user_path(text: str) -> Path:
@@ -65,7 +67,8 @@ def load_model(source: str, device: torch.device, *, kind: str = "base", ema: bo
     schedule = about.get("schedule", "linear" if model.config.upsamples else "squaredcos_cap_v2")
     if device.type == "cpu":  # NHWC convolutions are up to 2.5 times as fast there
         model = model.to(memory_format=torch.channels_last)
-    return Loaded(model.to(device).eval(), schedule, _clip_of(about) if model.config.clip_dim else None)
+    clip = _clip_of(about) if model.config.clip_dim else None
+    return Loaded(model.to(device).eval(), schedule, clip, Cropping(**about.get("pictures", {})))
 
 
 def _architecture(source: str, path: Path, kind: str) -> GlideConfig:
