@@ -189,7 +189,7 @@ def test_a_wrong_value_is_told_with_key_value_and_remedy(tmp_path: Path, item: s
         ("model.schedule", "cosine"),
         ("data.crop", "left"),
         ("data.damaged_shards", "ignore"),
-        ("clip.source", "both"),
+        ("clip.source", "sound"),
         ("train.phase", "phase3"),
         ("train.scope", "clip"),
         ("train.loss", "l1"),
@@ -507,6 +507,8 @@ OTHERS: dict[str, Any] = {
 BESIDE = {
     "train.scope": ("train.phase=base",),
     "train.activation_gb": ("train.recompute=budget",),
+    "clip.image_share": ("clip.source=both",),
+    "log.sample_images": ("clip.source=image",),
     "train.cuda_graph": ("train.recompute=none",),
     "prescale_gradients": ("zero_optimization.reduce_scatter=false",),
     "gradient_predivide_factor": ("zero_optimization.reduce_scatter=false",),
