@@ -15,7 +15,17 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
 
 from glide_ds.config.refused import why_refused
-from glide_ds.config.section import AUTO, Conflict, Mistake, Section, fixed, free, nearest, no_auto, unlisted
+from glide_ds.config.section import (
+    AUTO,
+    Conflict,
+    Mistake,
+    Section,
+    fixed,
+    free,
+    no_auto,
+    no_such_key,
+    unlisted,
+)
 from glide_ds.errors import Fault
 
 Pair = Annotated[list[float], BeforeValidator(unlisted)]
@@ -135,11 +145,8 @@ def check_theirs(name: str, values: Mapping[str, Any]) -> tuple[dict[str, Any], 
     model = their_model(name)
     for key, value in values.items():
         if key not in passed:
-            told = (
-                f"{name}.{key} = {value!r} can't be set: {why}" if (why := why_refused(f"{name}.{key}")) else ""
-            )
-            unknown = f"unknown key {f'{name}.{key}'!r}{nearest(key, tuple(passed))}"
-            fault = Fault(told) if told else Fault(unknown, remedy="correct or remove it")
+            full = f"{name}.{key}"
+            fault = no_such_key(full, f"{full} = {value!r}", tuple(passed), why_refused(full))
             mistakes.append(Mistake((name, key), fault))
         elif value == AUTO:
             mistakes.append(Mistake((name, key), no_auto(f"{name}.{key}")))

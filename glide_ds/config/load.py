@@ -23,7 +23,7 @@ from glide_ds.config.deepspeed import THEIRS, DeepSpeedPart, check_theirs
 from glide_ds.config.refused import why_refused
 from glide_ds.config.renamed import RENAMED, upgraded
 from glide_ds.config.schema import BLOCK, PRESETS, SECTIONS, Config
-from glide_ds.config.section import Mistake, Place, checked, nearest
+from glide_ds.config.section import Mistake, Place, checked, no_such_key
 from glide_ds.errors import ConfigError, Fault
 
 SCHEMA = "$schema"  # names schema.json for editors
@@ -144,15 +144,8 @@ class _Laid:
         for key, value in layer.items():
             here = (*place, str(key))
             if known and key not in known:
-                reason = why_refused(str(key))
-                fault = (
-                    Fault(f"{where}: {key!r} can't be set: {reason}")
-                    if reason
-                    else Fault(
-                        f"{where}: unknown key {key!r}{nearest(str(key), known)}", remedy="correct or remove it"
-                    )
-                )
-                self.faults.append(fault)
+                fault = no_such_key(str(key), repr(key), known, why_refused(str(key)))
+                self.faults.append(fault._replace(fact=f"{where}: {fault.fact}"))
             elif renamed := RENAMED.get(".".join(here)):
                 fault = Fault(
                     f"{where}: {'.'.join(here)} = {value!r} has another name now", remedy=renamed.advice(value)

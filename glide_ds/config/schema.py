@@ -165,8 +165,13 @@ class FilterConfig(Section):
         return self != FilterConfig()
 
 
+def is_built_in(shards: Any) -> bool:
+    """Whether data is named that comes with the package."""
+    return isinstance(shards, str) and shards.startswith("builtin:")
+
+
 def _tars(shards: Any) -> Any:
-    if isinstance(shards, str) and shards.startswith("builtin:"):
+    if is_built_in(shards):
         raise WrongError("it can't be mixed", "write tar shards with `glide-ds prepare shapes`")
     return shards
 

@@ -153,12 +153,8 @@ def _fault(name: str, kind: str, reason: Exception | None, spot: Spot, value: An
         return Fault(f"{name} = {value!r}", reason.consequence, reason.remedy)
     if value == AUTO:
         return no_auto(name)
-    if spot.field is None and (why := spot.refused.get(spot.place[-1])):
-        return Fault(f"{name} = {value!r} can't be set: {why}")
     if spot.field is None:
-        return Fault(
-            f"unknown key {name!r}{nearest(spot.place[-1], spot.known)}", remedy="correct or remove it"
-        )
+        return no_such_key(name, f"{name} = {value!r}", spot.known, spot.refused.get(spot.place[-1]))
     wanted = describe_type(spot.field)
     if kind == "missing":
         return Fault(f"{name} is missing", remedy=f"give it: {spot.field.description}")
@@ -169,6 +165,15 @@ def _fault(name: str, kind: str, reason: Exception | None, spot: Spot, value: An
     if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"):
         return Fault(f"{name} = {value}", remedy=f"give {describe_range(spot.field) or 'a finite number'}")
     return Fault(f"{name} = {value!r} has the wrong type", remedy=f"give a value of type {wanted}")
+
+
+def no_such_key(name: str, told: str, known: Sequence[str], why: str | None) -> Fault:
+    """A key that does not exist, or on purpose, for the reason `why`."""
+    if why:
+        return Fault(f"{told} can't be set: {why}")
+    return Fault(
+        f"unknown key {name!r}{nearest(name.rpartition('.')[2], known)}", remedy="correct or remove it"
+    )
 
 
 def no_auto(name: str) -> Fault:

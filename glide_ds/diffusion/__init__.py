@@ -3,5 +3,3 @@
 from glide_ds.diffusion.losses import Gaussian, reverse_kl
 from glide_ds.diffusion.process import Diffusion, Prediction, create_diffusion
 from glide_ds.diffusion.samplers import SAMPLERS, sample
-
-__all__ = ["SAMPLERS", "Diffusion", "Gaussian", "Prediction", "create_diffusion", "reverse_kl", "sample"]

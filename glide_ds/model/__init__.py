@@ -2,5 +2,3 @@
 
 from glide_ds.model.glide import create_model
 from glide_ds.types import GlideConfig
-
-__all__ = ["GlideConfig", "create_model"]

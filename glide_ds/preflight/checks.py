@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from glide_ds.config import Config, DataConfig, cache_dir
+from glide_ds.config import Config, DataConfig, cache_dir, is_built_in
 from glide_ds.data.clip_store import Embeddings, encoders
 from glide_ds.data.filters import Filtered
 from glide_ds.data.pictures.decode import Cropping
@@ -34,7 +34,7 @@ from glide_ds.files import sync_directory
 from glide_ds.model import create_model
 from glide_ds.model.clip import FrozenClip
 from glide_ds.preflight import ranks, step
-from glide_ds.preflight.site import BlockedError, Finding, Site, faults_of
+from glide_ds.preflight.site import BlockedError, Finding, Site, failed, faults_of
 from glide_ds.training.checkpoint.commit import MANIFEST, committed, unreadable, verify
 from glide_ds.training.checkpoint.start import find_start, folder_of, load_start
 from glide_ds.training.faults.stopping import STOP_FILE
@@ -81,7 +81,7 @@ def batch(site: Site) -> Finding:
             texts.append(describe_batch(config, config.batch_arithmetic(site.world_size)))
         except ConfigError as error:
             faults += faults_of(error)
-    return Finding("; ".join(dict.fromkeys(texts)), _distinct(faults))
+    return Finding("; ".join(dict.fromkeys(texts)), tuple(dict.fromkeys(faults)))
 
 
 def _glide(config: Config) -> GlideConfig:
@@ -90,10 +90,6 @@ def _glide(config: Config) -> GlideConfig:
         return glide_config(config)
     except GlideError:
         raise BlockedError("the width of the CLIP embeddings is unknown (see clip)") from None
-
-
-def _distinct(faults: list[Fault]) -> tuple[Fault, ...]:
-    return tuple(dict.fromkeys(faults))
 
 
 # ---- the machines
@@ -192,10 +188,10 @@ def shards(site: Site) -> Finding:
     faults: list[Fault] = []
     count = samples = 0
     for data, patterns in _data_sets(site):
-        if _built_in(patterns):
+        if is_built_in(patterns):
             continue
-        urls, missing = _existing(patterns)
-        faults += missing
+        urls, errors = existing(patterns)  # one missing shard does not hide what ails the others
+        faults += (fault for lost in errors for fault in faults_of(lost))
         storage = _storage(data)
 
         def look(
@@ -235,16 +231,6 @@ def _data_sets(site: Site) -> Iterator[tuple[DataConfig, str | tuple[str, ...]]]
             if key not in seen:
                 seen.add(key)
                 yield config.data, part.shards
-
-
-def _built_in(patterns: str | tuple[str, ...]) -> bool:
-    return isinstance(patterns, str) and patterns.startswith("builtin:")
-
-
-def _existing(patterns: str | tuple[str, ...]) -> tuple[list[str], list[Fault]]:
-    """The shards that are there, so that one missing shard does not hide what ails the others."""
-    urls, errors = existing(patterns)
-    return urls, [fault for error in errors for fault in faults_of(error)]
 
 
 def _storage(data: DataConfig) -> Storage:
@@ -405,7 +391,7 @@ def disk(site: Site) -> Finding:
     text = f"checkpoints take up to {gib(need)} ({', '.join(sizes)}), {gib(free + held)} are free in {folder}"
     if need <= free + held:
         return Finding(text)
-    return Finding(text, (Fault(text, remedy="free space, choose another run.dir, or lower checkpoint.keep"),))
+    return failed(text, "free space, choose another run.dir, or lower checkpoint.keep")
 
 
 def existing_parent(folder: Path) -> Path:
@@ -435,9 +421,7 @@ def write(site: Site) -> Finding:
         sync_directory(probe)
     except OSError as error:
         fact = f"run.dir {folder} can't hold checkpoints on {site.host}: {error.strerror} ({error.filename})"
-        return Finding(
-            fact, (Fault(fact, remedy="choose another run.dir, mend its permissions, or free space"),)
-        )
+        return failed(fact, "choose another run.dir, mend its permissions, or free space")
     finally:
         shutil.rmtree(probe, ignore_errors=True)
     seconds = time.monotonic() - started

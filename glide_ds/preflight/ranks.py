@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from glide_ds.errors import Fault
-from glide_ds.preflight.site import Finding, Site
+from glide_ds.preflight.site import Finding, Site, failed
 
 MAX_SKEW_S = 2.0  # more, and file times, logs and requeue deadlines contradict each other
 MESSAGE_BYTES = {"cuda": 64 * 2**20, "cpu": 16 * 2**20}
@@ -39,9 +39,7 @@ def shared_folder(site: Site) -> Finding:
     if seen:
         return Finding(f"{site.config.run.dir} is one folder for all ranks")
     fact = f"{probe[0].parent.absolute()} is not the folder that rank 0 writes to, so no checkpoint could be committed"
-    return Finding(
-        fact, (Fault(fact, remedy="give run.dir an absolute path on a file system that all nodes share"),)
-    )
+    return failed(fact, "give run.dir an absolute path on a file system that all nodes share")
 
 
 def _appears(path: Path, patience_s: float = 3.0) -> bool:

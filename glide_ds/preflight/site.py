@@ -23,6 +23,11 @@ class Finding(NamedTuple):
     skipped: bool = False
 
 
+def failed(fact: str, remedy: str) -> Finding:
+    """What a check saw where that is itself the fault."""
+    return Finding(fact, (Fault(fact, remedy=remedy),))
+
+
 class BlockedError(Exception):
     """A check can't look before what another one found is mended; the message names that one."""
 

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from glide_ds.config import Config, with_changes
-from glide_ds.errors import Fault, GlideError
-from glide_ds.preflight.site import Finding, Site
+from glide_ds.errors import GlideError
+from glide_ds.preflight.site import Finding, Site, failed
 from glide_ds.training.checkpoint.start import find_start
 from glide_ds.training.loop import train
 from glide_ds.training.setup import phase_run
@@ -52,9 +52,7 @@ def real_step(site: Site) -> Finding:
         lines = (folder / "metrics.jsonl").read_text().splitlines() if site.rank == 0 else []
     if resumed != 1 or before != after:
         fact = f"the checkpoint of one step loads as step {resumed}, weights {float(before)} → {float(after)}"
-        return Finding(
-            fact, (Fault(fact, remedy="run the tests (launch/test.sh): this build loses what it trains"),)
-        )
+        return failed(fact, "run the tests (launch/test.sh): this build loses what it trains")
     loss = f"loss {json.loads(lines[-1])['loss']:.3f}, " if lines else ""
     peak = f", peak {gib(torch.cuda.max_memory_allocated())}" if site.device.type == "cuda" else ""
     return Finding(
