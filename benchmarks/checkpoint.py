@@ -61,7 +61,9 @@ def step(run: PhaseRun) -> None:
 def time_saves(run: PhaseRun, rounds: int) -> dict[str, float]:
     folder = run.saver.folder
     savers = {
-        kind: Saver(run.engine, folder, CheckpointConfig(keep=1, async_save=kind == "background"), 600)
+        kind: Saver(
+            run.engine, folder, CheckpointConfig(keep=1, async_save=kind == "background"), run.saver.owner, 600
+        )
         for kind in ("synchronous", "background")
     }
     times: dict[str, list[float]] = {kind: [] for kind in savers}
@@ -90,7 +92,7 @@ def measure(name: str, rounds: int, folder: Path) -> dict[str, Any]:
         parameters = sum(p.numel() for p in run.model.parameters())
         step(run)
         saves = time_saves(run, rounds)
-        run.saver = Saver(run.engine, run.saver.folder, CheckpointConfig(), 600)
+        run.saver = Saver(run.engine, run.saver.folder, CheckpointConfig(), run.saver.owner, 600)
     command = [sys.executable, "-c", EXPORT, str(folder / "run"), str(folder / "x.pt")]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return {"parameters": parameters, "saves": saves, "export": json.loads(done.stdout.splitlines()[-1])}

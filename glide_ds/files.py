@@ -58,7 +58,11 @@ def point(link: PathLike, target: PathLike) -> None:
     partial = link.with_name(f".{link.name}{PARTIAL}")
     partial.unlink(missing_ok=True)
     partial.symlink_to(Path(target).name)
-    partial.replace(link)
+    try:
+        partial.replace(link)
+    except OSError:  # a copy without links left a folder there
+        partial.unlink()
+        raise
 
 
 def sync_directory(path: PathLike) -> None:

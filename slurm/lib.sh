@@ -129,9 +129,11 @@ verdict() {
 
 # The newest committed checkpoints of all phases, as one line.
 progress() {
-  local last found=()
-  for last in "$run_dir"/*/LAST; do
-    if [ -e "$last" ]; then found+=("$(basename "$(dirname "$last")")/$(readlink "$last")"); fi
+  local manifest newest=''
+  declare -A found=()
+  for manifest in "$run_dir"/*/step-????????/manifest.json; do # in the order of their steps
+    newest=${manifest#"$run_dir"/}
+    if [ -e "$manifest" ]; then found[${newest%%/*}]=${newest%/manifest.json}; fi
   done
   echo "${found[*]:-no checkpoint}"
 }

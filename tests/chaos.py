@@ -14,6 +14,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from ranks import Run, Warm
 from train_kit import metrics
 
 from glide_ds import cli
+from glide_ds.files import sha256
 from glide_ds.training import setup
 from glide_ds.training.checkpoint.commit import MANIFEST, Committed, committed, unreadable, verify
 
@@ -76,6 +78,7 @@ def strike(run: Run, dice: random.Random) -> str:
 
 def damage(made: Committed, dice: random.Random) -> str:
     """Cut a file of the checkpoint short, or flip one bit of it."""
+    assert not made.path.is_symlink()
     path = made.path / dice.choice([MANIFEST, *sorted(made.manifest["files"])])
     size = path.stat().st_size
     if dice.random() < 0.5:
@@ -101,13 +104,33 @@ def resumed_at(run: Run) -> int | None:
     return int(found[1]) if found else 0 if "starts from" in text else None
 
 
+def litter(run: Run) -> dict[str, str]:
+    """Leave beside the checkpoints what people leave; the oldest becomes a link. Returns the hash of each file."""
+    oldest = committed(run.phase)[-1].path
+    kept = run.folder / "kept" / oldest.name
+    shutil.copytree(oldest, run.phase / f"{oldest.name}.bak")
+    shutil.copytree(oldest, run.phase / "step-latest")
+    shutil.move(oldest, kept)
+    oldest.symlink_to(kept)
+    (run.phase / "step-notes.txt").write_text("better with a lower rate")
+    return people(run)
+
+
+def people(run: Run) -> dict[str, str]:
+    """The hash of every file that is a person's."""
+    own = {made.path for made in committed(run.phase) if not made.path.is_symlink()}
+    places = [path for path in run.phase.glob("step-*") if path not in own]
+    files = [file for place in places for file in (place.rglob("*") if place.is_dir() else [place])]
+    return {str(file): sha256(file) for file in files}
+
+
 def torment(run: Run, kills: int, damage_every: int, seed: int, say: Any) -> dict[str, Any]:
     """Kill the run `kills` times; before every `damage_every`-th start damage its newest checkpoint."""
     dice, tally, during_save = random.Random(seed), Counter[str](), 0
     damaged: set[Path] = set()  # and not written anew since
     for number in range(kills):
         good = sound(run)
-        if number % damage_every == damage_every - 1 and len(good) > 1:
+        if number % damage_every == damage_every - 1 and len(good) > 1 and not good[0].path.is_symlink():
             tally[damage(good[0], dice)] += 1
             damaged.add(good.pop(0).path)
         expected = good[0].step if good else 0
@@ -181,7 +204,9 @@ def everything(warm: Warm, folder: Path, kills: int, damage_every: int, seed: in
     run = Run(warm, folder / "tormented", **OPTIONS)
     start(run, 2 * OPTIONS["checkpoint"]["every"])  # something to lose
     assert run.wait() == [0, 0], run.said()[-3000:]
+    theirs = litter(run)
     counts = torment(run, kills, damage_every, seed, say)
+    assert theirs.items() <= people(run).items(), "something of a person's was touched"
     say(str(counts))
     counts |= {"end": finish(run, Run(warm, folder / "undisturbed", **OPTIONS), more=4)}
     say(str(counts["end"]))

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,7 +28,8 @@ from typing import Any, NoReturn
 from train_kit import write_config
 
 from glide_ds.config.phases import PHASES
-from glide_ds.training.checkpoint.commit import LAST, Committed, committed
+from glide_ds.files import PARTIAL
+from glide_ds.training.checkpoint.commit import Committed, committed
 
 ROOT = Path(__file__).parents[1]
 COMMAND = "glide_ds.cli:main"  # as launch/train.py and `python -m glide_ds` call it
@@ -170,15 +172,12 @@ class Run(Ranks):
         return "  loss " in self.said()
 
     def torn(self) -> bool:
-        """Whether this start has begun a save and not committed it: a folder newer than what is committed."""
-        newest = max(self.phase.glob("step-*"), default=None)
-        last = self.phase / LAST
-        if newest is None or (last.is_symlink() and newest.name <= last.readlink().name):
-            return False
-        try:
-            return newest.stat().st_mtime > self.started  # else it's what an earlier kill left
-        except FileNotFoundError:
-            return False  # just being cleared
+        """Whether this start has begun a save and not committed it."""
+        for path in self.phase.glob(f".step-*{PARTIAL}"):
+            with suppress(FileNotFoundError):  # just put in place
+                if path.stat().st_mtime > self.started:  # else it's what an earlier kill left
+                    return True
+        return False
 
     def newest(self) -> Committed | None:
         return next(iter(committed(self.phase)), None)

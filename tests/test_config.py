@@ -25,8 +25,6 @@ from glide_ds.config import (
 from glide_ds.config.keys import Key, all_keys
 from glide_ds.config.schema import SECTIONS
 from glide_ds.errors import ConfigError
-from glide_ds.files import point
-from glide_ds.training.checkpoint.commit import LAST
 from glide_ds.training.checkpoint.start import find_start
 from glide_ds.types import GlideConfig
 
@@ -388,7 +386,6 @@ def test_a_run_of_before_is_resumed_under_todays_names(tmp_path: Path):
     folder = tmp_path / "run" / "phase1" / "step-00000003"
     folder.mkdir(parents=True)
     write(folder / "manifest.json", {"step": 3, "files": {}})
-    point(folder.parent / LAST, folder)
     (config,) = load_config(path)
     assert find_start(config, verify=False).step == 3
     freely = with_changes(config, train={"steps": 9, "recompute": "blocks"}, checkpoint={"async_save": False})

@@ -218,6 +218,17 @@ def test_a_checkpoint_is_found_by_run_phase_or_folder(trained: Path):
     assert find_checkpoint(run / "phase3" / "LAST").step == 5
 
 
+def test_a_copy_is_read_under_any_name_and_without_links(trained: Path, tmp_path: Path):
+    run = Path(shutil.copytree(trained / "run", tmp_path / "run"))  # as scp -r: LAST is a folder
+    assert find_checkpoint(run) == find_checkpoint(run / "phase3") == committed(run / "phase3")[0]
+    assert find_checkpoint(run / "phase3" / "LAST").step == 5
+    shutil.rmtree(run / "phase3" / "LAST")
+    backup = shutil.move(run / "phase3" / "step-00000005", run / "phase3" / "step-00000005.bak")
+    (run / "phase3" / "step-00000009").mkdir()  # an interrupted copy
+    assert find_checkpoint(run).step == find_checkpoint(run / "phase3").step == 4
+    assert find_checkpoint(Path(backup)).step == 5
+
+
 def test_no_checkpoint_and_a_damaged_one_are_told(trained: Path, tmp_path: Path):
     with pytest.raises(CheckpointError, match="no committed checkpoint"):
         find_checkpoint(tmp_path)
@@ -233,7 +244,7 @@ def test_no_checkpoint_and_a_damaged_one_are_told(trained: Path, tmp_path: Path)
     assert find_checkpoint(run / "phase3" / "step-00000004").step == 4
     (model.parent / MANIFEST).write_text("{")
     for place in (run, run / "phase3", model.parent):
-        with pytest.raises(CheckpointError, match=r"step-00000005 is damaged \(manifest\.json can't be read"):
+        with pytest.raises(CheckpointError, match=r"step-00000005 is damaged \(manifest\.json is damaged"):
             find_checkpoint(place)
 
 

@@ -185,8 +185,6 @@ def rewound(folder: Path, other: Path, step: int) -> Path:
     for path in phase.glob("step-*"):
         if int(path.name.removeprefix("step-")) > step:
             shutil.rmtree(path)
-    (phase / "LAST").unlink()
-    (phase / "LAST").symlink_to(f"step-{step:08d}")
     return other
 
 

@@ -18,7 +18,16 @@ from glide_ds.model.clip import FrozenClip
 from glide_ds.model.glide import Glide
 from glide_ds.model.tensor_files import StateFile, sidecar
 from glide_ds.model.weights import BUILTIN, load_state, load_weights, stored_config
-from glide_ds.training.checkpoint.commit import LAST, MANIFEST, Committed, committed, unreadable, verify
+from glide_ds.training.checkpoint.commit import (
+    MANIFEST,
+    Committed,
+    at,
+    committed,
+    lookalikes,
+    no_manifest,
+    unreadable,
+    verify,
+)
 from glide_ds.training.zero.elastic import MODEL_FILE, masters, trained_weights, weights
 from glide_ds.training.zero.ema import has_average, read_files
 from glide_ds.types import GlideConfig
@@ -94,21 +103,22 @@ def find_checkpoint(place: Path, phase: str | None = None) -> Committed:
     Raises CheckpointError where there is none, or where its files don't match its manifest.
     """
     if (place / MANIFEST).is_file():
-        wanted = place.resolve()
-        found = [c for c in committed(wanted.parent) if c.path == wanted]
-        broken = [path for path in unreadable(wanted.parent) if path == wanted]
+        made = at(place.resolve())  # whatever the folder's name: a copy's, a link's
+        found, broken = ([made], []) if made else ([], [place.resolve()])
     else:
         names = [phase] if phase else list(reversed(PHASES))
-        folders = [place] if (place / LAST).is_symlink() else [place / PHASES[name].folder for name in names]
+        folders = [place] if lookalikes(place) else [place / PHASES[name].folder for name in names]
         both = ((committed(folder), unreadable(folder)) for folder in folders)
         found, broken = next(filter(any, both), ([], []))
+        if found:  # a folder without a manifest was never committed
+            broken = [path for path in broken if (path / MANIFEST).exists()]
     if not found and not broken:
         wanted_phase = f" of phase {phase}" if phase else ""
         raise CheckpointError(
             f"{place} holds no committed checkpoint{wanted_phase}",
             remedy="give a run directory in which training has saved at least once",
         )
-    if problems := [f"{MANIFEST} can't be read"] if broken else verify(found[0]):
+    if problems := [no_manifest(broken[0])] if broken else verify(found[0]):
         raise CheckpointError(
             f"{broken[0] if broken else found[0].path} is damaged ({problems[0]})",
             "its weights can't be trusted",

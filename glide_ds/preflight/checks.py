@@ -29,13 +29,13 @@ from glide_ds.data.tally import Tally, Unusable
 from glide_ds.data.tars.index import open_index
 from glide_ds.data.tars.patterns import existing
 from glide_ds.data.tars.storage import CacheOptions, Storage
-from glide_ds.errors import ConfigError, DataError, Fault, GlideError, WeightsError
+from glide_ds.errors import CheckpointError, ConfigError, DataError, Fault, GlideError, WeightsError
 from glide_ds.files import sync_directory
 from glide_ds.model import create_model
 from glide_ds.model.clip import FrozenClip
 from glide_ds.preflight import ranks, step
 from glide_ds.preflight.site import BlockedError, Finding, Site, failed, faults_of
-from glide_ds.training.checkpoint.commit import MANIFEST, committed, unreadable, verify
+from glide_ds.training.checkpoint.commit import committed, no_manifest, unreadable, verify
 from glide_ds.training.checkpoint.start import find_start, folder_of, load_start
 from glide_ds.training.faults.stopping import STOP_FILE
 from glide_ds.training.preview import describe_batch
@@ -336,13 +336,13 @@ def resume(site: Site) -> Finding:
     for config in site.configs:
         try:
             find_start(config, [c.train.phase for c in site.configs], verify=False)
-        except ConfigError as error:
+        except (ConfigError, CheckpointError) as error:
             faults += faults_of(error)
         except WeightsError:
             pass  # `weights` says it
         phase, damaged = config.train.phase, []
         folder = folder_of(config, phase)
-        damaged += [(path, [f"{MANIFEST} can't be read"]) for path in unreadable(folder)]
+        damaged += [(path, [no_manifest(path)]) for path in unreadable(folder)]
         for candidate in committed(folder):
             site.progress(f"reading {candidate.path}")
             if not (problems := verify(candidate)):
@@ -370,6 +370,8 @@ def weights(site: Site) -> Finding:
         start = find_start(config, verify=False)
     except ConfigError:
         raise BlockedError("the run directory belongs to another configuration (see resume)") from None
+    except CheckpointError:
+        raise BlockedError("no checkpoint of the run directory is whole (see resume)") from None
     if start.resumed:
         return Finding(f"from {start.resumed.path}")
     model = create_model(_glide(config))
@@ -386,7 +388,12 @@ def disk(site: Site) -> Finding:
         size = checkpoint_bytes(meta_model(_glide(config), config), config)
         need += size * checkpoints_kept(config)
         sizes.append(f"{config.train.phase} {checkpoints_kept(config)} x {gib(size)}")
-    held = sum(p.stat().st_size for c in site.configs for p in folder_of(c, c.train.phase).glob("step-*/*"))
+    held = sum(
+        p.stat().st_size
+        for c in site.configs
+        for p in folder_of(c, c.train.phase).glob("step-*/*")
+        if p.is_file()
+    )
     free = shutil.disk_usage(folder).free
     text = f"checkpoints take up to {gib(need)} ({', '.join(sizes)}), {gib(free + held)} are free in {folder}"
     if need <= free + held:
@@ -403,7 +410,7 @@ def existing_parent(folder: Path) -> Path:
 
 
 def write(site: Site) -> Finding:
-    """What a commit does: write, sync, rename a file over another, move a link."""
+    """What a commit does: write, sync, rename a file over another and a folder."""
     folder = Path(site.config.run.dir)
     probe = folder / f".preflight-{uuid.uuid4().hex[:12]}"
     started = time.monotonic()
@@ -416,8 +423,8 @@ def write(site: Site) -> Finding:
             os.fsync(file.fileno())
         (probe / "old").touch()
         (probe / "new").replace(probe / "old")
-        (probe / "link").symlink_to("old")
-        (probe / "link").replace(probe / "LAST")
+        (probe / "folder").mkdir()
+        (probe / "folder").rename(probe / "renamed")
         sync_directory(probe)
     except OSError as error:
         fact = f"run.dir {folder} can't hold checkpoints on {site.host}: {error.strerror} ({error.filename})"

@@ -23,7 +23,7 @@ from glide_ds.model.reduced import can_reduce
 from glide_ds.training import preview
 from glide_ds.training.checkpoint.commit import Committed
 from glide_ds.training.checkpoint.saver import PEERS_S, Saver
-from glide_ds.training.checkpoint.start import Start, find_start, folder_of, load_start, record
+from glide_ds.training.checkpoint.start import Start, find_start, folder_of, load_start, owner, record
 from glide_ds.training.faults.ranks import agreed
 from glide_ds.training.faults.stopping import Stopper
 from glide_ds.training.faults.watchdog import SET_UP, Watch
@@ -180,10 +180,9 @@ def assemble(
     ema = Ema(engine, config.ema) if config.ema.decay else None
     if ema and start.resumed and not ema.load(start.resumed):
         log.line(f"ema.decay is set and {start.resumed.path} holds no average: it starts at these weights")
-    saver = Saver(
-        engine, folder_of(config, config.train.phase), config.checkpoint, config.run.timeout_s, log.line
-    )
-    guard = Guard(config, engine, start, log, device, saver.wait)
+    folder = folder_of(config, config.train.phase)
+    saver = Saver(engine, folder, config.checkpoint, owner(config), config.run.timeout_s, log.line)
+    guard = Guard(config, engine, start, log, device, saver)
     measured: dict[str, Any] = {"model": model, "ema": ema, "log": log, "watch": watch}
     validation = Validation(config, start, diffusion, clip, **measured)
     stopper = Stopper(config.run, config.train.phase)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +25,7 @@ from glide_ds.config import Config
 from glide_ds.errors import UnstableError
 from glide_ds.files import write_file
 from glide_ds.training.checkpoint import commit as checkpoint
+from glide_ds.training.checkpoint.saver import Saver
 from glide_ds.training.checkpoint.start import Start, folder_of
 from glide_ds.training.logging import JsonLines, RunLog, finite
 from glide_ds.training.metrics import Meter
@@ -92,7 +93,7 @@ class LossWindow:
 class Guard:
     """Skips bad updates, counts and reports them, and rolls the run back where there are too many.
 
-    `settle_saves` waits for the save under way: it would become the newest checkpoint after a rollback.
+    It waits for `saver`'s save under way: that would become the newest checkpoint after a rollback.
     """
 
     def __init__(
@@ -102,10 +103,10 @@ class Guard:
         start: Start,
         log: RunLog,
         device: torch.device,
-        settle_saves: Callable[[], None],
+        saver: Saver,
     ) -> None:
         self.config, self.options, self.engine, self.log = config, config.stability, engine, log
-        self.settle_saves = settle_saves
+        self.saver = saver
         self.run_dir, self.folder = Path(config.run.dir), folder_of(config, config.train.phase)
         manifest = start.resumed.manifest if start.resumed else {}
         saved = Stability(**manifest.get("stability", {}))
@@ -150,7 +151,7 @@ class Guard:
         self.state.recent = (*recent, done)
         self._record(done, batches)
         if self.options.skip_limit and len(self.state.recent) >= self.options.skip_limit:
-            self.settle_saves()
+            self.saver.wait()
             self._roll_back(done)
         return True
 
@@ -235,7 +236,7 @@ class Guard:
                 f"look at the samples in {self.run_dir / SKIPPED_FILE}, mend the data or lower the learning rate, "
                 f"and start again; the last checkpoint in {self.folder} stands",
             )
-        target = checkpoint.rewind(self.folder, state.recent[0])
+        target = checkpoint.rewind(self.folder, state.recent[0], self.saver.owner)
         after = Stability(
             data_offset=done + state.data_offset - target,
             lr_cut=state.lr_cut * options.lr_cut,

@@ -123,8 +123,8 @@ class Job:
         """Until that checkpoint is committed."""
 
         def committed() -> bool:
-            last = self.run / folder / "LAST"
-            return last.exists() and int(last.resolve().name.removeprefix("step-")) >= step
+            made = (self.run / folder).glob("step-????????/manifest.json")
+            return any(int(path.parent.name.removeprefix("step-")) >= step for path in made)
 
         self.wait(f"checkpoint {step}", committed)
 

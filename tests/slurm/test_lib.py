@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -41,11 +42,9 @@ class Ended:
             (self.folder / f"rank-{rank}.code").write_text(f"{code}\n")
         if reason:
             (self.run / "STOPPED.json").write_text(json.dumps({"reason": reason, "step": step}))
-        last = self.run / "phase1" / "LAST"
-        last.parent.mkdir(exist_ok=True)
-        last.unlink(missing_ok=True)
-        (last.parent / f"step-{step:08d}").mkdir(exist_ok=True)
-        last.symlink_to(f"step-{step:08d}")
+        made = self.run / "phase1" / f"step-{step:08d}"
+        made.mkdir(parents=True, exist_ok=True)
+        (made / "manifest.json").touch()
         return self
 
     def conclude(self, asked: str = "", restarts: int = 0, most: int = 50) -> tuple[int, str, bool]:
@@ -81,7 +80,7 @@ def test_a_job_that_lost_ranks_is_requeued(ended: Ended, codes: tuple[int, ...])
 
 def test_a_first_failure_before_any_checkpoint_is_requeued(ended: Ended):
     ended.left(75, 137)
-    (ended.run / "phase1" / "LAST").unlink()
+    shutil.rmtree(ended.run / "phase1")
     assert ended.conclude()[2]
     assert not ended.conclude(restarts=1)[2]
 

@@ -16,7 +16,7 @@ from glide_ds.config import CheckpointConfig
 from glide_ds.environment import read_environment
 from glide_ds.errors import DataError, GlideError
 from glide_ds.training import setup
-from glide_ds.training.checkpoint.commit import committed, newest_good
+from glide_ds.training.checkpoint.commit import Owner, committed, newest_good
 from glide_ds.training.checkpoint.saver import Saver
 from glide_ds.training.faults.ranks import agreed
 from glide_ds.training.loop import train
@@ -124,7 +124,7 @@ def save_that_fails_on_one_rank(rank: int, folder: Path) -> list[object]:
             self.checkpoint_engine.save({"part": rank}, f"part{rank}.pt")
 
     home = folder / "full_disk"
-    saver = Saver(Engine(), home, CheckpointConfig(keep=1), timeout_s=60)
+    saver = Saver(Engine(), home, CheckpointConfig(keep=1), Owner("mine"), timeout_s=60)
     saver.save(1, {})
     saver.finish()
     (first,) = committed(home)

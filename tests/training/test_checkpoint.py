@@ -26,6 +26,7 @@ from glide_ds.training.checkpoint.commit import (
     LAST,
     MANIFEST,
     Committed,
+    Owner,
     committed,
     newest_good,
     prune,
@@ -35,6 +36,7 @@ from glide_ds.training.checkpoint.commit import (
 from glide_ds.training.checkpoint.saver import Saver
 
 pytestmark = pytest.mark.usefixtures("group")
+OWNER = Owner("0123456789abcdef")
 
 
 class Engine:
@@ -54,7 +56,7 @@ class Engine:
 
 
 def saver(folder: Path, **config: Any) -> Saver:
-    return Saver(Engine(), folder, CheckpointConfig(**config), timeout_s=10)
+    return Saver(Engine(), folder, CheckpointConfig(**config), OWNER, timeout_s=10)
 
 
 def saved(folder: Path, step: int, keep: int = 0, **facts: Any) -> Committed:
@@ -79,6 +81,7 @@ def test_a_commit_lists_every_file_with_size_and_hash(tmp_path: Path):
     assert verify(made) == []
     assert newest_good(tmp_path) == (made, [])
     assert saved(tmp_path / "other", 5).fingerprint == made.fingerprint
+    assert made.manifest["run"] == OWNER.run
     assert saved(tmp_path / "other", 6).fingerprint != made.fingerprint
 
 
@@ -118,13 +121,12 @@ def test_damage_falls_back_to_the_checkpoint_before_and_says_so(
     "damage",
     [
         lambda path: os.truncate(path, path.stat().st_size - 2),
-        Path.unlink,
         lambda path: path.write_text(path.read_text().replace('"phase": "full"', '"phase": "fuml"')),
         lambda path: path.write_text(path.read_text().replace('"files"', '"fimes"')),
         lambda path: path.write_text(path.read_text().replace('"step": 8', '"step": 9')),
         lambda path: path.write_bytes(path.read_bytes().replace(b"model.pt", b"mode\xec.pt")),
     ],
-    ids=["truncated", "gone", "value", "key", "step", "letter"],
+    ids=["truncated", "value", "key", "step", "letter"],
 )
 def test_a_damaged_manifest_falls_back_and_says_so(tmp_path: Path, damage: Callable[[Path], None]):
     good, bad = saved(tmp_path, 4), saved(tmp_path, 8)
@@ -148,19 +150,106 @@ def test_files_without_a_manifest_are_no_checkpoint(tmp_path: Path):
     torn = tmp_path / "step-00000008"
     torn.mkdir()
     (torn / "model.pt").write_bytes(b"half")
-    assert newest_good(tmp_path) == (good, [])
+    assert newest_good(tmp_path) == (good, [f"{torn}: manifest.json is missing"])
     (torn / MANIFEST).write_text('{"step": 8, "fi')
-    assert newest_good(tmp_path) == (good, [])
-    again = saved(tmp_path, 8)  # and stand in nobody's way
-    assert newest_good(tmp_path) == (again, [])
+    assert newest_good(tmp_path) == (good, [f"{torn}: manifest.json is damaged"])
+    with pytest.raises(CheckpointError, match=f"{torn} is there and was not written by this run; move it away"):
+        saved(tmp_path, 8)
+    assert (torn / "model.pt").read_bytes() == b"half"
+    saved(tmp_path, 9, keep=1)
+    assert newest_good(tmp_path)[0] == committed(tmp_path)[0] != good
+    assert (torn / "model.pt").read_bytes() == b"half"
 
 
-def test_a_manifest_that_the_pointer_never_reached_is_not_committed(tmp_path: Path):
-    good = saved(tmp_path, 4)
-    shutil.copytree(good.path, tmp_path / "step-00000008")
-    manifest = good.manifest | {"step": 8}
-    (tmp_path / "step-00000008" / MANIFEST).write_text(json.dumps(manifest))
-    assert committed(tmp_path) == [good]
+def without_links(folder: Path, copy: Path) -> Path:
+    """As scp -r and zip copy."""
+    return Path(shutil.copytree(folder, copy))
+
+
+def lost_links(folder: Path, copy: Path) -> Path:
+    """As rsync -r and object stores copy."""
+    return Path(shutil.copytree(folder, copy, ignore=lambda _, names: [n for n in names if n in (LAST, BEST)]))
+
+
+@pytest.mark.parametrize("copied", [without_links, lost_links])
+def test_a_copy_goes_on_where_the_original_is(tmp_path: Path, copied: Callable[[Path, Path], Path]):
+    for step in (4, 8):
+        saved(tmp_path / "one", step, validation_loss=step)
+    copy = copied(tmp_path / "one", tmp_path / "copy")
+    found, damaged = newest_good(copy)
+    assert found is not None
+    assert (found.path, found.step, damaged) == (copy / "step-00000008", 8, [])
+    again = saver(copy, keep=1, async_save=False)
+    again.save(12, {})
+    assert [c.step for c in committed(copy)] == [12, 4]  # the best stays, by its manifest
+    assert again.failure is None
+
+
+def test_what_looks_like_a_checkpoint_is_told_where_there_is_none(tmp_path: Path):
+    saved(tmp_path, 4).path.rename(tmp_path / "step-00000004.bak")
+    (tmp_path / "step-00000008.zip").touch()
+    found, damaged = newest_good(tmp_path)
+    assert found is None
+    assert damaged == [
+        f"{tmp_path / name}: {why}"
+        for name, why in (
+            ("LAST", "it names nothing that is there"),
+            ("step-00000004.bak", "no checkpoint's name"),
+            ("step-00000008.zip", "no checkpoint's name"),
+        )
+    ]
+
+
+def foreign(folder: Path, step: int) -> Path:
+    """A checkpoint of another run, as a folder."""
+    Saver(Engine(), folder, CheckpointConfig(keep=0, async_save=False), Owner("another"), timeout_s=10).save(
+        step, {}
+    )
+    return folder / f"step-{step:08d}"
+
+
+def test_only_the_runs_own_folders_are_pruned_and_rewound(tmp_path: Path):
+    theirs = foreign(tmp_path, 2)
+    linked = tmp_path / "step-00000003"
+    linked.symlink_to(foreign(tmp_path / "elsewhere", 3))
+    backup = tmp_path / "step-00000004.bak"
+    shutil.copytree(saved(tmp_path, 4).path, backup)
+    (tmp_path / "step-5").mkdir()
+    (tmp_path / "step-00000007.txt").touch()
+    for step in (6, 8, 10):
+        saved(tmp_path, step, keep=1)
+    stays = {theirs.name, linked.name, backup.name, "step-5", "step-00000007.txt"}
+    assert {path.name for path in tmp_path.glob("step-*")} == {*stays, "step-00000010"}
+    assert verify(Committed(linked, 3, next(c for c in committed(tmp_path) if c.step == 3).manifest)) == []
+    assert checkpoint.rewind(tmp_path, 9, OWNER) == 3
+    assert {path.name for path in tmp_path.glob("step-*")} == stays
+    assert checkpoint.rewind(tmp_path, 1, OWNER) == 2
+    assert {path.name for path in tmp_path.glob("step-*")} == stays
+    assert newest_good(tmp_path)[0] is not None
+
+
+def test_anothers_checkpoint_is_gone_on_from_and_not_overwritten(tmp_path: Path):
+    theirs = foreign(tmp_path, 4)
+    found, _ = newest_good(tmp_path)
+    assert found is not None
+    assert found.path == theirs
+    with pytest.raises(CheckpointError, match="was not written by this run"):
+        saved(tmp_path, 4)
+    assert verify(found) == []
+    assert saved(tmp_path, 5).step == 5
+
+
+def test_a_run_of_before_there_were_ids_owns_what_has_none(tmp_path: Path):
+    for step in (2, 4):
+        path = saved(tmp_path, step).path / MANIFEST
+        told = json.loads(path.read_text())
+        path.write_text(json.dumps({key: value for key, value in told.items() if key not in ("run", "sha256")}))
+    (tmp_path / "step-00000003").mkdir()
+    before = sorted(tmp_path.glob("step-*"))
+    prune(tmp_path, CheckpointConfig(keep=1), OWNER)
+    assert sorted(tmp_path.glob("step-*")) == before
+    prune(tmp_path, CheckpointConfig(keep=1), Owner(OWNER.run, older=True))
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000004"]
 
 
 def test_no_folder_and_an_empty_folder_hold_nothing(tmp_path: Path):
@@ -168,34 +257,34 @@ def test_no_folder_and_an_empty_folder_hold_nothing(tmp_path: Path):
     assert newest_good(tmp_path) == (None, [])
 
 
-def test_the_pointer_moves_after_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_checkpoint_gets_its_name_after_its_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     saved(tmp_path, 4)
     order = []
-    write, replace = write_file, Path.replace
+    write, rename = write_file, Path.rename
 
     def written(path: Path, text: str) -> None:
         assert last(tmp_path) == "step-00000004"
         assert (path.parent / "optimizer.pt").exists()  # all else is there
+        assert not (tmp_path / "step-00000008").exists()
         write(path, text)
         order.append("manifest")
 
-    def replaced(self: Path, target: Path) -> Path:
-        if target.name == LAST:
-            assert (tmp_path / "step-00000008" / MANIFEST).exists()
-            order.append("pointer")
-        return replace(self, target)
+    def renamed(self: Path, target: Path) -> Path:
+        assert (self / MANIFEST).exists()
+        order.append("name")
+        return rename(self, target)
 
     monkeypatch.setattr(checkpoint, "write_file", written)
-    monkeypatch.setattr(Path, "replace", replaced)
+    monkeypatch.setattr(Path, "rename", renamed)
     saved(tmp_path, 8)
-    assert order == ["manifest", "pointer"]
+    assert order == ["manifest", "name"]
 
 
 def full_disk(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("moment", ["folder", "writing", "manifest", "pointer"])
+@pytest.mark.parametrize("moment", ["folder", "writing", "manifest", "name"])
 @pytest.mark.parametrize("behind", [True, False])
 def test_a_failure_while_saving_leaves_the_previous_checkpoint(
     tmp_path: Path,
@@ -206,10 +295,10 @@ def test_a_failure_while_saving_leaves_the_previous_checkpoint(
 ):
     good = saved(tmp_path, 4, keep=1)
     target = {
-        "folder": (checkpoint, "clear"),
+        "folder": (checkpoint, "prepare"),
         "writing": (torch, "save"),
         "manifest": (checkpoint, "write_file"),
-        "pointer": (Path, "symlink_to"),
+        "name": (Path, "rename"),
     }[moment]
     failing = saver(tmp_path, keep=1, async_save=behind)
     with monkeypatch.context() as patch:
@@ -225,7 +314,7 @@ def test_a_failure_while_saving_leaves_the_previous_checkpoint(
     assert failing.failures == 1
     assert last(tmp_path) == "step-00000004"
     assert newest_good(tmp_path) == (good, [])
-    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000004"]  # no half that fills the disk
+    assert sorted(os.listdir(tmp_path)) == [LAST, "step-00000004"]  # no half that fills the disk
     failing.save(8, {})
     failing.finish()
     assert newest_good(tmp_path)[0] == committed(tmp_path)[0] != good
@@ -290,7 +379,7 @@ def test_the_store_keeps_no_keys_of_old_saves(tmp_path: Path):
 def test_a_rank_that_never_finishes_is_named_and_not_waited_for_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    made = Saver(Engine(), tmp_path, CheckpointConfig(), timeout_s=0.2)
+    made = Saver(Engine(), tmp_path, CheckpointConfig(), OWNER, timeout_s=0.2)
     monkeypatch.setattr(background.dist, "get_world_size", lambda: 2)
     made.save(4, {})
     made.wait()
@@ -328,21 +417,31 @@ def test_the_best_by_validation_loss_is_kept(tmp_path: Path, best: bool, left: l
         assert (tmp_path / BEST).readlink().name == "step-00000002"
 
 
-def test_pruning_clears_torn_folders_away(tmp_path: Path):
-    (tmp_path / "step-00000003").mkdir()
-    (tmp_path / "step-00000009").mkdir()  # newer than what is committed: not ours to judge
+def test_the_next_save_clears_torn_folders_away(tmp_path: Path):
+    for step in (3, 9):
+        checkpoint.prepare(tmp_path, step, OWNER).joinpath("half").touch()
+        assert newest_good(tmp_path) == (None, [])  # a kill during the first save is no loss
     saved(tmp_path, 6, keep=1)
-    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000006", "step-00000009"]
+    assert sorted(os.listdir(tmp_path)) == [LAST, "step-00000006"]
 
 
 def test_a_checkpoint_that_is_half_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     saved(tmp_path, 3)
     good = saved(tmp_path, 6)
-    monkeypatch.setattr(shutil, "rmtree", lambda path: (path / "model.pt").unlink())  # and is killed
-    prune(tmp_path, CheckpointConfig(keep=1))
-    assert (tmp_path / "step-00000003" / "optimizer.pt").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path: (path / "model.pt").unlink())  # and is killed
+        prune(tmp_path, CheckpointConfig(keep=1), OWNER)
     assert committed(tmp_path) == [good]
     assert unreadable(tmp_path) == []
+    saved(tmp_path, 9)
+    assert sorted(os.listdir(tmp_path)) == [LAST, "step-00000006", "step-00000009"]
+
+
+def test_without_links_a_commit_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Path, "symlink_to", full_disk)
+    made = saved(tmp_path, 4, validation_loss=1.0)
+    assert newest_good(tmp_path) == (made, [])
+    assert os.listdir(tmp_path) == ["step-00000004"]
 
 
 def test_the_model_is_read_from_a_committed_checkpoint_only_with_the_manifest(tmp_path: Path):

@@ -26,7 +26,7 @@ from glide_ds.config import Config
 from glide_ds.errors import UnstableError
 from glide_ds.training import run as run_module
 from glide_ds.training.checkpoint import commit as checkpoint
-from glide_ds.training.checkpoint.commit import committed
+from glide_ds.training.checkpoint.commit import Owner, committed
 from glide_ds.training.faults.watchdog import Watch
 from glide_ds.training.logging import JsonLines, RunLog, finite
 from glide_ds.training.stability import Guard, LossWindow
@@ -119,15 +119,15 @@ def test_rewinding_goes_before_the_trouble_or_as_far_as_it_can(
     for step in (3, 6, 9):
         folder = tmp_path / f"step-{step:08d}"
         folder.mkdir()
-        (folder / "manifest.json").write_text(json.dumps({"step": step, "files": {}}))
-        checkpoint.point(folder.parent / checkpoint.LAST, folder)
-    assert checkpoint.rewind(tmp_path, before) == target
+        (folder / "manifest.json").write_text(json.dumps({"run": "mine", "step": step, "files": {}}))
+    assert checkpoint.rewind(tmp_path, before, Owner("mine")) == target
+    assert (tmp_path / "LAST").readlink().name == f"step-{target:08d}"
     assert [c.step for c in reversed(committed(tmp_path))] == left
     assert sorted(int(p.name[5:]) for p in tmp_path.glob("step-*")) == left
 
 
 def test_rewinding_a_phase_without_checkpoints_goes_to_its_beginning(tmp_path: Path):
-    assert checkpoint.rewind(tmp_path, 7) == 0
+    assert checkpoint.rewind(tmp_path, 7, Owner("mine")) == 0
 
 
 # --- injected ---

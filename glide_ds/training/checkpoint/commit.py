@@ -1,8 +1,9 @@
 """Checkpoints that are committed or not there.
 
-Every rank writes into PHASE/step-N (background.py); when all are done, rank 0 writes manifest.json (size
-and hash of every file) and syncs it; one atomic rename moves the link PHASE/LAST. Loading checks the
-manifest, the ranks share that work, and all agree on the newest good checkpoint.
+Every rank writes into a folder of its own name (`partial`) beside PHASE/step-N; when all are done, rank 0 writes
+manifest.json there (run, step, size and hash of every file), syncs it and renames the folder to step-N. A folder whose
+manifest and files verify is a checkpoint, however it came there; links and names are for people. The ranks share the
+verification, and all agree on the newest good one. What is removed or overwritten is the run's own (`Owner`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +23,13 @@ import torch
 import torch.distributed as dist
 
 from glide_ds.config import CheckpointConfig
-from glide_ds.files import point, sha256, sync_directory, write_file
+from glide_ds.files import PARTIAL, point, sha256, sync_directory, write_file
 
 MANIFEST = "manifest.json"
 LAST = "LAST"
 BEST = "BEST"
 OWN_HASH = "sha256"  # the manifest's own, of all its other entries
+STEP = re.compile(r"step-(\d{8,})")  # the whole name: step-00000500.bak is a person's
 
 
 @dataclass(frozen=True)
@@ -49,44 +54,71 @@ class Committed:
         return dict(torch.load(self.path / name, map_location="cpu", weights_only=False, mmap=True))
 
 
+@dataclass(frozen=True)
+class Owner:
+    """Whose checkpoints may be removed and overwritten: those of the run with this id."""
+
+    run: str
+    older: bool = False  # the run began before there were ids: what has none is its own too
+
+    def owns(self, path: Path) -> bool:
+        """Whether it is a folder, no link to one, of a step's name, and its manifest, whole or damaged, has the id."""
+        if not STEP.fullmatch(path.name) or path.is_symlink():
+            return False
+        try:
+            text = (path / MANIFEST).read_bytes()
+        except OSError:
+            return self.older and not (path / MANIFEST).exists()
+        return self.run.encode() in text or (self.older and b'"run"' not in text)
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def at(path: Path) -> Committed | None:
+    """The checkpoint in that folder, whatever its name; None without a readable manifest. Files are not verified."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        own = manifest.pop(OWN_HASH, None)  # none: of an earlier version
+        made = Committed(path, int(manifest["step"]), manifest)
+        return made if own in (None, _hash(manifest)) else None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return None
+
+
 def committed(folder: Path) -> list[Committed]:
     """The committed checkpoints below a phase's folder, the newest first. Files are not verified."""
-    if not folder.is_dir():
-        return []
-    found = []
-    last = _last_step(folder)
-    for path in sorted(folder.glob("step-*"), reverse=True):
-        try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            own = manifest.pop(OWN_HASH, None)
-            candidate = Committed(path, int(manifest["step"]), manifest)
-        except (OSError, ValueError, KeyError, AttributeError):
-            continue  # no readable manifest: never committed, or damaged since
-        if candidate.step <= last and own in (None, _hash(manifest)):  # none: of an earlier version
-            found.append(candidate)
-    return found
+    found = ((step, at(path)) for step, path in _steps(folder))
+    return [made for step, made in found if made and made.step == step]
 
 
 def unreadable(folder: Path) -> list[Path]:
-    """What was committed after the newest of `committed`, and has a damaged manifest; the newest first."""
+    """Folders of steps after the newest of `committed`, without a manifest or with a damaged one; newest first."""
     newest = next((made.step for made in committed(folder)), -1)
-    last = _last_step(folder)
-    return [
-        path
-        for path in sorted(folder.glob("step-*"), reverse=True)
-        if newest < (step := _step(path)) <= last and (step == last or (path / MANIFEST).exists())
-    ]
+    return [path for step, path in _steps(folder) if step > newest]
+
+
+def lookalikes(folder: Path) -> list[Path]:
+    """What a person would take for a checkpoint, whatever it is; no link that shows one beside it."""
+    named = [path for path in _entries(folder) if path.name.startswith("step-") or path.name in (LAST, BEST)]
+    return sorted(
+        path for path in named if not (path.name in (LAST, BEST) and path.is_symlink() and path.exists())
+    )
 
 
 def newest_good(folder: Path) -> tuple[Committed | None, list[str]]:
     """The newest committed checkpoint whose files all verify, and what is wrong with newer ones.
 
-    Called by all ranks alike: each verifies its share of the files, and all return the same.
+    Where there is none, what is wrong with all that looks like one. Called by all ranks alike: each verifies its share
+    of the files, and all return the same.
     """
-    found: list[Any] = [(committed(folder), unreadable(folder)) if dist.get_rank() == 0 else None]
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        found = [(committed(folder), unreadable(folder), lookalikes(folder))]
     dist.broadcast_object_list(found)  # a network file system may show the ranks different lists
-    candidates, illegible = found[0]
-    damaged = [f"{path}: {MANIFEST} is damaged" for path in illegible]
+    candidates, illegible, alike = found[0]
+    damaged = [f"{path}: {no_manifest(path)}" for path in illegible]
     for candidate in candidates:
         faults: list[list[str]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(faults, verify(candidate, dist.get_rank(), dist.get_world_size()))
@@ -94,10 +126,21 @@ def newest_good(folder: Path) -> tuple[Committed | None, list[str]]:
         if not problems:
             return candidate, damaged
         damaged.append(f"{candidate.path}: {problems[0]}")
-    return None, damaged
+    told = {*illegible, *(candidate.path for candidate in candidates)}
+    return None, damaged + [f"{path}: {_name_of(path)}" for path in alike if path not in told]
 
 
-def rewind(folder: Path, before: int) -> int:
+def _name_of(path: Path) -> str:
+    """What is wrong with the name of something that looks like a checkpoint."""
+    return "no checkpoint's name" if path.exists() else "it names nothing that is there"
+
+
+def no_manifest(path: Path) -> str:
+    """What is wrong with the manifest of an `unreadable` folder."""
+    return f"{MANIFEST} is damaged" if (path / MANIFEST).exists() else f"{MANIFEST} is missing"
+
+
+def rewind(folder: Path, before: int, owner: Owner) -> int:
     """Go back to the newest good checkpoint of an update before number `before`, and remove those after it.
 
     Where there is none, the oldest good one; where there is none at all, the phase's beginning. Returns its
@@ -112,11 +155,14 @@ def rewind(folder: Path, before: int) -> int:
     chosen = [good[-1].step if good else 0]
     if dist.get_rank() == 0:
         if good:
-            point(folder / LAST, good[-1].path)
-            sync_directory(folder)
-        for path in folder.glob("step-*"):
-            if _step(path) > chosen[0]:
-                remove(path)
+            show(folder / LAST, good[-1].path)
+        else:  # a link to nothing would look like a checkpoint that is missing
+            for link in (folder / LAST, folder / BEST):
+                if link.is_symlink():
+                    link.unlink()
+        for step, path in _steps(folder):  # the newest first: a kill leaves no gap before one that stands
+            if step > chosen[0] and owner.owns(path):
+                remove(path, owner)
     dist.broadcast_object_list(chosen)
     return chosen[0]
 
@@ -135,66 +181,88 @@ def verify(checkpoint: Committed, part: int = 0, parts: int = 1) -> list[str]:
     return problems
 
 
-def commit(target: Path, manifest: dict[str, Any]) -> None:
-    """Make the files in `target` a checkpoint: from here on it is the newest one. They are on the disk already."""
-    vouched = manifest | {OWN_HASH: _hash(manifest)}
-    write_file(target / MANIFEST, json.dumps(vouched, indent=1) + "\n")
-    point(target.parent / LAST, target)
-    sync_directory(target.parent)
+def partial(folder: Path, step: int, owner: Owner) -> Path:
+    """Where that step's checkpoint is written until it is whole."""
+    return folder / f".{step_name(step)}.{owner.run}{PARTIAL}"
 
 
-def mark_best(made: Committed) -> None:
-    """Move BEST to a checkpoint whose manifest holds the lowest `validation_loss` so far. Not pruned while best."""
-    loss = made.manifest.get("validation_loss")
-    best = _best(made.path.parent)
-    if loss is not None and math.isfinite(loss) and (best is None or loss < best.manifest["validation_loss"]):
-        point(made.path.parent / BEST, made.path)
+def prepare(folder: Path, step: int, owner: Owner) -> Path:
+    """An empty folder to write that step's checkpoint into; what earlier tries of the run left is removed.
+
+    Raises FileExistsError where a checkpoint could not be put in place, for something stands there that is not the
+    run's own.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f".step-*.{owner.run}*{PARTIAL}"):
+        shutil.rmtree(left)
+    target = folder / step_name(step)
+    if (target.exists() or target.is_symlink()) and not owner.owns(target):
+        raise FileExistsError(f"{target} is there and was not written by this run; move it away")
+    made = partial(folder, step, owner)
+    made.mkdir()
+    return made
 
 
-def prune(folder: Path, config: CheckpointConfig) -> None:
-    """Remove what `config` does not keep: all but the newest, every `keep_every`-th, the best; torn folders too."""
-    last, best = _last_step(folder), _best(folder)
-    kept = [c.path for c in committed(folder)[: config.keep or None]]
-    if config.best and best is not None:
-        kept.append(best.path)
-    for path in folder.glob("step-*"):
-        step = _step(path)
-        milestone = config.keep_every and step % config.keep_every == 0 and (path / MANIFEST).exists()
-        # Anything newer than LAST is being written by nobody: this runs between commits.
-        if path not in kept and not milestone and step <= last:
-            remove(path)
+def commit(folder: Path, manifest: dict[str, Any], owner: Owner) -> Committed:
+    """Make what was written for the manifest's step a checkpoint. Its files are on the disk already."""
+    step = manifest["step"]
+    source, target = partial(folder, step, owner), folder / step_name(step)
+    write_file(source / MANIFEST, json.dumps(manifest | {OWN_HASH: _hash(manifest)}, indent=1) + "\n")
+    if owner.owns(target):  # damaged, or the run would not have come here again
+        remove(target, owner)
+    source.rename(target)
+    sync_directory(folder)
+    show(folder / LAST, target)
+    return Committed(target, step, manifest)
 
 
-def remove(path: Path) -> None:
-    """Remove a checkpoint's folder. The manifest goes first, so half of one is not taken for a damaged one."""
-    (path / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(path)
+def show(link: Path, path: Path) -> None:
+    """Let LAST or BEST name a checkpoint, for people: where there are links, and nothing of theirs has that name."""
+    with suppress(OSError):
+        point(link, path)
 
 
-def clear(target: Path) -> None:
-    """An empty folder to write into; what an earlier try left is removed."""
-    if target.exists():
-        remove(target)
-    target.mkdir(parents=True)
+def best(found: list[Committed]) -> Committed | None:
+    """The one of the lowest validation loss."""
+    measured = (
+        made for made in reversed(found) if math.isfinite(made.manifest.get("validation_loss", math.nan))
+    )
+    return min(measured, key=lambda made: float(made.manifest["validation_loss"]), default=None)
 
 
-def _best(folder: Path) -> Committed | None:
-    """The checkpoint that BEST names, if it is still there."""
-    name = (folder / BEST).readlink().name if (folder / BEST).is_symlink() else None
-    found = (c for c in committed(folder) if c.path.name == name and "validation_loss" in c.manifest)
-    return next(found, None)
+def prune(folder: Path, config: CheckpointConfig, owner: Owner) -> None:
+    """Remove of the run's own what `config` does not keep: all but the newest, every `keep_every`-th, the best."""
+    own = [made for made in committed(folder) if owner.owns(made.path)]
+    kept = own[: config.keep or None]
+    if config.best and (lowest := best(own)):
+        kept.append(lowest)
+        show(folder / BEST, lowest.path)
+    if config.keep_every:
+        kept += [made for made in own if made.step % config.keep_every == 0]
+    places = {made.path for made in kept}
+    for step, path in _steps(folder):
+        if path not in places and own and step <= own[0].step and owner.owns(path):
+            remove(path, owner)
+
+
+def remove(path: Path, owner: Owner) -> None:
+    """Remove a checkpoint's folder. It loses its name first, so half of one is not taken for a damaged one."""
+    gone = path.with_name(f".{path.name}.{owner.run}.gone{PARTIAL}")
+    if gone.exists():
+        shutil.rmtree(gone)
+    path.rename(gone)
+    shutil.rmtree(gone)
+
+
+def _steps(folder: Path) -> list[tuple[int, Path]]:
+    """The folders, and links to folders, that are named as a step's checkpoint is; the newest first."""
+    named = ((STEP.fullmatch(path.name), path) for path in _entries(folder))
+    return sorted(((int(match[1]), path) for match, path in named if match and path.is_dir()), reverse=True)
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    return folder.iterdir() if folder.is_dir() else iter(())
 
 
 def _hash(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
-def _last_step(folder: Path) -> int:
-    try:
-        return _step((folder / LAST).readlink())
-    except (OSError, ValueError):
-        return -1  # nothing was ever committed here

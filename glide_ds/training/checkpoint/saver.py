@@ -23,7 +23,7 @@ import torch.distributed as dist
 from glide_ds.config import CheckpointConfig
 from glide_ds.errors import CheckpointError
 from glide_ds.training.checkpoint import commit as checkpoint
-from glide_ds.training.checkpoint.commit import Committed
+from glide_ds.training.checkpoint.commit import Owner, partial, step_name
 from glide_ds.training.faults.ranks import attempt
 from glide_ds.training.zero.group import own_store
 from glide_ds.training.zero.snapshot import Snapshot
@@ -45,10 +45,11 @@ class Saver:
         engine: Any,
         folder: Path,
         config: CheckpointConfig,
+        owner: Owner,
         timeout_s: float,
         say: Callable[[str], None] = print,
     ) -> None:
-        self.folder, self.config, self.say = folder, config, say
+        self.folder, self.config, self.owner, self.say = folder, config, owner, say
         self.patience = timedelta(seconds=timeout_s)  # for the slowest rank's writing
         self.store = own_store()
         self.snapshot = Snapshot(engine)
@@ -67,15 +68,14 @@ class Saver:
     ) -> None:
         """Copy the state after update `step`, and have it written. Waits for the save before.
 
-        `facts` goes into the manifest. Where it holds `validation_loss`, the link BEST moves to the checkpoint
-        if no other has a lower one. `files` are this rank's own, by name, beside DeepSpeed's. Rank 0 calls `then`
-        beside the training, whatever became of the save.
+        `facts` goes into the manifest; of what it holds as `validation_loss`, the lowest is kept. `files` are this
+        rank's own, by name, beside DeepSpeed's. Rank 0 calls `then` beside the training, whatever became of the save.
         """
         self.wait()
         self.step, started = step, time.monotonic()
-        self.snapshot.take(self.folder, f"step-{step:08d}", files or {})
+        self.snapshot.take(self.folder, step_name(step), files or {})
         stall = time.monotonic() - started
-        manifest = {"step": step, "world_size": dist.get_world_size(), **facts}
+        manifest = {"run": self.owner.run, "step": step, "world_size": dist.get_world_size(), **facts}
         self.failure = f"rank {dist.get_rank()}'s writing thread died"  # until it says otherwise
         self.thread = threading.Thread(
             target=self._write,
@@ -117,17 +117,18 @@ class Saver:
         self, number: int, manifest: dict[str, Any], started: float, stall: float, then: Callable[[], None]
     ) -> None:
         """The thread: write, tell rank 0, and hear what became of it."""
-        rank, target = dist.get_rank(), self.folder / f"step-{manifest['step']:08d}"
+        rank, target = dist.get_rank(), self.folder / step_name(manifest["step"])
         keys = {name: f"save{number}/{name}" for name in ("ready", "outcome")}
         try:
             if rank == 0:
-                unready = attempt(lambda: checkpoint.clear(target))
+                unready = attempt(lambda: checkpoint.prepare(self.folder, manifest["step"], self.owner))
                 self.store.set(keys["ready"], "")
             self.store.wait([keys["ready"]], self.patience)
             failure = self.snapshot.failure or (unready if rank == 0 else None)
             written: dict[str, Any] = {}
             if failure is None:
-                failure = attempt(lambda: written.update(self.snapshot.write(target)))
+                place = partial(self.folder, manifest["step"], self.owner)
+                failure = attempt(lambda: written.update(self.snapshot.write(place)))
             own = {"failure": failure, "files": written}
             self.store.set(f"save{number}/rank{rank}", json.dumps(own))
             if rank == 0:
@@ -156,16 +157,14 @@ class Saver:
             failure = next(iter(failures), None)
         if failure is None:
             whole = {**manifest, "files": files}
-            failure = attempt(lambda: checkpoint.commit(target, whole))
+            failure = attempt(lambda: checkpoint.commit(self.folder, whole, self.owner))
         if failure is None:
-            made = Committed(target, manifest["step"], whole)
-            best = self.config.best and attempt(lambda: checkpoint.mark_best(made))
-            pruned = attempt(lambda: checkpoint.prune(self.folder, self.config))
-            if trouble := best or pruned:
+            if trouble := attempt(lambda: checkpoint.prune(self.folder, self.config, self.owner)):
                 self.say(f"!! {self.folder}: {trouble}; the commit itself stands")
             return None
         free = shutil.disk_usage(self.folder).free
-        shutil.rmtree(target, ignore_errors=True)  # half a checkpoint is of no use, and the disk may be full
+        # Half a checkpoint is of no use, and the disk may be full.
+        shutil.rmtree(partial(self.folder, manifest["step"], self.owner), ignore_errors=True)
         return f"{target} can't be written ({failure}; {free / 2**20:,.0f} MiB were free)"
 
     def _report(self, target: Path, seconds: float, stall: float) -> None:

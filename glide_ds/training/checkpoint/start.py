@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import platform
+import uuid
 from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 from glide_ds import __version__
@@ -17,11 +19,11 @@ from glide_ds.config import Config
 from glide_ds.config.keys import free_on_resume, leaves
 from glide_ds.config.load import recorded
 from glide_ds.config.phases import PHASES
-from glide_ds.errors import ConfigError, WeightsError
+from glide_ds.errors import CheckpointError, ConfigError, WeightsError
 from glide_ds.files import write_file
 from glide_ds.model.tensor_files import StateFile
 from glide_ds.model.weights import load_state, load_weights
-from glide_ds.training.checkpoint.commit import Committed, committed, newest_good
+from glide_ds.training.checkpoint.commit import Committed, Owner, committed, lookalikes, newest_good
 from glide_ds.training.speed.meta import weight_bytes
 from glide_ds.training.zero.elastic import frozen_weights, weights
 
@@ -61,7 +63,7 @@ def find_start(config: Config, planned: Collection[str] = (), *, verify: bool) -
     """Find what the phase starts from. With `verify`, collective: all ranks check files and agree.
 
     `planned` phases will have run by then (a dry run of a pipeline). Raises WeightsError where a
-    start is missing that real data needs.
+    start is missing that real data needs, CheckpointError where there may be one and it can't be trusted.
     """
     phase = PHASES[config.train.phase]
     resumed, damaged = _newest(folder_of(config, phase.name), verify)
@@ -80,9 +82,24 @@ def find_start(config: Config, planned: Collection[str] = (), *, verify: bool) -
 
 
 def _newest(folder: Path, verify: bool) -> tuple[Committed | None, list[str]]:
+    """The newest checkpoint of a phase, and what is wrong with newer ones.
+
+    Raises CheckpointError where there is none but something that looks like one.
+    """
     if verify:
-        return newest_good(folder)
-    return next(iter(committed(folder)), None), []
+        found, damaged = newest_good(folder)
+    else:
+        found = next(iter(committed(folder)), None)
+        damaged = [] if found else [f"{path}: no whole checkpoint" for path in lookalikes(folder)]
+    if found or not damaged:
+        return found, damaged
+    error = CheckpointError(
+        f"{folder} holds checkpoints, and none of them is whole ({'; '.join(damaged[:3])})",
+        "the phase would start anew and lose them",
+        f"copy them there again with all their files, under their names, or move them out of {folder} to start anew",
+    )
+    error.on_all_ranks = verify
+    raise error
 
 
 def _given_weights(config: Config) -> str:
@@ -161,6 +178,8 @@ def record(config: Config, start: Start) -> None:
     """Write the phase's resolved configuration, the versions and its parent into run.json. Rank 0 only."""
     path = Path(config.run.dir) / RUN_FILE
     whole = _read(path)
+    if "run" not in whole:
+        whole = {"run": uuid.uuid4().hex, "older": "phases" in whole, **whole}
     whole["versions"] = {
         "python": platform.python_version(),
         "glide_ds": __version__,  # of this source, installed or not
@@ -175,6 +194,16 @@ def record(config: Config, start: Start) -> None:
             "sha256": parent.fingerprint if parent else None,
         }
     write_file(path, json.dumps(whole, indent=1) + "\n")
+
+
+def owner(config: Config) -> Owner:
+    """Whose checkpoints the run directory's own are, once `record` has written its run.json. Collective."""
+    own: list[Any] = [None]
+    if dist.get_rank() == 0:  # another host may not see yet what has just been recorded
+        whole = _read(Path(config.run.dir) / RUN_FILE)
+        own = [Owner(whole["run"], whole["older"])]
+    dist.broadcast_object_list(own)
+    return own[0]
 
 
 def lineage(config: Config) -> dict[str, Any]:
