@@ -382,7 +382,8 @@ def validated(config: Config) -> Any:
         measured = []
         for done in (1, 2):
             when = run.validation.after(done)
-            measured.append((when, run.validation.latest and run.validation.latest["loss"]))
+            latest = run.validation.latest or {}
+            measured.append((when, latest.get("loss"), latest.get("score_off", {}).get("count")))
         with torch.no_grad():
             for parameter in run.model.parameters():
                 parameter.mul_(3)

@@ -11,6 +11,7 @@ from glide_ds.commands import evaluate
 from glide_ds.commands.load import Loaded
 from glide_ds.config import ClipConfig
 from glide_ds.data import shapes
+from glide_ds.inference import judged
 from glide_ds.model import GlideConfig, create_model
 from glide_ds.model.clip import FrozenClip
 
@@ -71,7 +72,7 @@ def test_an_adapter_that_reads_the_embedding_is_told_from_a_shuffled_one(clip):
 @pytest.mark.parametrize(("shift", "right"), [(0, True), (1, False)])
 def test_pictures_are_judged_against_their_own_captions(shift, right):
     drawn, captions = zip(*(shapes.draw(shapes.HELD_OUT + i, 32) for i in range(17)), strict=True)
-    score = evaluate.judged(torch.from_numpy(np.stack(drawn[shift : shift + 16])), list(captions[:16]))
+    score = judged.judged(torch.from_numpy(np.stack(drawn[shift : shift + 16])), list(captions[:16]))
     assert score.count == 16
     assert (score.colour >= 0.98 and score.shape >= 0.98) is right
 
@@ -83,9 +84,9 @@ def test_each_way_is_drawn_with_what_it_says_and_without_the_rest(clip, monkeypa
         asked.append((captions, clip_embedding, options))
         return torch.zeros(len(captions), 32, 32, 3, dtype=torch.uint8)
 
-    monkeypatch.setattr(evaluate, "draw", scenes)
-    drawing = evaluate.Drawing(4, 2, clip_scale=0.5, clip_guidance=2.0)
-    found = evaluate.evaluate(fresh(), clip, drawing, 8, tmp_path / "grid.png")
+    monkeypatch.setattr(judged, "draw", scenes)
+    drawing = judged.Drawing("linear", 2, clip_scale=0.5, clip_guidance=2.0)
+    found = evaluate.evaluate(fresh(), clip, 4, drawing, 8, tmp_path / "grid.png")
     captions = [shapes.caption(shapes.scene(shapes.HELD_OUT + i)) for i in range(4)]
     pictures = np.stack([shapes.draw(shapes.HELD_OUT + i, 32)[0] for i in range(4)])
     text, image = clip.encode_text(captions), clip.encode_image(torch.from_numpy(pictures))
@@ -105,9 +106,9 @@ def test_each_way_is_drawn_with_what_it_says_and_without_the_rest(clip, monkeypa
 def test_a_model_without_adapter_has_no_figures_of_clip(monkeypatch):
     loaded = fresh()._replace(clip=None)
     monkeypatch.setattr(
-        evaluate, "draw", lambda _, captions, **__: torch.zeros(len(captions), 32, 32, 3).byte()
+        judged, "draw", lambda _, captions, **__: torch.zeros(len(captions), 32, 32, 3).byte()
     )
-    found = evaluate.evaluate(loaded, None, evaluate.Drawing(4, 2), 8)
+    found = evaluate.evaluate(loaded, None, 4, judged.Drawing("linear", 2), 8)
     assert found.score == found.score_caption_only
     assert found.score_off is not None
     assert (found.score_clip_text, found.score_clip_image, found.gain_of_pictures) == (None, None, None)

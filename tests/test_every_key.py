@@ -274,6 +274,7 @@ TABLE = [
     *rows(
         see.validated,
         {
+            "validation.drawn": 2,
             "validation.every": 2,
             "validation.samples": 5,
             "validation.shards": "plain.tar",

@@ -200,6 +200,15 @@ def _conflicts(made: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> list[Fa
                 "remove it (it defaults to train.steps) or raise it",
             )
         )
+    validation, data = made.get("validation"), made.get("data")
+    if validation and validation.drawn and (validation.shards is not None or (data and not data.draws_shapes)):
+        faults.append(
+            Fault(
+                f"validation.drawn = {validation.drawn} on other data than the built-in shapes",
+                "only shapes have a judge",
+                "remove it, or train on builtin:shapes",
+            )
+        )
     images = made["log"].sample_images if made.get("log") else ()
     if images and clip and not clip.pictured:
         faults.append(

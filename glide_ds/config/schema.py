@@ -244,6 +244,11 @@ class DataConfig(Section):
             yield Conflict(("drop_caption", "drop_both"), fault)
 
     @property
+    def draws_shapes(self) -> bool:
+        """Whether the samples are the built-in shapes, drawn on the fly."""
+        return self.shards == "builtin:shapes" and not self.mix
+
+    @property
     def mix_parts(self) -> tuple[MixPart, ...]:
         """The data sets to mix; one, of `shards`, where there is no mix."""
         if not self.mix:
@@ -405,6 +410,11 @@ class ValidationConfig(Section):
     samples: int = free(256, "held-out samples", ge=1)
     shards: Patterns | None = free(
         None, "held-out shards; null: the shapes' own held-out set, and no validation for other data"
+    )
+    drawn: int = free(
+        0,
+        "held-out shapes drawn in each way by rank 0, as the sample grids are, and judged; built-in data",
+        ge=0,
     )
     max_degradation: float = free(
         0.1,

@@ -270,7 +270,7 @@ def _frozen_clip(config: Config, device: torch.device) -> FrozenClip | None:
     if not config.uses_clip:
         return None
     # Sample grids may be drawn from captions, so the text tower is needed in any case.
-    towers = "both" if config.clip.pictured else "text"
+    towers = "both" if config.clip.pictured or config.validation.drawn else "text"
     return FrozenClip(config.clip.model, config.clip.weights, device, source=towers)
 
 

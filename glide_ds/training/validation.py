@@ -6,7 +6,7 @@ B samples, S image side, D CLIP width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any, NoReturn
 
@@ -16,10 +16,11 @@ from torch import Tensor
 
 from glide_ds.config import Config
 from glide_ds.data.loader import Source, build_source
-from glide_ds.data.samples import SHAPES, SHAPES_HELD_OUT
+from glide_ds.data.samples import SHAPES_HELD_OUT
 from glide_ds.diffusion import Diffusion
 from glide_ds.errors import ConfigError
 from glide_ds.inference.held_out import CHUNK, Figures, HeldOut
+from glide_ds.inference.judged import TOLD, Cases, Drawing, Score, draw_ways, held_out_cases, judged
 from glide_ds.model.clip import FrozenClip
 from glide_ds.model.glide import Glide
 from glide_ds.training.checkpoint.start import Start
@@ -50,6 +51,7 @@ class Validation:
         self.config, self.options, self.start = config, config.validation, start
         self.model, self.ema, self.log, self.watch = model, ema, log, watch
         self.held_out: HeldOut | None = None
+        self.cases: Cases | None = None  # to be drawn and judged
         self.latest: dict[str, Any] | None = None  # the figures of the last update, where it was validated
         # The pretrained model's loss with CLIP off, measured at the beginning of the run's first phase.
         self.baseline: float | None = None
@@ -60,6 +62,8 @@ class Validation:
         side = clip.image_side if clip and config.clip.pictured else None
         source = agreed(lambda: open_held_out(config, shards, side))
         self.held_out = load_held_out(config, source, diffusion, clip)
+        if self.options.drawn and dist.get_rank() == 0:
+            self.cases = held_out_cases(config.model.architecture.image_size, clip, self.options.drawn)
         self.identity = {"fingerprint": source.fingerprint, "samples": self.options.samples}
         before = start.resumed or start.parent
         told = before.manifest.get("validation") if before else None
@@ -87,8 +91,12 @@ class Validation:
         self.model.eval()
         with averaged(self.ema):
             figures = self.held_out.measure(self.model)
-        self.latest = asdict(figures) | {"loss_clip_off_start": self.baseline}
+            scores = dict(self._judged())
+        drawn = {name: asdict(score) for name, score in scores.items()}
+        self.latest = asdict(figures) | drawn | {"loss_clip_off_start": self.baseline}
         self.log.line(f"validation at step {done}: {self._describe(figures)}")
+        for name, score in scores.items():
+            self.log.line(f"  {score.count} drawn, {TOLD[name]}: {score}")
         return True
 
     @property
@@ -128,6 +136,19 @@ class Validation:
         """What a line of metrics.jsonl says of it."""
         return {"validation": self.latest} if self.latest else {}
 
+    def _judged(self) -> Iterator[tuple[str, Score]]:
+        """What the judge reads in rank 0's pictures of held-out shapes, in every way they can be asked for."""
+        if self.cases is None:
+            return
+        drawing = Drawing(
+            self.config.model.noise_schedule,
+            self.config.log.sample_steps,
+            self.config.log.guidance,
+            by_pictures=self.config.clip.source == "image",
+        )
+        for name, images in draw_ways(self.model, self.cases, drawing, lambda _: self.watch.over):
+            yield name, judged(images, self.cases.captions)
+
     def _describe(self, figures: Figures) -> str:
         told = (
             f"loss {figures.loss:.4f}, with CLIP off {figures.loss_clip_off:.4f} ({self.baseline:.4f} at first)"
@@ -146,7 +167,7 @@ def held_out_shards(config: Config) -> str | tuple[str, ...] | None:
         return None
     if config.validation.shards is not None:
         return config.validation.shards
-    return SHAPES_HELD_OUT if config.data.shards == SHAPES and not config.data.mix else None
+    return SHAPES_HELD_OUT if config.data.draws_shapes else None
 
 
 def open_held_out(config: Config, shards: str | tuple[str, ...], clip_side: int | None = None) -> Source:

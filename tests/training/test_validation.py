@@ -163,3 +163,17 @@ def test_real_shards_without_held_out_ones_are_not_validated_and_told_so(
         run.validation.begin()
         assert run.validation.held_out is None
     assert "validation is off: data.shards is not built in" in capsys.readouterr().out
+
+
+def test_held_out_shapes_are_drawn_in_every_way_and_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    settings = {"every": 2, "samples": 4, "drawn": 3}
+    sections = {"validation": settings, "log": {"sample_steps": 2, "samples_every": 0}, "train": {"steps": 2}}
+    train_phase(make_config(tmp_path, **sections))
+    (measured,) = [line["validation"] for line in metrics(tmp_path) if "validation" in line]
+    for name in ("score", "score_caption_only", "score_clip_text", "score_clip_image", "score_off"):
+        assert measured[name].keys() == {"count", "colour", "shape", "position"}
+        assert measured[name]["count"] == 3
+    out = capsys.readouterr().out
+    assert "3 drawn, CLIP alone, by picture: colours" in out
+    with pytest.raises(ConfigError, match="only shapes have a judge"):
+        make_config(tmp_path, validation=settings, data={"shards": "a.tar"})
