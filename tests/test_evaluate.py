@@ -105,9 +105,7 @@ def test_each_way_is_drawn_with_what_it_says_and_without_the_rest(clip, monkeypa
 
 def test_a_model_without_adapter_has_no_figures_of_clip(monkeypatch):
     loaded = fresh()._replace(clip=None)
-    monkeypatch.setattr(
-        judged, "draw", lambda _, captions, **__: torch.zeros(len(captions), 32, 32, 3).byte()
-    )
+    monkeypatch.setattr(judged, "draw", lambda _, captions, **__: torch.zeros(len(captions), 32, 32, 3).byte())
     found = evaluate.evaluate(loaded, None, 4, judged.Drawing("linear", 2), 8)
     assert found.score == found.score_caption_only
     assert found.score_off is not None

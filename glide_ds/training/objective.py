@@ -84,8 +84,8 @@ class Objective:
 
     Hybrid: L = mse + w·vb (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 16, w in `train.vb_weight`
     times T). KL: between the reverse-process Gaussians with CLIP on and off, the latter without
-    gradient and with the same dropout masks, averaged per element: it keeps the pretrained model's
-    behaviour (diffusion/losses.py).
+    gradient and with the same dropout masks, averaged per element, 0 for samples whose caption is emptied: it
+    keeps the pretrained model's behaviour (diffusion/losses.py).
     """
 
     def __init__(self, config: Config, diffusion: Diffusion, engine: Any, clip: FrozenClip | None) -> None:
@@ -127,7 +127,9 @@ class Objective:
             kl = reverse_kl(
                 diffusion.p_mean_variance(output, x_t, draws.timesteps, clip_x0=False).gaussian,
                 diffusion.p_mean_variance(off, x_t, draws.timesteps, clip_x0=False).gaussian,
-            ).mean()
+            )
+            # Without a caption the pass without CLIP knows nothing: to stay close to it would be to unlearn CLIP.
+            kl = (kl * batch.mask.any(1)).mean()
             total = total + train.kl_weight * kl
         # A GPU is busy with the forward pass now; at the start of a step it would have to wait.
         self.ahead[slots] = step + 1, self._draw(step + 1, slots, batch)

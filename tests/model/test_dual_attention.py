@@ -1,14 +1,21 @@
 """CLIP conditioning: nothing at first, additive later, dropped by a mask, reached by gradients."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny_glide import CLIP_DIM, tiny_embeddings, tiny_inputs, tiny_model
 
+from glide_ds.config import Config
 from glide_ds.model.clip_adapter import ClipAdapter, ClipVector, unit_rms
 from glide_ds.model.dual_attention import DualAttention
 from glide_ds.model.glide import Glide
+from glide_ds.model.tensor_files import StateFile
 from glide_ds.model.unet import ClipContext, Context
+from glide_ds.model.weights import load_state
+from glide_ds.training.speed.flops import step_work
+from glide_ds.types import GlideConfig
 
 
 def clip_model(trained: bool = True, **changes) -> Glide:
@@ -188,3 +195,25 @@ def test_a_step_without_drops_has_the_same_graph() -> None:
     gradient = model.clip_adapter.clip_null_embedding.grad
     assert gradient is not None
     assert not gradient.any()
+
+
+def test_the_vector_costs_the_published_model_next_to_nothing() -> None:
+    with torch.device("meta"):
+        model = Glide(GlideConfig.published("base", clip_dim=768))
+    count = sum(parameter.numel() for parameter in model.clip_vector.parameters())
+    assert count < 2_000_000  # of 6 million allowed
+    assert 2 * count < 0.001 * step_work(model.config, Config()) / 3  # one multiply-add each, per image
+
+
+def test_weights_from_before_the_vector_load_and_are_told() -> None:
+    model = clip_model()
+    before = {name: value for name, value in model.state_dict().items() if "clip_vector" not in name}
+    fresh = clip_model(trained=False)
+    report = load_state(fresh, StateFile(Path("before.pt"), before), source="before.pt")
+    assert all("clip_vector" in name for name in report.kept)
+    assert "kept initial values" in report.paragraph()
+    inputs = tiny_inputs(model) | {"clip_embedding": tiny_embeddings()}
+    with torch.no_grad():
+        model.clip_vector.mlp[2].weight.zero_()
+        model.clip_vector.mlp[2].bias.zero_()
+    assert torch.equal(fresh(**inputs), model(**inputs))

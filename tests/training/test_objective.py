@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,20 @@ def dropping(folder: Path, phase: str = "adapter_only", **train: Any) -> tuple[O
     model.load_state_dict(fresh, strict=False)
     made = Objective(config, create_diffusion(config.model.noise_schedule), Bare(model), Encoder())  # type: ignore[arg-type]
     return made, model
+
+
+def test_a_sample_without_its_caption_has_no_kl(tmp_path: Path):
+    """CLIP alone is to say what the pass without it can't know."""
+    made, _ = objective(tmp_path, train={"kl_weight": 1.0, "kl_every": 1})
+    whole = batch()
+    assert whole.mask.any(1).all()
+    every = made(whole, 0).kl
+    assert every is not None
+    emptied = torch.arange(B) % 2 == 0
+    some = made(replace(whole, mask=whole.mask & ~emptied[:, None]), 0).kl
+    assert some is not None
+    assert 0 < some < every
+    assert made(replace(whole, mask=torch.zeros_like(whole.mask)), 0).kl == 0
 
 
 @pytest.mark.parametrize("dial", ["none", "blocks"])
