@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from glide_ds.config import Config
 from glide_ds.model.glide import Glide
@@ -36,7 +39,7 @@ def count_work(model: Glide) -> Work:
     with torch.device("meta"):
         inputs = one_image(model.config)
     forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
-    with compiler_spared():
+    with compiler_spared(), _Products():
         with forward:
             output = model(**inputs)
         with backward:
@@ -49,6 +52,21 @@ def count_work(model: Glide) -> Work:
     }
     once = forward.get_total_flops()
     return Work(int(once + backward.get_total_flops()), int(once), blocks)
+
+
+class _Products(TorchFunctionMode):
+    """Leave out functions without products, which take torch most of the time on the meta device.
+
+    What is normalised still passes the weights, so that the backward pass goes as far as they want it to.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.silu, F.gelu):
+            return args[0]
+        named = kwargs or {}
+        if func in (F.group_norm, F.layer_norm):
+            return args[0] * (named["weight"] if "weight" in named else args[2]).sum()
+        return func(*args, **named)
 
 
 def step_work(glide: GlideConfig, config: Config) -> int:
