@@ -10,7 +10,7 @@ import json
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,7 +184,7 @@ def _read_content(path: Path) -> tuple[Any, bool]:
     if head.startswith(b"PK\x03\x04"):
         return _read_zip(path)
     if head[:1] == b"\x80":  # a pickle's protocol mark: torch.save before version 1.6
-        return _torch_load(path, mmap=False), False
+        return load_tensors(path, mmap=False), False
     if head[8:9] == b"{" and not head.lstrip().startswith((b"{", b"[")):
         return _read_safetensors(path), False
     raise WeightsError(
@@ -230,12 +230,25 @@ def _read_zip(path: Path) -> tuple[Any, bool]:
             )
         if any(name.endswith("/constants.pkl") for name in names):
             return _read_scripted(archive, data[0].removesuffix("data.pkl"), path), True
-    return _torch_load(path, mmap=True), False
+    return load_tensors(path, mmap=True), False
 
 
-def _torch_load(path: Path, *, mmap: bool) -> Any:
+class _Ignored:
+    """Stands for an object of a known class, of which nothing is kept and no code is called."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, _: object) -> None: ...
+
+
+def load_tensors(path: Path, *, mmap: bool, known: Sequence[str] = ()) -> Any:
+    """What torch.save wrote: tensors and plain values, on the CPU. Objects of the classes `known` are left out.
+
+    Raises WeightsError where it holds any other object, or is damaged.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with torch.serialization.safe_globals([(_Ignored, name) for name in known]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise _refused(path, error) from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -178,7 +179,7 @@ def assemble(
     start, glide, source, clip = ground.start, ground.glide, ground.source, ground.clip
     diffusion = create_diffusion(config.model.noise_schedule)
     ema = Ema(engine, config.ema) if config.ema.decay else None
-    if ema and start.resumed and not ema.load(start.resumed):
+    if ema and start.resumed and not agreed(partial(ema.load, start.resumed)):
         log.line(f"ema.decay is set and {start.resumed.path} holds no average: it starts at these weights")
     folder = folder_of(config, config.train.phase)
     saver = Saver(engine, folder, config.checkpoint, owner(config), config.run.timeout_s, log.line)

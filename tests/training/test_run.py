@@ -210,8 +210,17 @@ RESUMED = {
 }
 
 
-def test_resume_continues_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    whole, parts = make_config(tmp_path / "a", **RESUMED), make_config(tmp_path / "b", **RESUMED)
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        pytest.param({"optimizer": {"type": "AdamW8bit"}}, marks=pytest.mark.slow),
+        pytest.param({"optimizer": {"type": "AdamW8bit"}, "bf16": {"enabled": True}}, marks=pytest.mark.slow),
+    ],
+    ids=["fp32", "8-bit", "8-bit and bf16"],
+)
+def test_resume_continues_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]):
+    whole, parts = (make_config(tmp_path / name, **RESUMED, **given) for name in ("a", "b"))
     straight = state_of(train_phase(whole, shake))
     with monkeypatch.context() as patch:
         crash_after(patch, 6)

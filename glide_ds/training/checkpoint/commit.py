@@ -19,16 +19,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from glide_ds.config import CheckpointConfig
 from glide_ds.files import PARTIAL, point, sha256, sync_directory, write_file
+from glide_ds.model.tensor_files import load_tensors
 
 MANIFEST = "manifest.json"
 LAST = "LAST"
 BEST = "BEST"
 OWN_HASH = "sha256"  # the manifest's own, of all its other entries
+# What DeepSpeed puts into its files beside tensors and plain values, and nobody reads.
+DEEPSPEED_OBJECTS = (
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)
 STEP = re.compile(r"step-(\d{8,})")  # the whole name: step-00000500.bak is a person's
 
 
@@ -50,8 +56,8 @@ class Committed:
         return int(self.manifest["world_size"])
 
     def read(self, name: str) -> dict[str, Any]:
-        """One of its files, its tensors memory-mapped. The manifest vouches for it being ours."""
-        return dict(torch.load(self.path / name, map_location="cpu", weights_only=False, mmap=True))
+        """One of its files, its tensors memory-mapped. Raises WeightsError where reading it could execute code."""
+        return dict(load_tensors(self.path / name, mmap=True, known=DEEPSPEED_OBJECTS))
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""A ZeRO-2 checkpoint loaded by another number of ranks.
+"""A ZeRO-2 checkpoint loaded by any number of ranks, as many as wrote it or others.
 
 ZeRO lays the parameters of a group end to end, pads the end and cuts the line into one equal part per
 rank. Each new rank reads, from the files of the old ones, the stretches that its own part covers.
-DeepSpeed's own ways don't serve: the native load refuses, and Universal Checkpoint silently leaves
-frozen parameters and buffers at their initial values and knows no 8-bit state.
+DeepSpeed's own ways don't serve: the native load executes what a file tells it to and refuses other ranks, and
+Universal Checkpoint silently leaves frozen parameters and buffers at their initial values and knows no 8-bit state.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from glide_ds.errors import CheckpointError
 from glide_ds.training.checkpoint.commit import Committed
+from glide_ds.training.faults.ranks import agreed
 from glide_ds.training.zero.optimizer import state_dict_to_fp32
 
 MODEL_FILE = "mp_rank_00_model_states.pt"
@@ -25,55 +26,60 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def load_engine(engine: Any, checkpoint: Committed) -> None:
-    """Put the engine into the checkpoint's state: parameters, optimizer, learning rate, counters."""
-    if checkpoint.world_size != dist.get_world_size():
-        load_repartitioned(engine, checkpoint)
-        return
-    path, _ = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
-    if path is None:
-        raise CheckpointError(
-            f"DeepSpeed found nothing to load in {checkpoint.path}", remedy="remove that folder"
-        )
+    """Put the engine into the state of a checkpoint that any number of ranks wrote. Collective.
 
-
-def load_repartitioned(engine: Any, checkpoint: Committed) -> None:
-    """Put the engine into the state of a checkpoint that another number of ranks wrote.
-
-    Parameters, frozen ones, buffers, fp32 masters, moments, learning rate and counters are exact; 8-bit
-    moments are quantised anew where the cut moved.
+    Parameters, frozen ones, buffers, fp32 masters, moments, learning rate and counters are exact; 8-bit moments are
+    quantised anew where another number of ranks moves the cut. Raises WeightsError or CheckpointError, on all ranks
+    alike.
     """
     zero = engine.optimizer
-    model = checkpoint.read(MODEL_FILE)
-    parts = [checkpoint.read(name)["optimizer_state_dict"] for name in optimizer_files(checkpoint)]
-    bases = [state_dict_to_fp32(part["base_optimizer_state"]) for part in parts]
+    model, parts = agreed(lambda: _read(checkpoint, zero))
     engine.module.load_state_dict(model["module"])
-    state: dict[int, dict[str, Any]] = {}
-    for i, group in enumerate(zero.bit16_groups):
-        total = sum(parameter.numel() for parameter in group)
-        master = zero.single_partition_of_fp32_groups[i]
-        masters = [part["single_partition_of_fp32_groups"][i] for part in parts]
-        if (
-            len(parts[0]["single_partition_of_fp32_groups"]) != len(zero.bit16_groups)
-            or sum(m.numel() for m in masters) < total
-        ):
-            raise CheckpointError(
-                f"{checkpoint.path} holds other parameter groups than this phase trains (group {i}: "
-                f"{total:,} values wanted)",
-                "it belongs to another configuration",
-                "choose another run.dir",
-            )
-        master.data.copy_(own_part(masters, total, master.numel()))
-        if i in bases[0]["state"]:
-            moments = {
-                key: own_part([base["state"][i][key] for base in bases], total, master.numel())
-                for key in MOMENTS
-            }
-            state[i] = {"step": bases[0]["state"][i]["step"], **moments}
-    zero.optimizer.load_state_dict({"state": state, "param_groups": bases[0]["param_groups"]})
+    sizes = [sum(parameter.numel() for parameter in group) for group in zero.bit16_groups]
+    for i, (total, master) in enumerate(zip(sizes, zero.single_partition_of_fp32_groups, strict=True)):
+        master.data.copy_(
+            own_part([part["single_partition_of_fp32_groups"][i] for part in parts], total, len(master))
+        )
+    own = [len(master) for master in zero.single_partition_of_fp32_groups]
+    zero.optimizer.load_state_dict(_base_state([part["base_optimizer_state"] for part in parts], sizes, own))
     zero.update_lp_params()
     engine.lr_scheduler.load_state_dict(model["lr_scheduler"])
     for counter in ("global_steps", "global_samples", "skipped_steps"):
         setattr(engine, counter, model[counter])
+
+
+def _read(checkpoint: Committed, zero: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The checkpoint's module and every rank's optimizer, which fit the engine's parameter groups."""
+    model = checkpoint.read(MODEL_FILE)
+    parts = [checkpoint.read(name)["optimizer_state_dict"] for name in optimizer_files(checkpoint)]
+    held = [
+        sum(len(part["single_partition_of_fp32_groups"][i]) for part in parts) for i in range(_groups(parts[0]))
+    ]
+    wanted = [sum(parameter.numel() for parameter in group) for group in zero.bit16_groups]
+    if len(held) != len(wanted) or any(there < total for there, total in zip(held, wanted, strict=True)):
+        raise CheckpointError(
+            f"{checkpoint.path} holds other parameter groups than this phase trains ({held} values, {wanted} wanted)",
+            "it belongs to another configuration",
+            "choose another run.dir",
+        )
+    return model, parts
+
+
+def _groups(part: dict[str, Any]) -> int:
+    return len(part["single_partition_of_fp32_groups"])
+
+
+def _base_state(bases: Sequence[dict[str, Any]], totals: Sequence[int], own: Sequence[int]) -> dict[str, Any]:
+    """This rank's optimizer state: as it is where as many ranks wrote it, else cut anew, in fp32."""
+    if len(bases) == dist.get_world_size():
+        return dict(bases[dist.get_rank()])
+    bases = [state_dict_to_fp32(base) for base in bases]
+    state = {
+        i: {"step": held["step"]}
+        | {key: own_part([base["state"][i][key] for base in bases], totals[i], own[i]) for key in MOMENTS}
+        for i, held in bases[0]["state"].items()
+    }
+    return {"state": state, "param_groups": bases[0]["param_groups"]}
 
 
 def own_part(parts: Sequence[Tensor], total: int, size: int) -> Tensor:
