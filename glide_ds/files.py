@@ -21,7 +21,7 @@ PathLike = str | os.PathLike[str]
 PARTIAL = ".partial"
 WRITERS = 4  # of one file at once, whose leftovers are found
 # A file system without locks can't say whose writer lives, so nothing is removed there.
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 @contextmanager
@@ -146,7 +146,7 @@ def _lock(file: IO[bytes] | IO[str], *, wait: bool) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
+        if error.errno not in NO_LOCKS:
             raise
         return False
     return True

@@ -16,6 +16,7 @@ from glide_ds.model.glide import Glide
 from glide_ds.training import preview
 from glide_ds.training.checkpoint.start import find_start
 from glide_ds.training.faults.failures import explained
+from glide_ds.training.faults.lease import leased
 from glide_ds.training.faults.ranks import agreed
 from glide_ds.training.faults.stopping import Stop, mark_stopped, start_again
 from glide_ds.training.faults.watchdog import Watch, guarded
@@ -53,15 +54,16 @@ def run_phases(configs: Sequence[Config], device: torch.device, watch: Watch) ->
     """Train one phase after the other, until the last is done or all ranks agree to stop."""
     folder, model = Path(configs[0].run.dir), None
     agreed(lambda: check_writable(folder))
-    if dist.get_rank() == 0:
-        start_again(folder)
-    for config in configs:
-        model, stop = run_phase(config, device, model, watch)
-        if stop:
-            finished = config is configs[-1] and stop.step == config.train.steps
-            if dist.get_rank() == 0:
-                mark_stopped(folder, stop, finished=finished)
-            return
+    with leased(folder, configs[0].run.timeout_s / 2):
+        if dist.get_rank() == 0:
+            start_again(folder)
+        for config in configs:
+            model, stop = run_phase(config, device, model, watch)
+            if stop:
+                finished = config is configs[-1] and stop.step == config.train.steps
+                if dist.get_rank() == 0:
+                    mark_stopped(folder, stop, finished=finished)
+                return
 
 
 def dry_run_report(configs: Sequence[Config], world_size: int) -> None:
