@@ -65,13 +65,14 @@ class ClipVector(nn.Module):
 
     def __init__(self, clip_dim: int, emb_width: int) -> None:
         super().__init__()
+        self.from_clip = nn.Linear(clip_dim, emb_width)
         self.norm = LayerNorm(emb_width)
-        self.mlp = nn.Sequential(
-            nn.Linear(clip_dim + emb_width, emb_width), nn.SiLU(), zero_init(nn.Linear(emb_width, emb_width))
-        )
+        # Zero at first: beside the caption's many numbers a random layer would hardly hear the embedding's few.
+        self.from_caption = zero_init(nn.Linear(emb_width, emb_width, bias=False))
+        self.out = zero_init(nn.Linear(emb_width, emb_width))
         self.clip_gate = new_gate()
 
     def forward(self, x_bd: Tensor, caption_be: Tensor, gate_offset: Tensor) -> Tensor:
         """Embeddings [B, D] as ClipAdapter.read returns them and the pooled caption [B, E] -> [B, E]."""
         gate = gate_value(self.clip_gate, gate_offset).to(x_bd.dtype)
-        return gate * self.mlp(torch.cat([x_bd, self.norm(caption_be)], dim=-1))
+        return gate * self.out(F.silu(self.from_clip(x_bd) + self.from_caption(self.norm(caption_be))))

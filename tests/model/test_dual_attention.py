@@ -25,7 +25,7 @@ def clip_model(trained: bool = True, **changes) -> Glide:
         with torch.no_grad():
             model.clip_gate_offset.fill_(10.0)
             for name, parameter in model.named_parameters():
-                if "clip_kv" in name or "clip_vector.mlp.2" in name:
+                if "clip_kv" in name or "clip_vector.out" in name:
                     parameter.normal_(std=0.3)
     return model
 
@@ -144,20 +144,20 @@ def test_the_vector_is_a_gated_mlp_of_embedding_and_caption_and_nothing_at_first
     vector = ClipVector(CLIP_DIM, emb_width=16)
     x, caption, offset = unit_rms(tiny_embeddings()), torch.randn(2, 16), torch.tensor(12.0)
     assert not vector(x, caption, offset).any()
-    last = vector.mlp[2]
-    torch.nn.init.normal_(last.weight)
-    hidden = F.silu(vector.mlp[0](torch.cat([x, F.layer_norm(caption, (16,))], 1)))
-    expected = torch.sigmoid(torch.tensor(2.0)) * last(hidden)
+    for layer in (vector.out, vector.from_caption):
+        torch.nn.init.normal_(layer.weight)
+    hidden = F.silu(vector.from_clip(x) + F.layer_norm(caption, (16,)) @ vector.from_caption.weight.T)
+    expected = torch.sigmoid(torch.tensor(2.0)) * vector.out(hidden)
     torch.testing.assert_close(vector(x, caption, offset), expected)
     assert not torch.allclose(vector(x, caption.flip(0), offset), expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("left", ["clip_kv", "clip_vector.mlp.2"])
+@pytest.mark.parametrize("left", ["clip_kv", "clip_vector.out"])
 def test_each_way_conditions_by_itself_and_the_scale_is_over_both(left: str) -> None:
     model = clip_model()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if ("clip_kv" in name or "clip_vector.mlp.2" in name) and left not in name:
+            if ("clip_kv" in name or "clip_vector.out" in name) and left not in name:
                 parameter.zero_()
     inputs = tiny_inputs(model)
     plain = model(**inputs)
@@ -214,6 +214,6 @@ def test_weights_from_before_the_vector_load_and_are_told() -> None:
     assert "kept initial values" in report.paragraph()
     inputs = tiny_inputs(model) | {"clip_embedding": tiny_embeddings()}
     with torch.no_grad():
-        model.clip_vector.mlp[2].weight.zero_()
-        model.clip_vector.mlp[2].bias.zero_()
+        model.clip_vector.out.weight.zero_()
+        model.clip_vector.out.bias.zero_()
     assert torch.equal(fresh(**inputs), model(**inputs))

@@ -22,7 +22,7 @@ WITH_CLIP = GlideConfig(**{**ARCHITECTURE, "clip_dim": 24})
         ("clip_adapter.clip_null_embedding", "adapter"),
         ("clip_adapter.mlp.0.weight", "adapter"),
         ("clip_adapter.clip_gate", "gates"),
-        ("clip_vector.mlp.2.weight", "adapter"),
+        ("clip_vector.out.weight", "adapter"),
         ("clip_vector.clip_gate", "gates"),
         ("input_blocks.1.1.clip_kv.weight", "adapter"),
         ("input_blocks.1.1.clip_gate", "gates"),
