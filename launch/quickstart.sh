@@ -26,9 +26,11 @@ say "exporting the last phase, and phase 1 for comparison"
 glide-ds export "$run" --out "$run/export/model.pt"
 glide-ds export "$run" --phase adapter_only --out "$run/export/phase1.pt"
 
-say "measuring: before, after phase 1, after phase 3"
-glide-ds evaluate builtin:tiny --captions 0 --samples 128 --out "$run/before.json"
+say "measuring the loss before, and what CLIP contributes after phase 1"
 glide-ds evaluate "$run/export/phase1.pt" --captions 0 --samples 128 --out "$run/phase1.json"
-glide-ds evaluate "$run/export/model.pt" --captions 64 --samples 128 --steps 50 --pictures "$run/pictures.png" --out "$run/phase3.json"
+
+say "drawing 64 held-out cases by caption, by CLIP and by both, and reading the pictures"
+glide-ds evaluate builtin:tiny --captions 64 --samples 128 --steps 25 --out "$run/before.json"
+glide-ds evaluate "$run/export/model.pt" --captions 64 --samples 128 --steps 25 --pictures "$run/pictures.png" --out "$run/phase3.json"
 
 say "done: look at $run/pictures.png, or: tensorboard --logdir $run/tensorboard"

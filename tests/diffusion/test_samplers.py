@@ -129,6 +129,18 @@ def test_guidance_one_is_a_single_pass_with_the_same_result() -> None:
     assert not torch.allclose(draw(model, guidance=5.0), single, atol=1e-3)
 
 
+def test_an_empty_caption_alone_is_a_single_pass() -> None:
+    """Both passes of guidance would be the same one."""
+    model = Recorder()
+    unguided = draw(model, captions=("", ""), guidance=1.0)
+    assert torch.equal(draw(model, captions=("", ""), guidance=3.0), unguided)
+    assert len(model.calls[-1]["x"]) == 2
+    draw(model, captions=("", "a"), guidance=3.0)
+    assert len(model.calls[-1]["x"]) == 4
+    draw(model, captions=("", ""), guidance=3.0, clip_embedding=torch.randn(2, 24))
+    assert len(model.calls[-1]["x"]) == 4
+
+
 def test_the_model_sees_original_timesteps_in_descending_order() -> None:
     model = Recorder()
     draw(model, steps=4)
