@@ -32,7 +32,7 @@ def quickstart(tmp_path_factory):
 
 @pytest.mark.slow
 def test_pictures_show_their_captions(quickstart):
-    run, output, figures = quickstart
+    _, output, figures = quickstart
     base, after = figures["before"]["score"], figures["phase3"]
     for score in (after["score"], after["score_caption_only"]):
         assert score["count"] == 64
