@@ -100,7 +100,7 @@ def test_the_full_size_block_without_a_process_group(root: Path, tmp_path: Path)
     command = [sys.executable, str(root / "launch" / "train.py"), "--ds_config", "ds_configs/phase3.json"]
     out = finish(root, [*command, "--dry_run", "--set", f"run.dir={tmp_path}/run"])
     text = " ".join(out.split())
-    assert "402,039,773 parameters" in text
+    assert "403,812,318 parameters" in text
     counts = {
         name: int(value.replace(",", "")) for name, value in re.findall(r"(\w+) ([\d,]{2,})(?=,| param)", text)
     }
