@@ -35,10 +35,14 @@ class Payload:
 
 def poison(folder: Path, pattern: str, trace: Path) -> Path:
     """Put code into a file of the newest checkpoint, beside all that belongs there, and sign it."""
+    return rewrite(folder, pattern, lambda content: {**content, "extra": Payload(trace)})
+
+
+def rewrite(folder: Path, pattern: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Path:
+    """Change a file of the newest checkpoint, and sign it."""
     made = folder / "run" / "phase3" / f"step-{STEPS:08d}"
     (path,) = made.glob(pattern)
-    content = torch.load(path, weights_only=False)
-    torch.save({**content, "extra": Payload(trace)}, path)
+    torch.save(change(torch.load(path, weights_only=False)), path)
     told = json.loads((made / MANIFEST).read_text())
     told.pop(OWN_HASH)
     told["files"][path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
@@ -92,3 +96,18 @@ def test_code_in_a_checkpoint_is_refused_and_not_executed(
     assert not trace.exists()
     torch.load(path if path.exists() else next((tmp_path / "run").rglob(path.name)), weights_only=False)
     assert trace.exists()  # the payload is one
+
+
+def test_a_checkpoint_from_before_a_part_of_the_model_says_how_to_go_on(trained: Path, tmp_path: Path):
+    folder = tmp_path / "copy"
+    shutil.copytree(trained, folder)
+    without = {"clip_vector.out.weight", "clip_vector.out.bias", "clip_vector.clip_gate"}
+    rewrite(
+        folder,
+        MODEL,
+        lambda content: {**content, "module": {k: v for k, v in content["module"].items() if k not in without}},
+    )
+    with pytest.raises(GlideError, match=r"before the model had clip_vector.* and more.*glide-ds export"):
+        resumed(folder)
+    exported(folder)  # what it says to do
+    assert (folder / "x.pt").exists()

@@ -33,7 +33,7 @@ def load_engine(engine: Any, checkpoint: Committed) -> None:
     alike.
     """
     zero = engine.optimizer
-    model, parts = agreed(lambda: _read(checkpoint, zero))
+    model, parts = agreed(lambda: _read(checkpoint, engine))
     engine.module.load_state_dict(model["module"])
     sizes = [sum(parameter.numel() for parameter in group) for group in zero.bit16_groups]
     for i, (total, master) in enumerate(zip(sizes, zero.single_partition_of_fp32_groups, strict=True)):
@@ -48,9 +48,17 @@ def load_engine(engine: Any, checkpoint: Committed) -> None:
         setattr(engine, counter, model[counter])
 
 
-def _read(checkpoint: Committed, zero: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _read(checkpoint: Committed, engine: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The checkpoint's module and every rank's optimizer, which fit the engine's parameter groups."""
-    model = checkpoint.read(MODEL_FILE)
+    model, zero = checkpoint.read(MODEL_FILE), engine.optimizer
+    if missing := [name for name in engine.module.state_dict() if name not in model["module"]]:
+        raise CheckpointError(
+            f"{checkpoint.path} was written before the model had {', '.join(missing[:2])}"
+            f"{' and more' if len(missing) > 2 else ''}",
+            "its phase can't go on from there, for the optimizer knows nothing of them",
+            f"glide-ds export {checkpoint.path} --out X.pt, and start the phase in another run.dir with "
+            "model.weights=X.pt",
+        )
     parts = [checkpoint.read(name)["optimizer_state_dict"] for name in optimizer_files(checkpoint)]
     held = [
         sum(len(part["single_partition_of_fp32_groups"][i]) for part in parts) for i in range(_groups(parts[0]))
