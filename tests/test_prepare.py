@@ -230,7 +230,7 @@ def test_torchrun_gives_each_rank_its_share(root: Path, tmp_path: Path) -> None:
         [*command, "--out", str(tmp_path / "c")], cwd=root, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "rank 0: 3 shards to embed, 0 are done" in done.stdout
-    assert "rank 1: 2 shards to embed, 0 are done" in done.stdout
+    assert "rank 0: 3 shards to embed by text, 0 are done" in done.stdout
+    assert "rank 1: 2 shards to embed by text, 0 are done" in done.stdout
     prepare.run(arguments(str(tmp_path / "s"), "--out", str(tmp_path / "one"), "--model", "builtin:tiny"))
     assert contents(tmp_path / "c") == contents(tmp_path / "one")
