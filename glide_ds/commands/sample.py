@@ -16,7 +16,6 @@ from glide_ds.inference.draw import Row, draw, rows_grid
 from glide_ds.inference.prompts import check_weights, clip_prompt, weighted
 from glide_ds.progress import told
 
-# Measured on the tiny model (docs/clip.md).
 TEXT_ONLY = (
     "a picture's embedding lies elsewhere in CLIP's space; clip.source=both trains a model that takes either"
 )
