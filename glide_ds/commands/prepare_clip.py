@@ -37,6 +37,7 @@ from glide_ds.data.clip_store import (
 )
 from glide_ds.data.pictures.decode import Cropping, DecodeOptions, Pixels, decode, image_member
 from glide_ds.data.tally import Unusable
+from glide_ds.data.tars.peers import Alone
 from glide_ds.data.tars.shards import ShardSet, open_shards
 from glide_ds.errors import DataError
 from glide_ds.model.clip import SOURCES, FrozenClip, weights_hash
@@ -67,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     place = _place(args.local_rank)
-    shards = open_shards(args.shards, args.index_dir, salvage=True, part=(place.rank, place.world_size))
+    shards = open_shards(args.shards, args.index_dir, salvage=True, peers=Alone((place.rank, place.world_size)))
     config = ClipConfig(model=args.model, weights=args.weights, source=args.source)
     clip: FrozenClip | None = None
     for encoder in encoders(config, Cropping(args.crop, args.trim)):

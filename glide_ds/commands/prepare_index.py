@@ -10,7 +10,8 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
-from glide_ds.data.tars.index import SCANNER, load_index, scan_shard, store_index
+from glide_ds.data.tars.catalog import Catalog, Entry, Place, store
+from glide_ds.data.tars.index import SCANNER, IndexHead, load_index, scan_shard, store_index
 from glide_ds.data.tars.patterns import expand
 from glide_ds.data.tars.storage import Storage
 from glide_ds.data.workers import end_with
@@ -25,6 +26,7 @@ class Indexed(NamedTuple):
     duplicates: int = 0  # samples with a key that an earlier one of the shard has
     damage: tuple[str, ...] = ()
     error: str = ""
+    entry: Entry | None = None  # what the catalog is to say of it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Index every shard; the exit code is 1 where a shard is damaged or can't be read."""
-    results = list(_with_progress(args))
+    urls = expand(args.shards)
+    results = list(_with_progress(urls, args))
     made = sum(result.made for result in results)
     samples = sum(result.samples for result in results)
     print(f"{len(results)} shards, {samples} samples; {made} indexes made, {len(results) - made} were there")
@@ -46,11 +49,17 @@ def run(args: argparse.Namespace) -> int:
     faulty = [result for result in results if result.damage or result.error]
     for result in faulty:
         print(f"{result.url}: {result.error or '; '.join(result.damage)}", file=sys.stderr)
+    entries = [result.entry for result in results if result.entry is not None]
+    if len(entries) == len(urls):
+        place = Place.for_shards(urls, args.index_dir)
+        stored = store(place, Catalog.of(entries).to_bytes(place.of), Storage(), beside=True)
+        print(f"the catalog of these {len(urls):,} shards: {stored or 'not written'}")
+    else:
+        print("no catalog of these shards, for not all of them can be read")
     return 1 if faulty else 0
 
 
-def _with_progress(args: argparse.Namespace) -> Iterator[Indexed]:
-    urls = expand(args.shards)
+def _with_progress(urls: Sequence[str], args: argparse.Namespace) -> Iterator[Indexed]:
     print(f"indexing {len(urls):,} shards", flush=True)
     with Progress("indexing", len(urls), "shards") as progress:
         yield from progress.over(index_shards(urls, args.index_dir, args.force, args.workers))
@@ -77,11 +86,15 @@ def index_one(url: str, index_dir: str | None = None, force: bool = False) -> In
         if old is not None and old.head.scanner < SCANNER:
             old = None
         if old is not None and (old.head.tar_size, old.head.version) == stat:
-            return Indexed(url, old.head.samples, False, old.head.duplicates, old.head.damage)
-        fresh = scan_shard(url, storage)
+            return _indexed(url, old.head, made=False)
+        fresh = scan_shard(url, storage, stat)
         if old is not None and old.head.fingerprint != fresh.head.fingerprint:
             return Indexed(url, 0, made=False, error="changed since its index was made; --force accepts it")
         store_index(url, fresh, storage, index_dir, beside=True)
     except (GlideError, OSError, EOFError) as error:
         return Indexed(url, 0, made=False, error=str(error))
-    return Indexed(url, fresh.head.samples, True, fresh.head.duplicates, fresh.head.damage)
+    return _indexed(url, fresh.head, made=True)
+
+
+def _indexed(url: str, head: IndexHead, *, made: bool) -> Indexed:
+    return Indexed(url, head.samples, made, head.duplicates, head.damage, entry=Entry.of(head))

@@ -33,6 +33,8 @@ from glide_ds.data.captions import read_caption
 from glide_ds.data.intake import Intake, Pair, Passed, Row, Rows
 from glide_ds.data.pictures.decode import DecodeOptions, decode
 from glide_ds.data.tally import Cause, Unusable
+from glide_ds.data.tars.catalog import CATALOGS, Place, look
+from glide_ds.data.tars.storage import Storage
 from glide_ds.data.workers import end_with
 from glide_ds.errors import DataError
 from glide_ds.files import replacing, write_file
@@ -113,6 +115,7 @@ def pack(source: Path, out: Path, per_shard: int = 1000, workers: int = 1) -> di
         )
     write_file(out / "summary.json", json.dumps(summary, indent=1))
     write_file(out / "contact.png", _contact_sheet(pairs, intake.root))
+    _write_catalog(out, [str(path) for path, _ in parts])
     (out / BEFORE).unlink()
     return summary
 
@@ -232,6 +235,15 @@ def _remove_others(out: Path, wanted: set[Path]) -> tuple[int, list[str]]:
         if tar not in wanted:
             foreign.append(str(tar))
     return removed, foreign
+
+
+def _write_catalog(out: Path, tars: Sequence[str]) -> None:
+    """Write the catalog of these shards, and remove those of what the folder held before."""
+    wanted = Path(Place.for_shards(tars, None).urls[0]).name
+    for path in out.glob(CATALOGS):
+        if path.name != wanted:
+            path.unlink()
+    look(tars, Storage())
 
 
 def _read(root: Path, pair: Pair) -> tuple[bytes, dict[str, bytes]]:

@@ -10,6 +10,7 @@ S image side, B micro-batch, T caption tokens, C side of the pictures that CLIP 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from glide_ds.data.pictures.decode import Cropping
 from glide_ds.data.pictures.resample import Pixels, resize
 from glide_ds.data.samples import Sample, SampleSet, ShardSamples, open_samples
 from glide_ds.data.tally import Tally, Unusable
+from glide_ds.data.tars.peers import Peers
 from glide_ds.data.workers import heed_the_trainer
 from glide_ds.errors import ConfigError, DataError, GlideError
 from glide_ds.types import Batch
@@ -340,12 +342,15 @@ def build_source(
     low_res: bool = False,
     clip: ClipConfig | None = None,
     clip_side: int | None = None,
+    peers: Peers | None = None,
+    opened: SampleSet | None = None,
 ) -> Source:
     """This rank's source of micro-batches. Raises DataError or ConfigError before anything is trained.
 
     `clip` says which encoder the embeddings of data.clip_store must come from, and what they are made of.
     `clip_side` is the side of the pictures that the encoder reads: batches bring them where its embeddings are made
-    of pictures and are not in a store.
+    of pictures and are not in a store. `peers` are the ranks, where all of them open the data at once;
+    `opened` saves opening the same set again, for batches of other shapes.
     """
     layout = Layout(
         image_size,
@@ -358,7 +363,7 @@ def build_source(
         low_res=low_res,
         image_share=clip.pictured if clip else 0.0,
     )
-    samples = open_samples(config, image_size, rank, world_size)
+    samples = deepcopy(opened) if opened is not None else open_samples(config, image_size, peers)
     store = _open_store(config, samples, clip)
     if not store:
         samples.clip_side = clip_side

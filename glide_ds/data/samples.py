@@ -19,6 +19,7 @@ from glide_ds.data.pictures.resample import Pixels
 from glide_ds.data.shapes import HELD_OUT
 from glide_ds.data.shapes import draw as draw_shape
 from glide_ds.data.tally import Cause, Unusable
+from glide_ds.data.tars.peers import Alone, Peers
 from glide_ds.data.tars.shards import ShardSet, open_shards
 from glide_ds.data.tars.storage import CacheOptions, Storage, is_remote
 from glide_ds.errors import DataError
@@ -115,7 +116,7 @@ class ShardSamples:
 
 def unread(shards: ShardSet, filter: FilterConfig) -> frozenset[str]:
     """What samples are first read without: the JSON record, where no rule asks for it and captions are texts."""
-    texts = all(not set(TEXT_EXTENSIONS).isdisjoint(head.extensions) for head in shards.heads)
+    texts = all(not set(TEXT_EXTENSIONS).isdisjoint(extensions) for extensions in shards.heads.forms)
     return frozenset({"json"}) if texts and not filter.active else frozenset()
 
 
@@ -151,8 +152,9 @@ def _patterns(shards: str | tuple[str, ...]) -> tuple[str, ...]:
     return (shards,) if isinstance(shards, str) else shards
 
 
-def open_samples(config: DataConfig, image_size: int, rank: int = 0, world_size: int = 1) -> SampleSet:
-    """The samples that `data.mix`, or else `data.shards`, names."""
+def open_samples(config: DataConfig, image_size: int, peers: Peers | None = None) -> SampleSet:
+    """The samples that `data.mix`, or else `data.shards`, names; opened together with `peers`, if there are some."""
+    peers = peers or Alone()
     if not config.mix:
         if config.shards in (SHAPES, SHAPES_HELD_OUT):
             return ShapeSamples(config.shapes_samples, image_size, held_out=config.shards == SHAPES_HELD_OUT)
@@ -162,13 +164,11 @@ def open_samples(config: DataConfig, image_size: int, rank: int = 0, world_size:
             )
     cache = CacheOptions(config.cache_dir or str(cache_dir() / "blocks"), int(config.cache_gb * 2**30))
     if any(is_remote(pattern) for part in config.mix_parts for pattern in _patterns(part.shards)):
-        cache.check()
+        peers.each(cache.check)
     storage, salvage = Storage(cache), config.damaged_shards == "salvage"
     parts = [
         (
-            open_shards(
-                part.shards, config.index_dir, storage=storage, salvage=salvage, part=(rank, world_size)
-            ),
+            open_shards(part.shards, config.index_dir, storage=storage, salvage=salvage, peers=peers),
             part.filter,
         )
         for part in config.mix_parts

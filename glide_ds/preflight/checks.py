@@ -198,7 +198,7 @@ def shards(site: Site) -> Finding:
             url: str, data: DataConfig = data, storage: Storage = storage
         ) -> tuple[int, tuple[Fault, ...]]:
             try:
-                head = open_index(url, storage, data.index_dir)[0].head
+                head = open_index(url, storage, data.index_dir).head
             except (GlideError, OSError, EOFError) as error:
                 return 0, faults_of(error)
             if head.damage and data.damaged_shards != "salvage":

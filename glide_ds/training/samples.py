@@ -16,6 +16,7 @@ from torch import Tensor
 from glide_ds.config import Config
 from glide_ds.data.loader import build_source
 from glide_ds.data.pictures.decode import Cropping
+from glide_ds.data.samples import SampleSet
 from glide_ds.diffusion.pixels import to_signed
 from glide_ds.inference.draw import Row, draw
 from glide_ds.inference.prompts import read_picture
@@ -46,12 +47,13 @@ class Sampler:
         ema: Ema | None,
         log: RunLog,
         watch: Watch,
+        opened: SampleSet | None = None,
     ) -> None:
         self.config, self.clip, self.model, self.ema = config, clip, model, ema
         self.log, self.watch = log, watch
         self.active = dist.get_rank() == 0 and config.log.samples_every > 0
         side = clip.image_side if clip and config.clip.pictured else None
-        self.examples = find_examples(config, side) if self.active else Examples([])
+        self.examples = find_examples(config, side, opened) if self.active else Examples([])
 
     def draw(self, done: int) -> None:
         """Write the grid after update `done`. Collective."""
@@ -87,7 +89,7 @@ class Sampler:
         ).cpu()
 
 
-def find_examples(config: Config, clip_side: int | None) -> Examples:
+def find_examples(config: Config, clip_side: int | None, opened: SampleSet | None = None) -> Examples:
     """`log.sample_prompts` and `log.sample_images`, else captions and pictures of the run's own data.
 
     `clip_side` is C, where CLIP reads pictures. Raises GlideError for an image that can't be used.
@@ -116,6 +118,7 @@ def find_examples(config: Config, clip_side: int | None) -> Examples:
         low_res=architecture.upsamples,
         clip=config.clip.changed("clip", source="image") if clip_side else None,
         clip_side=clip_side,
+        opened=opened,
     )
     batch = next(source.batches(0))
     return Examples(

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from glide_ds.config import BatchArithmetic, Config
 from glide_ds.data.loader import Source, build_source
+from glide_ds.data.tars.peers import Peers
 from glide_ds.diffusion import Diffusion, create_diffusion
 from glide_ds.errors import ConfigError, DataError, GlideError
 from glide_ds.files import probe
@@ -25,7 +26,7 @@ from glide_ds.training import preview
 from glide_ds.training.checkpoint.commit import Committed
 from glide_ds.training.checkpoint.saver import PEERS_S, Saver
 from glide_ds.training.checkpoint.start import Start, find_start, folder_of, load_start, owner, record
-from glide_ds.training.faults.ranks import agreed
+from glide_ds.training.faults.ranks import Ranks, agreed
 from glide_ds.training.faults.stopping import Stopper
 from glide_ds.training.faults.watchdog import SET_UP, Watch
 from glide_ds.training.logging import RunLog
@@ -136,7 +137,7 @@ def find_ground(config: Config, arithmetic: BatchArithmetic, device: torch.devic
     agreed(lambda: check_writable(folder_of(config, config.train.phase)))
     start = find_start(config, verify=True)
     glide = agreed(lambda: glide_config(config))
-    source = agreed(lambda: open_source(config, arithmetic, rank))
+    source = agreed(lambda: open_source(config, arithmetic, rank, Ranks()))
     config, chosen = fit_together(config, arithmetic, glide, device)
     if rank == 0:
         print(preview.block(config, arithmetic, start, glide, source.facts(), chosen), flush=True)
@@ -218,7 +219,7 @@ def assemble(
         ema=ema,
         traffic=traffic,
         readings=readings,
-        sampler=Sampler(config, clip, **measured),
+        sampler=Sampler(config, clip, **measured, opened=source.samples),
     )
 
 
@@ -244,8 +245,8 @@ def glide_config(config: Config) -> GlideConfig:
     return replace(config.model.architecture, clip_dim=clip_dim)
 
 
-def open_source(config: Config, arithmetic: BatchArithmetic, rank: int) -> Source:
-    """This rank's micro-batches. Every phase sees the data in an order of its own."""
+def open_source(config: Config, arithmetic: BatchArithmetic, rank: int, peers: Peers | None = None) -> Source:
+    """This rank's micro-batches. Each phase sees the data in its own order. Collective where `peers` are given."""
     architecture = config.model.architecture
     return build_source(
         config.data,
@@ -259,6 +260,7 @@ def open_source(config: Config, arithmetic: BatchArithmetic, rank: int) -> Sourc
         low_res=architecture.upsamples,
         clip=config.clip if config.uses_clip else None,
         clip_side=picture_side(config),
+        peers=peers,
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from glide_ds.config import Config
 from glide_ds.data.loader import Source, build_source
 from glide_ds.data.samples import SHAPES_HELD_OUT
+from glide_ds.data.tars.peers import Peers
 from glide_ds.diffusion import Diffusion
 from glide_ds.errors import ConfigError
 from glide_ds.inference.held_out import CHUNK, Figures, HeldOut
@@ -24,7 +25,7 @@ from glide_ds.inference.judged import TOLD, Cases, Drawing, Score, draw_ways, he
 from glide_ds.model.clip import FrozenClip
 from glide_ds.model.glide import Glide
 from glide_ds.training.checkpoint.start import Start
-from glide_ds.training.faults.ranks import agreed
+from glide_ds.training.faults.ranks import Ranks, agreed
 from glide_ds.training.faults.watchdog import Watch
 from glide_ds.training.logging import RunLog, finite
 from glide_ds.training.zero.ema import Ema, averaged
@@ -60,7 +61,7 @@ class Validation:
         if shards is None:
             return
         side = clip.image_side if clip and config.clip.pictured else None
-        source = agreed(lambda: open_held_out(config, shards, side))
+        source = agreed(lambda: open_held_out(config, shards, side, Ranks()))
         self.held_out = load_held_out(config, source, diffusion, clip)
         if self.options.drawn and dist.get_rank() == 0:
             self.cases = held_out_cases(config.model.architecture.image_size, clip, self.options.drawn)
@@ -170,7 +171,12 @@ def held_out_shards(config: Config) -> str | tuple[str, ...] | None:
     return SHAPES_HELD_OUT if config.data.draws_shapes else None
 
 
-def open_held_out(config: Config, shards: str | tuple[str, ...], clip_side: int | None = None) -> Source:
+def open_held_out(
+    config: Config,
+    shards: str | tuple[str, ...],
+    clip_side: int | None = None,
+    peers: Peers | None = None,
+) -> Source:
     """The held-out samples, one per micro-batch, in their order, unaugmented, with CLIP's pictures of `clip_side`.
 
     Raises DataError, ConfigError.
@@ -190,6 +196,7 @@ def open_held_out(config: Config, shards: str | tuple[str, ...], clip_side: int 
         low_res=architecture.upsamples,
         clip=config.clip.changed("clip", source="image") if clip_side else None,
         clip_side=clip_side,
+        peers=peers,
     )
     held = source.facts()["samples"]
     if held < samples:

@@ -15,6 +15,7 @@ from data_kit import sample, write_shards, write_tar
 from glide_ds.config import ClipConfig, DataConfig
 from glide_ds.data.clip_store import ClipStore, Encoder, StoreNote, picture_hash, text_hash, write_store
 from glide_ds.data.loader import build_source
+from glide_ds.data.tars.index import scan_shard
 from glide_ds.data.tars.shards import ShardSet, open_shards
 from glide_ds.errors import DataError
 
@@ -151,9 +152,10 @@ def test_other_weights_of_the_same_name_are_refused(tmp_path: Path, shards: Shar
 def test_a_store_of_a_version_before_is_refused_with_the_remedy(tmp_path: Path, shards: ShardSet) -> None:
     (tmp_path / "clip").mkdir()
     for url, head in zip(shards.urls, shards.heads, strict=True):
-        old = tmp_path / "clip" / f"{Path(url).stem}.{head.key_hash[:12]}.npy"
+        key_hash = scan_shard(url).head.key_hash
+        old = tmp_path / "clip" / f"{Path(url).stem}.{key_hash[:12]}.npy"
         np.save(old, np.zeros((head.samples, DIM), np.float16))
-        note = {"encoder": asdict(ENCODER), "weights_hash": "h", "key_hash": head.key_hash, "samples": 1}
+        note = {"encoder": asdict(ENCODER), "weights_hash": "h", "key_hash": key_hash, "samples": 1}
         old.with_suffix(".json").write_text(json.dumps({**note, "dim": DIM, "missing": 0}))
     with pytest.raises(DataError, match=r"version before.*prepare clip. again"):
         ClipStore(tmp_path / "clip", shards, ENCODER)

@@ -14,7 +14,8 @@ from test_clip_store import ENCODER, fill, hashes
 from glide_ds.data import clip_store
 from glide_ds.data.clip_store import ClipStore
 from glide_ds.data.order import MixOrder, Order, micro_slots
-from glide_ds.data.tars.index import IndexHead, ShardIndex
+from glide_ds.data.tars import shards as shards_module
+from glide_ds.data.tars.catalog import Catalog, Entry
 from glide_ds.data.tars.shards import ShardSet, open_shards
 from glide_ds.data.tars.storage import Stat
 
@@ -23,9 +24,6 @@ RANKS, MICRO, PER_SHARD = 8, 64, 10_000
 
 class Nothing:
     """An index whose samples have no members."""
-
-    def __init__(self, head: IndexHead) -> None:
-        self.head = head
 
     def read(self, *_: Any) -> dict[str, bytes]:
         return {}
@@ -46,16 +44,16 @@ def many_shards(
     count: int, per_shard: int, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[ShardSet, NoFiles, list[str]]:
     """Shards that are nowhere, what they open, and the indexes they load."""
-    head = IndexHead(per_shard, 3 * per_shard, 0, "", "", "", ("jpg",), 0)
     storage, loaded = NoFiles(), []
 
-    def load(path: str, *_: Any) -> Any:
-        loaded.append(path)
-        return Nothing(head)
+    def load(url: str, *_: Any) -> Nothing:
+        loaded.append(url)
+        return Nothing()
 
-    monkeypatch.setattr(ShardIndex, "known", load)
+    monkeypatch.setattr(shards_module, "index_of", load)
     urls = [f"{number}" for number in range(count)]
-    return ShardSet(urls, [head] * count, [Stat(0, "")] * count, storage), storage, loaded  # type: ignore[arg-type]
+    catalog = Catalog.of([Entry(per_shard, 0, "", "", 0, ("jpg",), ())]).take(np.zeros(count, np.int64))
+    return ShardSet(urls, catalog, storage), storage, loaded  # type: ignore[arg-type]
 
 
 def read_as(

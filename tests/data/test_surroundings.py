@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_kit import source, take, write_shards
+import torch
+from data_kit import sample, source, take, write_shards, write_tar
 from ranks import Run, Warm
 from test_clip_store import ENCODER, fill
 from test_remote import FlakyServer, local, server  # noqa: F401 - fixtures
@@ -20,7 +21,7 @@ from glide_ds.config import ClipConfig, DataConfig
 from glide_ds.data import build_source, open_shards
 from glide_ds.data.samples import open_samples
 from glide_ds.data.tars import storage as storage_module
-from glide_ds.data.tars.index import load_index
+from glide_ds.data.tars.index import load_index, scan_shard
 from glide_ds.errors import EXIT_LOST, EXIT_MISTAKE, ConfigError, DataError, GlideError, SurroundingsError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -52,11 +53,6 @@ def delete(folder: Path) -> None:
         path.unlink()
 
 
-def lose_indexes(folder: Path) -> None:
-    for path in folder.glob("*.index"):
-        path.unlink()
-
-
 def unmount(folder: Path) -> None:
     shutil.rmtree(folder)
 
@@ -67,7 +63,7 @@ def put_files_in_place(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("spoil", [delete, lose_indexes, unmount, put_files_in_place])
+@pytest.mark.parametrize("spoil", [delete, unmount, put_files_in_place])
 def test_shards_that_go_under_way(tars: Path, spoil: Callable[[Path], None], workers: int) -> None:
     error = ends_with(SurroundingsError, str(tars), lambda: spoil(tars), workers=workers)
     assert error.exit_code == EXIT_LOST
@@ -179,12 +175,34 @@ def test_an_index_that_can_not_be_stored(tars: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_index_that_is_cut_off_under_way(tars: Path, workers: int) -> None:
-    def cut() -> None:
-        for path in tars.glob("*.index"):
+@pytest.mark.parametrize("spoil", ["lost", "cut off", "of another shard"])
+def test_an_index_that_goes_under_way_is_made_again(
+    tars: Path, spoil: str, workers: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is read when a shard is first drawn from, and says nothing that the shard doesn't."""
+    wanted = take(source(str(tars), batch=6), 4)
+    made = source(str(tars), batch=6, workers=workers)
+    for path in sorted(tars.glob("*.index"))[1:]:
+        if spoil == "lost":
+            path.unlink()
+        elif spoil == "cut off":
             os.truncate(path, path.stat().st_size - 4)
+        else:
+            path.write_bytes((tars / "s-000.tar.index").read_bytes())
+    for batch, before in zip(take(made, 4), wanted, strict=True):
+        assert torch.equal(batch.sample_ids, before.sample_ids)
+        assert torch.equal(batch.images, before.images)
+    assert capfd.readouterr().out.count("it was made again in") == 2
 
-    ends_with(DataError, str(tars), cut, workers=workers)
+
+def test_a_shard_that_is_replaced_under_way_with_its_index(tars: Path) -> None:
+    def replace() -> None:
+        for path in tars.glob("*.tar"):
+            write_tar(path, [(f"x{n}", sample(n)) for n in range(5)])
+            Path(f"{path}.index").write_bytes(scan_shard(str(path)).to_bytes())
+
+    error = ends_with(DataError, str(tars), replace)
+    assert "changed since this run opened it" in str(error)
 
 
 def test_an_index_that_is_cut_off_after_it_was_read_gives_no_other_samples(tmp_path: Path) -> None:

@@ -96,33 +96,12 @@ class ShardIndex:
         return MAGIC + hashlib.blake2b(body, digest_size=16).digest() + body
 
     @classmethod
-    def known(cls, path: str, head: IndexHead) -> ShardIndex | None:
-        """The index in a local file, as it was verified when it was opened first; None where there is none.
-
-        Raises DataError where it is another one than `head`, OSError where it can't be read. It is not mapped: a file
-        that is cut off or lost under its map ends the process, or gives zeros.
-        """
-        try:
-            index = cls.from_bytes(Path(path).read_bytes(), verified=True)
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError):
-            index = None
-        if index is None or index.head != head:
-            raise DataError(
-                f"the index {path} changed during the run",
-                "its shard may be another",
-                "put the shard back, or start this run with the new one in another run.dir",
-            )
-        return index
-
-    @classmethod
-    def from_bytes(cls, data: bytes, *, verified: bool = False) -> ShardIndex:
-        """Raises ValueError where the bytes are no whole, undamaged index; `verified` leaves the hash out."""
+    def from_bytes(cls, data: bytes) -> ShardIndex:
+        """Raises ValueError, KeyError or TypeError where the bytes are no whole, undamaged index."""
         start = len(MAGIC) + 16
         if data[: len(MAGIC)] != MAGIC:
             raise ValueError("no index")
-        if not verified and data[len(MAGIC) : start] != hashlib.blake2b(data[start:], digest_size=16).digest():
+        if data[len(MAGIC) : start] != hashlib.blake2b(data[start:], digest_size=16).digest():
             raise ValueError("a damaged index")
         end = data.find(b"\n", start)
         stored = json.loads(data[start:end])
@@ -238,7 +217,7 @@ def index_urls(url: str, index_dir: str | None) -> list[str]:
     return [f"{absolute}.index", str(cache_dir() / "index" / name)]
 
 
-def _read_only(folder: Path) -> bool:
+def read_only(folder: Path) -> bool:
     # root may write anywhere, yet a folder without any write permission says it is not to be written.
     return folder.is_dir() and (not folder.stat().st_mode & 0o222 or not os.access(folder, os.W_OK))
 
@@ -251,6 +230,9 @@ def load_index(url: str, storage: Storage, index_dir: str | None = None) -> Shar
             return ShardIndex.from_bytes(storage.read_all(place))
         except FileNotFoundError:
             continue
+        except PermissionError:
+            if not is_remote(place):  # a store that may not be listed says so of what is not there
+                raise
         except (ValueError, KeyError, TypeError):
             return None
     return None
@@ -273,7 +255,7 @@ def store_index(
             except OSError:  # a store that is only read, such as a web server: the next place
                 continue
             return place
-        if _read_only(Path(place).parent):
+        if read_only(Path(place).parent):
             continue
         try:
             Path(place).parent.mkdir(parents=True, exist_ok=True)
@@ -290,29 +272,36 @@ def store_index(
     )
 
 
-def scan_shard(url: str, storage: Storage | None = None) -> ShardIndex:
-    """Read a shard's headers and make its index."""
+def scan_shard(url: str, storage: Storage | None = None, stat: Stat | None = None) -> ShardIndex:
+    """Read a shard's headers and make its index. A known `stat` saves asking for it."""
     storage = storage or Storage()
-    stat = storage.stat(url)
+    stat = stat or storage.stat(url)
     file = storage.open(url, stat)
     check_is_tar(url, file.read(0, min(BLOCK, stat.size)))
     return build_index(scan_tar(file.read, stat.size), stat.version)
 
 
-def open_index(url: str, storage: Storage, index_dir: str | None = None) -> tuple[ShardIndex, Stat]:
-    """A shard's index, made and stored where missing.
+def shard_stat(url: str, storage: Storage) -> Stat:
+    """Raises DataError where the shard is not there, SurroundingsError where it can't be asked for."""
+    with reading(url):
+        try:
+            return storage.stat(url)
+        except (FileNotFoundError, PermissionError) as error:
+            raise DataError(
+                f"shard {url} can't be opened: {error}", remedy="check the URL and the access to it"
+            ) from error
+
+
+def open_index(
+    url: str, storage: Storage, index_dir: str | None = None, stat: Stat | None = None
+) -> ShardIndex:
+    """A shard's index, made and stored where missing. A known `stat` saves asking for it.
 
     Raises DataError where the shard is not there or no longer fits its index, SurroundingsError where one of them
     can't be read or the index can't be written.
     """
     with reading(url):
-        try:
-            stat = storage.stat(url)
-        except (FileNotFoundError, PermissionError) as error:
-            raise DataError(
-                f"shard {url} can't be opened: {error}", remedy="check the URL and the access to it"
-            ) from error
-        return _fitting_index(url, stat, storage, index_dir), stat
+        return _fitting_index(url, stat or shard_stat(url, storage), storage, index_dir)
 
 
 def _fitting_index(url: str, stat: Stat, storage: Storage, index_dir: str | None) -> ShardIndex:
@@ -326,14 +315,41 @@ def _fitting_index(url: str, stat: Stat, storage: Storage, index_dir: str | None
     if index is not None and index.head.scanner < SCANNER:
         index = None
     if index is not None and index.head.version == stat.version:
-        if is_remote(url) and not os.path.exists(index_urls(url, index_dir)[-1]):
-            store_index(url, index, storage, index_dir)  # the worker processes read this local copy
         return index
-    fresh = scan_shard(url, storage)
+    fresh = scan_shard(url, storage, stat)
     if index is not None and index.head.fingerprint != fresh.head.fingerprint:
         raise DataError(
             f"shard {url} changed since its index was made (same size, other members)",
             remedy="restore it, or run `glide-ds prepare index --force` to accept it as it is",
         )
     store_index(url, fresh, storage, index_dir)
+    return fresh
+
+
+def index_of(
+    url: str, fingerprint: str, stat: Stat, storage: Storage, index_dir: str | None = None
+) -> ShardIndex:
+    """The index of a shard that was `stat` and had this fingerprint when the data set was opened.
+
+    One that is lost, damaged or another's is made again. It is not mapped: a file that is cut off or lost under its map
+    ends the process, or gives zeros. Raises OSError where index or shard can't be read, DataError where the shard is
+    not what it was.
+    """
+    index = load_index(url, storage, index_dir)
+    if index is not None and index.head.fingerprint == fingerprint:
+        if is_remote(url) and not os.path.exists(index_urls(url, index_dir)[-1]):
+            store_index(url, index, storage, index_dir)  # other processes read this local copy
+        return index
+    fresh = scan_shard(url, storage, stat)
+    if fresh.head.fingerprint != fingerprint:
+        raise DataError(
+            f"shard {url} changed since this run opened it (other members)",
+            "its samples are not those that the run's order is made of",
+            "put the shard back, or start this run with the new one in another run.dir",
+        )
+    what = "is missing or damaged" if index is None else "is of other members"
+    print(
+        f"the index of {url} {what}: it was made again in {store_index(url, fresh, storage, index_dir)}",
+        flush=True,
+    )
     return fresh

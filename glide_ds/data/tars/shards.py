@@ -10,19 +10,20 @@ from typing import Any
 import numpy as np
 from cachetools import LRUCache
 
-from glide_ds.data.tars.index import IndexHead, ShardIndex, index_urls, open_index
+from glide_ds.data.tars.catalog import Catalog, look
+from glide_ds.data.tars.index import ShardIndex, index_of
 from glide_ds.data.tars.patterns import expand
+from glide_ds.data.tars.peers import Alone, Peers
 from glide_ds.data.tars.scan import BLOCK, header_name
 from glide_ds.data.tars.storage import (
     LocalFile,
     RemoteFile,
-    Stat,
     Storage,
     fault,
     is_remote,
     open_at_once,
 )
-from glide_ds.errors import DataError, GlideError, SurroundingsError
+from glide_ds.errors import DataError, GlideError
 
 OPEN_SHARDS = 256  # with their indexes, per process, at least
 
@@ -36,34 +37,34 @@ class ShardSet:
     def __init__(
         self,
         urls: Sequence[str],
-        heads: Sequence[IndexHead],
-        stats: Sequence[Stat],
+        heads: Catalog,
         storage: Storage,
         index_dir: str | None = None,
     ) -> None:
-        self.urls, self.heads = list(urls), list(heads)
-        self.fingerprints = [head.fingerprint for head in heads]
-        self.sizes = np.array([head.samples for head in heads], np.int64)
+        self.urls, self.heads = list(urls), heads
+        self.sizes = heads.rows["samples"].copy()
         self.ends = np.cumsum(self.sizes)
         self._ends = self.ends.tolist()  # plain integers, for one sample at a time
-        self.duplicates = sum(head.duplicates for head in heads)
-        self.damaged = [(url, note) for url, head in zip(urls, heads, strict=True) for note in head.damage]
-        digest = hashlib.blake2b("".join(head.fingerprint for head in heads).encode(), digest_size=8)
-        self.fingerprint = digest.hexdigest()
+        self.duplicates = int(heads.rows["duplicates"].sum())
+        self.damaged = [(urls[shard], note) for shard, notes in sorted(heads.damage.items()) for note in notes]
+        self.fingerprint = hashlib.blake2b(heads.rows["fingerprint"].tobytes(), digest_size=8).hexdigest()
         self._index_dir, self._open_at_once = index_dir, OPEN_SHARDS
         self._opened = self._none_open()
-        self._stats, self._storage = list(stats), storage
+        self._storage = storage
 
     def __len__(self) -> int:
         return int(self.ends[-1])
+
+    @property
+    def fingerprints(self) -> list[str]:
+        return self.heads.rows["fingerprint"].astype(str).tolist()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": self._none_open()}
 
     def __add__(self, other: ShardSet) -> ShardSet:
         """Both sets' samples, this one's first."""
-        urls, heads, stats = self.urls + other.urls, self.heads + other.heads, self._stats + other._stats
-        return ShardSet(urls, heads, stats, self._storage, self._index_dir)
+        return ShardSet(self.urls + other.urls, self.heads + other.heads, self._storage, self._index_dir)
 
     def keep_open(self, shards: int) -> None:
         """Have room for that many open shards in each process: what is read in turn must all stay open.
@@ -105,17 +106,9 @@ class ShardSet:
         return f"{self.urls[shard]} {name}"
 
     def _open(self, shard: int) -> tuple[ShardIndex, LocalFile | RemoteFile]:
-        url = self.urls[shard]
-        file = self._storage.open(url, self._stats[shard])
-        places = [place for place in index_urls(url, self._index_dir) if not is_remote(place)]
-        found = (ShardIndex.known(place, self.heads[shard]) for place in places)
-        index = next((index for index in found if index is not None), None)
-        if index is None:
-            raise SurroundingsError(
-                f"the index of {url} vanished during the run",
-                "its samples can't be found",
-                "start the same command again, which makes it anew",
-            )
+        url, head = self.urls[shard], self.heads[shard]
+        file = self._storage.open(url, head.stat)
+        index = index_of(url, head.fingerprint, head.stat, self._storage, self._index_dir)
         self._opened[shard] = index, file
         return index, file
 
@@ -126,22 +119,15 @@ def open_shards(
     *,
     storage: Storage | None = None,
     salvage: bool = False,
-    part: tuple[int, int] = (0, 1),
+    peers: Peers | None = None,
 ) -> ShardSet:
-    """Open shards by pattern, making the indexes that are missing.
+    """Open shards by pattern, making the indexes that are missing, together with `peers` where there are some.
 
-    `part` = (rank, world size) lets several processes begin with different shards, so that together they
-    scan each missing one about once. Damaged tars raise DataError unless `salvage` takes what is left.
+    Damaged tars raise DataError unless `salvage` takes what is left.
     """
-    urls = expand(patterns)
-    storage = storage or Storage()
-    opened: dict[int, tuple[IndexHead, Stat]] = {}
-    begin = part[0] * len(urls) // part[1]
-    for number in (*range(begin, len(urls)), *range(begin)):
-        index, stat = open_index(urls[number], storage, index_dir)
-        opened[number] = (index.head, stat)
-    heads, stats = zip(*(opened[number] for number in range(len(urls))), strict=True)
-    shards = ShardSet(urls, heads, stats, storage, index_dir)
+    storage, peers = storage or Storage(), peers or Alone()
+    urls = _expanded(patterns, peers)
+    shards = ShardSet(urls, look(urls, storage, index_dir, peers), storage, index_dir)
     if shards.damaged and not salvage:
         raise _damage(shards.damaged)
     if not len(shards):
@@ -150,6 +136,27 @@ def open_shards(
             remedy="name their members KEY.EXTENSION, as in 000001.jpg beside 000001.txt",
         )
     return shards
+
+
+def _expanded(patterns: str | Sequence[str], peers: Peers) -> list[str]:
+    """Raises DataError also where processes find other shards than the first."""
+    named = (patterns,) if isinstance(patterns, str) else patterns
+    if any(map(is_remote, named)):
+        return peers.first(lambda: expand(patterns))
+    urls: list[str] = []
+
+    def digest() -> str:
+        urls.extend(expand(patterns))
+        return hashlib.blake2b("\n".join(urls).encode(), digest_size=8).hexdigest()
+
+    digests = peers.each(digest)
+    if others := [rank for rank, each in enumerate(digests) if each != digests[0]]:
+        raise DataError(
+            f"rank {others[0]} finds other shards of {patterns!r} than rank 0 ({len(others)} such ranks)",
+            "each would train on another data set",
+            "give all hosts the same files under the same names",
+        )
+    return urls
 
 
 def _damage(damaged: list[tuple[str, str]]) -> DataError:

@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import inspect
 import os
 import resource
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 from cachetools import LRUCache
+from numpy.typing import NDArray
 
 from glide_ds.errors import ConfigError, DataError, GlideError, SurroundingsError
 from glide_ds.files import probe, replacing
@@ -35,6 +38,9 @@ MAX_WAIT = 10.0
 FINAL = (FileNotFoundError, PermissionError, DataError, NotImplementedError)
 EVICT_EVERY = 32  # blocks written between two looks at the cache's size
 KEEP_AFTER_EVICTION = 0.9  # of the bound
+
+LISTED = 8  # shards of a folder that are worth a listing
+UNLISTED = ("http://", "https://")
 
 FILES_OF_A_SHARD = 2  # its tar, and its embeddings where there is a store
 OTHER_FILES = 512  # open files that a process is left for everything else
@@ -86,6 +92,14 @@ def is_remote(url: str) -> bool:
 
 def local_path(url: str) -> str:
     return url.removeprefix("file://")
+
+
+def common_start(texts: Sequence[str]) -> str:
+    """What all of them begin with."""
+    first, last = min(texts), max(texts)
+    return first[
+        : next((n for n, chars in enumerate(zip(first, last, strict=False)) if len({*chars}) > 1), len(first))
+    ]
 
 
 class Stat(NamedTuple):
@@ -176,6 +190,34 @@ class Storage:
         """Raises OSError where it can't be. A known `stat` saves a remote file's request for it."""
         return RemoteFile(self, url, stat or self.remote.stat(url)) if is_remote(url) else LocalFile(url)
 
+    def listed(self, urls: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.bytes_]] | None:
+        """The sizes and versions of remote files by listing their folders; a size of -1 for those that no listing has.
+
+        None where nothing can be listed. Raises DataError where nothing is installed that reads such URLs.
+        """
+        for url in {url.partition("://")[0]: url for url in urls if is_remote(url)}.values():
+            self.remote.check(url)
+        folders: dict[str, list[int]] = {}
+        for number, url in enumerate(urls):
+            if is_remote(url) and not url.startswith(UNLISTED):
+                folders.setdefault(url.rpartition("/")[0], []).append(number)
+        sizes, versions = np.full(len(urls), -1, np.int64), [b""] * len(urls)
+        for folder, numbers in folders.items():
+            if len(numbers) < LISTED:
+                continue
+            bases = [urls[number].rpartition("/")[2] for number in numbers]
+            try:
+                found = self.remote.stats_in(folder, common_start(bases))
+            except (
+                OSError,
+                NotImplementedError,
+            ):  # a store that lists nothing, or not to us: each is asked for
+                continue
+            for number, base in zip(numbers, bases, strict=True):
+                if stat := found.get(base):
+                    sizes[number], versions[number] = stat.size, stat.version.encode()
+        return (sizes, np.array(versions, np.bytes_)) if (sizes >= 0).any() else None
+
     def read_all(self, url: str) -> bytes:
         """A whole small file. Raises FileNotFoundError where there is none."""
         return self.remote.read_all(url) if is_remote(url) else Path(local_path(url)).read_bytes()
@@ -190,20 +232,37 @@ class RemoteFiles:
 
     def __init__(self, cache: CacheOptions) -> None:
         self._systems: dict[str, Any] = {}
-        self._stats: dict[str, Stat] = {}
         self._blocks: LRUCache[tuple[str, str, int], bytes] = LRUCache(BLOCKS_IN_MEMORY)
         self._disk = DiskCache(Path(cache.folder), cache.max_bytes) if cache.folder else None
 
     def stat(self, url: str) -> Stat:
-        if url not in self._stats:
-            info = _retry(url, lambda: self._system(url).info(url))
-            if info.get("size") is None:
-                raise OSError(f"{url}: the server does not tell its size, so it can't be read in ranges")
-            version = next(
-                (info[key] for key in ("ETag", "etag", "LastModified", "mtime") if info.get(key)), ""
-            )
-            self._stats[url] = Stat(int(info["size"]), str(version))
-        return self._stats[url]
+        info = _retry(url, lambda: self._info(url))
+        if info.get("size") is None:
+            raise OSError(f"{url}: the server does not tell its size, so it can't be read in ranges")
+        return _stat(info)
+
+    def _info(self, url: str) -> dict[str, Any]:
+        try:
+            return dict(self._system(url).info(url))
+        except FileNotFoundError as error:  # as fsspec calls every failure of a web server, overload too
+            if getattr(error.__cause__, "status", 404) >= 500:
+                raise OSError(f"{url}: {error.__cause__}") from error
+            raise
+
+    def check(self, url: str) -> None:
+        """Raises DataError where nothing is installed that reads such a URL."""
+        self._system(url)
+
+    def stats_in(self, folder: str, prefix: str) -> dict[str, Stat]:
+        """By name, what a listing says of a folder's files that begin with `prefix`. Raises OSError."""
+        system = self._system(folder)
+        if prefix and "prefix" in inspect.signature(getattr(system, "_find", system.find)).parameters:
+            found = _retry(folder, lambda: system.find(folder, prefix=prefix, detail=True)).values()
+        else:
+            found = _retry(folder, lambda: system.ls(folder, detail=True))
+        start = folder.partition("://")[2] + "/"
+        stats = {info["name"].lstrip("/"): _stat(info) for info in found if info.get("size") is not None}
+        return {name.removeprefix(start): stat for name, stat in stats.items() if name.startswith(start)}
 
     def read(self, url: str, offset: int, size: int, stat: Stat) -> bytes:
         end = min(offset + size, stat.size)
@@ -264,12 +323,19 @@ class RemoteFiles:
             import fsspec  # here, not on top: it costs local runs 60 ms
 
             try:
-                self._systems[protocol] = fsspec.filesystem(protocol, skip_instance_cache=True)
+                # Without listings kept, which would be old ones, and take a kilobyte for each file.
+                options = {"skip_instance_cache": True, "use_listings_cache": False}
+                self._systems[protocol] = fsspec.filesystem(protocol, **options)
             except (ImportError, ValueError) as error:
                 raise DataError(
                     f"{url} can't be read: {error}", remedy="install what fsspec needs for it"
                 ) from error
         return self._systems[protocol]
+
+
+def _stat(info: dict[str, Any]) -> Stat:
+    version = next((info[key] for key in ("ETag", "etag", "LastModified", "mtime") if info.get(key)), "")
+    return Stat(int(info["size"]), str(version))
 
 
 def _retry(url: str, request: Callable[[], T]) -> T:
