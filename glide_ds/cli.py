@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from types import TracebackType
 from typing import Any, NamedTuple
 
 from glide_ds import __version__
 from glide_ds.environment import is_first
 from glide_ds.errors import EXIT_LOST, GlideError
+from glide_ds.masking import masked
 
 LOCAL_RANK = "--local_rank="  # which the deepspeed launcher puts before all others; LOCAL_RANK says it too
 
@@ -119,6 +122,7 @@ GROUPS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: this process's). The exit code is 0, or what the error stands for (errors.py)."""
+    sys.excepthook = _crash
     arguments = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith(LOCAL_RANK)]
     args = build_parser(arguments).parse_args(arguments)
     try:
@@ -131,6 +135,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("glide-ds: interrupted", file=sys.stderr)
         return 130
+
+
+def _crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python's own words for an error that nobody foresaw, secrets masked: a library's hold the URL it was given."""
+    print(masked("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr, end="", flush=True)
 
 
 def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

@@ -1,9 +1,11 @@
-"""What can go wrong, and the exit codes that tell it to scripts. Imports nothing, so that a command answers at once."""
+"""What can go wrong, and the exit codes that tell it to scripts. Imports nothing slow: a command answers at once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple, Self
+
+from glide_ds.masking import masked
 
 # Exit codes of a command; any other is a crash. 0: done, or stopped well (RUN/STOPPED.json says which).
 EXIT_MISTAKE = 2  # a GlideError: a person must mend something
@@ -24,20 +26,24 @@ class Fault(NamedTuple):
 
 
 class GlideError(Exception):
-    """A mistake a person can mend: fact, consequence and remedy as fields. It reads "fact, so consequence; remedy"."""
+    """A mistake a person can mend: fact, consequence and remedy as fields. It reads "fact, so consequence; remedy".
+
+    Secrets in them are masked.
+    """
 
     on_all_ranks = False  # True where every rank raises the same one, so that one of them need say it
     exit_code = EXIT_MISTAKE
 
     def __init__(self, fact: str, consequence: str = "", remedy: str = "") -> None:
-        super().__init__(fact, consequence, remedy)
-        self.faults: tuple[Fault, ...] = (Fault(fact, consequence, remedy),)
+        fault = Fault(masked(fact), masked(consequence), masked(remedy))
+        super().__init__(*fault)
+        self.faults: tuple[Fault, ...] = (fault,)
 
     @classmethod
     def all_of(cls, faults: Sequence[Fault]) -> Self:
         """One error of several faults, each on a line of its own."""
         error = cls(*faults[0])
-        error.faults = tuple(faults)
+        error.faults = tuple(Fault(*map(masked, fault)) for fault in faults)
         return error
 
     def __str__(self) -> str:

@@ -12,6 +12,8 @@ from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
+from glide_ds.masking import masked
+
 T = TypeVar("T")
 LINE_S = 5.0  # between two lines where there is no bar
 IN_PLACE_S = 0.1
@@ -81,9 +83,9 @@ class Progress:
             self.advance()
 
     def line(self, text: str) -> None:
-        """A line of its own, above the bar where there is one."""
+        """A line of its own, above the bar where there is one. Secrets are masked."""
         if self.shown:
-            tqdm.write(text, file=self.stream)
+            tqdm.write(masked(text), file=self.stream)
             self.stream.flush()
 
     def describe(self) -> str:

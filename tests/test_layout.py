@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 LAYERS = (
-    {"environment", "errors", "files", "progress", "types"},
+    {"environment", "errors", "files", "masking", "progress", "types"},
     {"config", "tokenizer"},
     {"data", "model"},
     {"diffusion"},
@@ -26,7 +26,14 @@ LAYERS = (
 )
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 # Within a layer only these (importer, imported).
-SIBLINGS = {("environment", "errors"), ("types", "errors"), ("files", "errors"), ("preflight", "commands")}
+SIBLINGS = {
+    ("errors", "masking"),
+    ("progress", "masking"),
+    ("environment", "errors"),
+    ("types", "errors"),
+    ("files", "errors"),
+    ("preflight", "commands"),
+}
 MOST_FILES = 15  # of a folder
 LONGEST = 60  # lines of a function
 ROOM = "training/zero/"  # the only place for what DeepSpeed and torch.distributed do not document

@@ -16,6 +16,7 @@ from glide_ds.data.tars.patterns import expand
 from glide_ds.data.tars.storage import Storage
 from glide_ds.data.workers import end_with
 from glide_ds.errors import GlideError
+from glide_ds.masking import masked
 from glide_ds.progress import Progress
 
 
@@ -45,15 +46,19 @@ def run(args: argparse.Namespace) -> int:
     print(f"{len(results)} shards, {samples} samples; {made} indexes made, {len(results) - made} were there")
     if doubled := [result for result in results if result.duplicates]:
         count = sum(result.duplicates for result in doubled)
-        print(f"{count} samples have a key that was there before in their shard, the first in {doubled[0].url}")
+        print(
+            masked(
+                f"{count} samples have a key that was there before in their shard, the first in {doubled[0].url}"
+            )
+        )
     faulty = [result for result in results if result.damage or result.error]
     for result in faulty:
-        print(f"{result.url}: {result.error or '; '.join(result.damage)}", file=sys.stderr)
+        print(masked(f"{result.url}: {result.error or '; '.join(result.damage)}"), file=sys.stderr)
     entries = [result.entry for result in results if result.entry is not None]
     if len(entries) == len(urls):
         place = Place.for_shards(urls, args.index_dir)
         stored = store(place, Catalog.of(entries).to_bytes(place.of), Storage(), beside=True)
-        print(f"the catalog of these {len(urls):,} shards: {stored or 'not written'}")
+        print(masked(f"the catalog of these {len(urls):,} shards: {stored or 'not written'}"))
     else:
         print("no catalog of these shards, for not all of them can be read")
     return 1 if faulty else 0

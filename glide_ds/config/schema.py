@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, PlainValidator, create_mod
 from glide_ds.config.phases import PHASES
 from glide_ds.config.section import Conflict, Patterns, Section, Texts, WrongError, fixed, free, listed
 from glide_ds.errors import ConfigError, Fault
+from glide_ds.masking import masked
 from glide_ds.types import KINDS, GlideConfig, Precision, Recompute
 
 BLOCK = "glide_ds"
@@ -486,7 +487,7 @@ class Config(Section):
         return BatchArithmetic(total, micro, share // micro, world_size)
 
     def to_json(self) -> dict[str, Any]:
-        """The file that gives this value again: DeepSpeed's part with our block inside."""
+        """The file that gives this value again: DeepSpeed's part with our block inside. Secrets are masked."""
         block = {name: plain(getattr(self, name)) for name in SECTIONS}
         del block["model"]["architecture"]["clip_dim"]
         return {**json.loads(json.dumps(self.deepspeed)), BLOCK: block}
@@ -496,12 +497,14 @@ SECTIONS = tuple(name for name in Config.model_fields if name != "deepspeed")
 
 
 def plain(value: Any) -> Any:
-    """A value of a configuration as JSON has it."""
+    """A value of a configuration as JSON has it, for people to read: its secrets are masked."""
     if isinstance(value, Section | Mapping):
         return {name: plain(inner) for name, inner in dict(value).items()}
     if isinstance(value, GlideConfig):
         return plain(asdict(value))
-    return [plain(inner) for inner in value] if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return [plain(inner) for inner in value]
+    return masked(value) if isinstance(value, str) else value
 
 
 def with_changes(config: Config, **sections: Mapping[str, Any]) -> Config:

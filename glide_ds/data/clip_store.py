@@ -29,6 +29,7 @@ from glide_ds.data.tars.shards import ShardSet
 from glide_ds.data.tars.storage import LocalFile, fault, local_path, open_at_once
 from glide_ds.errors import DataError
 from glide_ds.files import write_file
+from glide_ds.masking import bare, masked
 
 OPEN_ARRAYS = 256  # per process, at least
 LOOKED_AT = 256  # bytes of a picture
@@ -150,7 +151,7 @@ class Places:
 
 
 def _name(url: str) -> str:
-    return os.path.basename(local_path(url)).removesuffix(".tar")
+    return os.path.basename(local_path(masked(bare(url)))).removesuffix(".tar")
 
 
 def write_store(folder: str | Path, url: str, rows: Rows, hashes: Hashes, note: StoreNote) -> Path:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from glide_ds.config import load_configs
 from glide_ds.environment import is_launched, ranks_here, read_environment
 from glide_ds.errors import Fault, GlideError
+from glide_ds.masking import masked
 from glide_ds.preflight.checks import CHECKS, Check, hosts, read_hostfile
 from glide_ds.preflight.site import BlockedError, Finding, Site, faults_of
 from glide_ds.training.zero.group import start_process_group
@@ -116,7 +117,7 @@ def describe(name: str, finding: Finding, seconds: float, terminal: bool) -> str
     """A line for the check, and below it each fault with its remedy."""
     state = "FAIL" if finding.faults else "skip" if finding.skipped else "ok"
     mark = MARKS[state] if terminal else f"{state:<4}"
-    texts = [str(fault._replace(remedy="")) for fault in finding.faults] or [finding.text]
+    texts = [masked(str(fault._replace(remedy=""))) for fault in finding.faults] or [masked(finding.text)]
     lines = []
     for number, text in enumerate(texts):
         first = f"{name:<8}{seconds:5.1f} s  " if number == 0 else " " * 17
@@ -125,7 +126,7 @@ def describe(name: str, finding: Finding, seconds: float, terminal: bool) -> str
         )
         if finding.faults:
             lines += textwrap.wrap(
-                f"→ {finding.faults[number].remedy}",
+                f"→ {masked(finding.faults[number].remedy)}",
                 WIDTH - 6,
                 initial_indent=" " * 17,
                 subsequent_indent=" " * 19,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from glide_ds.config import BatchArithmetic, Config
+from glide_ds.masking import masked
 from glide_ds.model.glide import RECOMPUTED, Glide
 from glide_ds.training.checkpoint.start import Start, banner, folder_of
 from glide_ds.training.phases import count_by_role, trained_roles
@@ -77,7 +78,7 @@ def block(
     damaged = [f"DAMAGED CHECKPOINT, not used: {text}; {start.describe()} instead" for text in start.damaged]
     for text in (*damaged, *((warning,) if warning else ())):
         lines += textwrap.wrap(text, WIDTH, initial_indent="!!      ", subsequent_indent="!!      ")
-    return "\n".join([*lines, "─" * WIDTH])
+    return masked("\n".join([*lines, "─" * WIDTH]))
 
 
 def describe_device(config: Config) -> str:

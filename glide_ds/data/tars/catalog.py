@@ -27,6 +27,7 @@ from glide_ds.data.tars.index import SCANNER, IndexHead, open_index, read_only, 
 from glide_ds.data.tars.peers import Alone, Peers
 from glide_ds.data.tars.storage import Stat, Storage, common_start, fault, is_remote, local_path
 from glide_ds.files import write_file
+from glide_ds.masking import bare, masked
 from glide_ds.progress import Progress
 
 MAGIC = b"glide_ds catalog 1\n"
@@ -191,15 +192,22 @@ class Place(NamedTuple):
         whole = [
             url if "://" in url or url.startswith("/") else os.path.abspath(local_path(url)) for url in urls
         ]
-        folder = common_start(whole).rpartition("/")[0]
-        if not folder.partition("://")[2] and "://" in folder:
+        named = [bare(url) for url in whole]
+        folder, common = _folder(whole), _folder(named)
+        if any(is_remote(url) and "?" in url for url in whole):  # signed, for the shards alone
             folder = ""
-        of = _digest(url[len(folder) :] for url in whole)
-        elsewhere = cached([folder, of])
+        of = _digest(url[len(common) :] for url in named)
+        elsewhere = cached([common, of])
         if index_dir:
             return cls(of, [os.path.join(index_dir, os.path.basename(elsewhere))])
         beside = [f"{folder}/{CATALOGS.replace('*', of)}"] if folder else []
         return cls(of, [*beside, elsewhere])
+
+
+def _folder(urls: Sequence[str]) -> str:
+    """What they all lie in; empty where they have only a protocol in common, or nothing."""
+    folder = common_start(urls).rpartition("/")[0]
+    return "" if "://" in folder and not folder.partition("://")[2] else folder
 
 
 def cached(of: Sequence[str]) -> str:
@@ -235,7 +243,7 @@ def load(
                 raise fault(url, error) from error
         except (ValueError, KeyError, TypeError, IndexError, zlib.error) as error:
             why = error if isinstance(error, UnfitError) else "is damaged"
-            say(f"the catalog {url} {why}: it is made anew")
+            say(masked(f"the catalog {url} {why}: it is made anew"))
     return None
 
 
@@ -253,7 +261,7 @@ def store(
         try:
             _write(url, data, storage)
         except OSError as error:
-            say(f"the catalog can't be written to {url}: {error.strerror or error}")
+            say(masked(f"the catalog can't be written to {url}: {error.strerror or error}"))
             continue
         if url != place.urls[0] and not is_remote(place.urls[0]):
             say(f"it is kept in {url}")

@@ -23,6 +23,7 @@ from glide_ds.data.tars.signatures import check_is_tar
 from glide_ds.data.tars.storage import LocalFile, RemoteFile, Stat, Storage, is_remote, local_path, reading
 from glide_ds.errors import DataError, SurroundingsError
 from glide_ds.files import write_file
+from glide_ds.masking import bare, masked
 
 MAGIC = b"glide_ds index 1\n"
 SCANNER = 2  # grows when a scan finds more than before: 1 stopped at the first block of zeros
@@ -209,12 +210,15 @@ def _scattered(keys: Sequence[str], first: Sequence[int], names: Sequence[str]) 
 
 
 def index_urls(url: str, index_dir: str | None) -> list[str]:
-    """Where a shard's index may lie, the preferred place first."""
-    absolute = url if is_remote(url) else os.path.abspath(local_path(url))
-    name = f"{hashlib.blake2b(absolute.encode(), digest_size=8).hexdigest()}-{os.path.basename(absolute)}.index"
+    """Where a shard's index may lie, the preferred place first. Another signature in the URL is the same shard."""
+    absolute = bare(url) if is_remote(url) else os.path.abspath(local_path(url))
+    name = f"{hashlib.blake2b(absolute.encode(), digest_size=8).hexdigest()}-{os.path.basename(masked(absolute))}.index"
     if index_dir:
         return [os.path.join(index_dir, name)]
-    return [f"{absolute}.index", str(cache_dir() / "index" / name)]
+    cached = str(cache_dir() / "index" / name)
+    if is_remote(url) and "?" in url:  # it asks for the shard, with a signature for that alone
+        return [cached]
+    return [f"{url if is_remote(url) else absolute}.index", cached]
 
 
 def read_only(folder: Path) -> bool:

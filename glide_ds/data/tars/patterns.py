@@ -15,6 +15,7 @@ from braceexpand import braceexpand
 
 from glide_ds.data.tars.storage import Storage, is_remote, local_path, reading
 from glide_ds.errors import DataError
+from glide_ds.masking import MASK, bare
 
 PEEK = 1000  # names of a pattern that are all missing: the rest need not be looked for
 NEAR = 200  # names that are compared with a missing one
@@ -34,8 +35,9 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
         raise faults[0]
     if not urls:
         raise DataError("data.shards is empty", remedy="name tar files, a brace pattern, or builtin:shapes")
-    if len(set(urls)) < len(urls):
-        doubled = [url for url, count in Counter(urls).items() if count > 1]
+    places = [bare(url) for url in urls]
+    if len(set(places)) < len(urls):
+        doubled = [url for url, count in Counter(places).items() if count > 1]
         raise DataError(
             f"data.shards names {doubled[0]} more than once ({len(doubled)} such shards)",
             "its samples would be read twice an epoch",
@@ -63,9 +65,16 @@ def _parts(pattern: str) -> list[str]:
     """The patterns of a list with commas, or with webdataset's `::`, each with `~` and variables filled in."""
     if pattern.strip() == "":
         raise DataError("data.shards has an empty pattern", remedy="name tar files, or builtin:shapes")
+    if MASK in pattern:
+        raise DataError(
+            f"data.shards {pattern!r} has a secret that was masked, as run.json keeps it",
+            "the shards can't be read",
+            "give them again with it, or with the name of a variable that holds it: "
+            "--set data.shards='https://host/{00..99}.tar?sig=$SIGNATURE'",
+        )
     if pattern.startswith("pipe:"):
         raise DataError(
-            f"data.shards names a command: {pattern!r}",
+            f"data.shards names a command: {pattern.split()[0]} …",
             "what it writes can't be read by place, which this reader needs for an exact order",
             "write its output to files, or give the store's URL: s3://, gs://, hf://, https://",
         )

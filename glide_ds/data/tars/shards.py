@@ -24,6 +24,7 @@ from glide_ds.data.tars.storage import (
     open_at_once,
 )
 from glide_ds.errors import DataError, GlideError
+from glide_ds.masking import masked
 
 OPEN_SHARDS = 256  # with their indexes, per process, at least
 
@@ -103,7 +104,7 @@ class ShardSet:
             name = header_name(file.read(index.members(row)[0][1] - BLOCK, BLOCK))
         except (OSError, EOFError, GlideError):
             name = f"sample {row}"
-        return f"{self.urls[shard]} {name}"
+        return masked(f"{self.urls[shard]} {name}")
 
     def _open(self, shard: int) -> tuple[ShardIndex, LocalFile | RemoteFile]:
         url, head = self.urls[shard], self.heads[shard]

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from glide_ds.errors import ConfigError, DataError, GlideError, SurroundingsError
 from glide_ds.files import probe, replacing
+from glide_ds.masking import bare
 
 BLOCK_BYTES = 4 << 20
 BLOCKS_IN_MEMORY = 16
@@ -294,7 +295,7 @@ class RemoteFiles:
 
     def _part(self, url: str, number: int, length: int, wanted: slice, stat: Stat) -> bytes:
         """Some bytes of the block `number`, which is `length` long."""
-        key = (url, stat.version, number)
+        key = (bare(url), stat.version, number)
         block = self._blocks.get(key)
         if block is None and self._disk:
             # Not the whole of it: reads go to and fro among more blocks than memory holds.

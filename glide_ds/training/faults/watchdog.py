@@ -44,6 +44,7 @@ import torch.distributed as dist
 from glide_ds.config import RunConfig
 from glide_ds.data.workers import stacks_of
 from glide_ds.errors import EXIT_LOST, GlideError
+from glide_ds.masking import masked
 from glide_ds.training.faults.failures import brief, is_lost_peer
 
 T = TypeVar("T")
@@ -227,7 +228,7 @@ class Watchdog:
         where = f"rank {self.rank} failed in {self.watch.mark!r} after step {self.watch.step}"
         if isinstance(error, GlideError):
             self._end(Cause(self.rank, error.exit_code), f"rank {self.rank}: {type(error).__name__}: {error}")
-        told = "".join(traceback.format_exception(error))
+        told = masked("".join(traceback.format_exception(error)))
         self._end(Cause(self.rank, 1), f"{where}, and all ranks end with it:\n{told}")
 
     # ---- the thread
