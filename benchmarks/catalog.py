@@ -31,7 +31,7 @@ import numpy as np
 from machine import environment
 
 from glide_ds.data.order import Order, micro_slots
-from glide_ds.data.tars.catalog import Catalog, Entry, Place, store
+from glide_ds.data.tars.catalog import Catalog, Entry, Place, store_catalog
 from glide_ds.data.tars.index import build_index, index_urls
 from glide_ds.data.tars.scan import BLOCK, Member, Scan
 from glide_ds.data.tars.shards import open_shards
@@ -99,7 +99,7 @@ def write_set(folder: Path, shards: int, per_shard: int) -> None:
             os.link(linked, beside)
     rows = Catalog.of([Entry.of(index.head)]).take(np.zeros(shards, np.int64))
     place = Place.for_shards(urls, None)
-    store(place, rows.to_bytes(place.of), Storage())
+    store_catalog(place, rows.to_bytes(place.of), Storage())
 
 
 def fresh_start(folder: Path) -> dict[str, float]:

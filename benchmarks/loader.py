@@ -40,7 +40,8 @@ from PIL import Image
 from glide_ds import tokenizer
 from glide_ds.config import DataConfig, FilterConfig
 from glide_ds.data import build_source
-from glide_ds.data.clip_store import ClipStore, Encoder, StoreNote, text_hash, write_store
+from glide_ds.data.clip_notes import Encoder, StoreNote
+from glide_ds.data.clip_store import ClipStore, text_hash, write_store
 from glide_ds.data.pictures.borders import content_box
 from glide_ds.data.pictures.decode import REDUCED_SIDE, DecodeOptions, decode, open_pixels
 from glide_ds.data.pictures.resample import Box, Pixels, resize

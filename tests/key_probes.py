@@ -26,7 +26,8 @@ from data.data_kit import encoded, json_bytes, photo
 from train_kit import ARCHITECTURE, opened, poisoned, read_lines, shake, state_of, write_shard
 
 from glide_ds.config import ClipConfig, Config
-from glide_ds.data.clip_store import Encoder, StoreNote, text_hash, write_store
+from glide_ds.data.clip_notes import Encoder, StoreNote
+from glide_ds.data.clip_store import text_hash, write_store
 from glide_ds.data.tars.shards import open_shards
 from glide_ds.errors import ConfigError, DataError, UnstableError
 from glide_ds.model import GlideConfig, create_model

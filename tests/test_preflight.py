@@ -17,7 +17,8 @@ from train_kit import make_config, rewound, without_launcher, write_shard
 
 from glide_ds import cli
 from glide_ds.data import shapes
-from glide_ds.data.clip_store import Encoder, StoreNote, write_store
+from glide_ds.data.clip_notes import Encoder, StoreNote
+from glide_ds.data.clip_store import write_store
 from glide_ds.data.tars.shards import ShardSet, open_shards
 from glide_ds.errors import ConfigError, Fault
 from glide_ds.model import create_model

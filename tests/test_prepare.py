@@ -26,7 +26,8 @@ from ranks import COMMAND, Ranks, Warm
 from glide_ds.commands import prepare_clip as prepare
 from glide_ds.config import ClipConfig
 from glide_ds.data import shapes
-from glide_ds.data.clip_store import ClipStore, Encoder, picture_hash, text_hash
+from glide_ds.data.clip_notes import Encoder
+from glide_ds.data.clip_store import ClipStore, picture_hash, text_hash
 from glide_ds.data.pictures.decode import DecodeOptions, decode, image_member
 from glide_ds.data.shapes import write_shards
 from glide_ds.data.tars.shards import open_shards

@@ -22,19 +22,8 @@ import torch
 
 from glide_ds.config import ClipConfig
 from glide_ds.data.captions import read_caption
-from glide_ds.data.clip_store import (
-    Embedded,
-    Encoder,
-    Hashes,
-    Places,
-    Rows,
-    StoreNote,
-    encoders,
-    picture_hash,
-    read_note,
-    text_hash,
-    write_store,
-)
+from glide_ds.data.clip_notes import Encoder, Places, StoreNote, encoders, read_note
+from glide_ds.data.clip_store import Embedded, Hashes, Rows, picture_hash, text_hash, write_store
 from glide_ds.data.pictures.decode import Cropping, DecodeOptions, Pixels, decode, image_member
 from glide_ds.data.tally import Unusable
 from glide_ds.data.tars.peers import Alone

@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
-from glide_ds.data.tars.catalog import Catalog, Entry, Place, store
+from glide_ds.data.tars.catalog import Catalog, Entry, Place, store_catalog
 from glide_ds.data.tars.index import SCANNER, IndexHead, load_index, scan_shard, store_index
 from glide_ds.data.tars.patterns import expand
 from glide_ds.data.tars.storage import Storage
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     entries = [result.entry for result in results if result.entry is not None]
     if len(entries) == len(urls):
         place = Place.for_shards(urls, args.index_dir)
-        stored = store(place, Catalog.of(entries).to_bytes(place.of), Storage(), beside=True)
+        stored = store_catalog(place, Catalog.of(entries).to_bytes(place.of), Storage(), beside=True)
         print(masked(f"the catalog of these {len(urls):,} shards: {stored or 'not written'}"))
     else:
         print("no catalog of these shards, for not all of them can be read")

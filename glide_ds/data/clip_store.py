@@ -13,9 +13,8 @@ import hashlib
 import io
 import json
 import os
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,21 @@ import numpy as np
 from cachetools import LRUCache
 from numpy.typing import NDArray
 
-from glide_ds.config import ClipConfig
-from glide_ds.data.pictures.decode import Cropping
+from glide_ds.data.clip_notes import (
+    Encoder,
+    Notes,
+    Places,
+    StoreNote,
+    no_embeddings,
+    read_note,
+    read_notes,
+    stem,
+)
+from glide_ds.data.tars.peers import Peers
 from glide_ds.data.tars.shards import ShardSet
-from glide_ds.data.tars.storage import LocalFile, fault, local_path, open_at_once
+from glide_ds.data.tars.storage import LocalFile, fault, open_at_once
 from glide_ds.errors import DataError
 from glide_ds.files import write_file
-from glide_ds.masking import bare, masked
 
 OPEN_ARRAYS = 256  # per process, at least
 LOOKED_AT = 256  # bytes of a picture
@@ -56,109 +63,14 @@ def picture_hash(data: bytes) -> int:
     return int.from_bytes(hashlib.sha256(few).digest()[:8], "little") or 1
 
 
-@dataclass(frozen=True)
-class Encoder:
-    """What made the embeddings; all of it must agree with the run that uses them."""
-
-    model: str
-    weights: str
-    source: str  # text | image
-    crop: str | None = None  # how pictures were made square, as data.crop and data.trim say
-    trim: bool | None = None
-
-
-def encoders(clip: ClipConfig, cropping: Cropping) -> list[Encoder]:
-    """What must have made a run's embeddings: those of captions, of pictures, or both."""
-    of_text = Encoder(clip.model, clip.weights, "text")
-    of_pictures = Encoder(clip.model, clip.weights, "image", *cropping)
-    return [encoder for encoder in (of_text, of_pictures) if clip.source in (encoder.source, "both")]
-
-
-@dataclass(frozen=True)
-class StoreNote:
-    """The sidecar of one shard's embeddings."""
-
-    encoder: Encoder
-    weights_hash: str
-    fingerprint: str  # of the shard
-    version: str  # of the shard's file: where it is the same, nothing in it has changed
-    samples: int
-    dim: int
-    missing: int  # samples without an embedding
-
-    def to_json(self) -> bytes:
-        return json.dumps(asdict(self), indent=1, sort_keys=True).encode()
-
-
-def read_note(path: Path) -> StoreNote:
-    """Raises DataError where the note is missing or damaged, SurroundingsError where it can't be read."""
-    try:
-        stored = json.loads(path.read_bytes())
-        if "fingerprint" not in stored and "key_hash" in stored:
-            raise DataError(
-                f"the embeddings {path} are of a version before, which kept no hash of what was embedded",
-                "they could be those of other captions or pictures",
-                "run `glide-ds prepare clip` again, which makes them anew beside the old ones",
-            )
-        return StoreNote(**{**stored, "encoder": Encoder(**stored["encoder"])})
-    except OSError as error:
-        if not isinstance(error, FileNotFoundError):
-            raise fault(str(path), error) from error
-        raise _no_embeddings(path, error) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise _no_embeddings(path, error) from error
-
-
-def _no_embeddings(place: Path, why: object) -> DataError:
-    return DataError(
-        f"no CLIP embeddings at {place} ({why})",
-        remedy="run `glide-ds prepare clip` for these shards, or unset data.clip_store to encode captions "
-        "while training",
-    )
-
-
-# ---- files
-
-
-class Places:
-    """The notes in a store, by the names of their shards. Listed once."""
-
-    def __init__(self, folder: str | Path) -> None:
-        """Raises SurroundingsError where the folder can't be listed; one that is not there holds nothing."""
-        self.folder, self._notes = Path(folder), defaultdict[str, list[Path]](list)
-        try:
-            names = sorted(os.listdir(folder))
-        except FileNotFoundError:
-            names = []
-        except OSError as error:
-            raise fault(str(folder), error) from error
-        for name in names:
-            if name.endswith(".json") and not name.startswith("."):
-                self._notes[name.removesuffix(".json").rsplit(".", 2)[0]].append(self.folder / name)
-
-    def of(self, url: str, fingerprint: str) -> list[Path]:
-        """The notes of what was made of a shard as it is now."""
-        begin = f"{_name(url)}.{fingerprint[:12]}."
-        return [path for path in self._notes.get(_name(url), []) if path.name.startswith(begin)]
-
-    def before(self, url: str) -> list[Path]:
-        """The notes of every shard of that name, and of a version before."""
-        old = [path for path in self._notes.get(_name(url).rpartition(".")[0], []) if _name(url) in path.name]
-        return self._notes.get(_name(url), []) + old
-
-    def all(self) -> Iterable[Path]:
-        return (path for paths in self._notes.values() for path in paths)
-
-
-def _name(url: str) -> str:
-    return os.path.basename(local_path(masked(bare(url)))).removesuffix(".tar")
+# ---- writing
 
 
 def write_store(folder: str | Path, url: str, rows: Rows, hashes: Hashes, note: StoreNote) -> Path:
     """Write array, then note, whose presence says that the array is whole; returns the array's place."""
     made = hashlib.sha256(json.dumps([asdict(note.encoder), note.weights_hash]).encode())
     made.update(hashes.tobytes())
-    path = Path(folder) / f"{_name(url)}.{note.fingerprint[:12]}.{made.hexdigest()[:12]}.npy"
+    path = Path(folder) / f"{stem(url)}.{note.fingerprint[:12]}.{made.hexdigest()[:12]}.npy"
     data = io.BytesIO()
     np.save(data, rows, allow_pickle=False)
     data.write(hashes.tobytes())
@@ -174,9 +86,12 @@ def write_store(folder: str | Path, url: str, rows: Rows, hashes: Hashes, note: 
 class Embeddings:
     """What conditions a set of shards, by sample number: embeddings of captions, of pictures, or of each its share."""
 
-    def __init__(self, folder: str | Path, shards: ShardSet, made_by: Sequence[Encoder]) -> None:
+    def __init__(
+        self, folder: str | Path, shards: ShardSet, made_by: Sequence[Encoder], peers: Peers | None = None
+    ) -> None:
         """Raises DataError where something is missing (see ClipStore)."""
-        self.stores = {encoder.source: ClipStore(folder, shards, encoder) for encoder in made_by}
+        notes = read_notes(folder, shards, peers)
+        self.stores = {encoder.source: ClipStore(folder, shards, encoder, notes) for encoder in made_by}
         self.dim = next(iter(self.stores.values())).dim
 
     def of_weights(self, weights_hash: str) -> None:
@@ -203,46 +118,51 @@ class Embeddings:
 class ClipStore:
     """The embeddings of a set of shards, by sample number.
 
-    Opening reads every note and raises DataError, by name, where one is missing, or belongs to another encoder or to
-    the shard before it changed.
+    Opening raises DataError, by name, where a shard has no note, or one of another encoder or of the shard before it
+    changed.
     """
 
-    def __init__(self, folder: str | Path, shards: ShardSet, encoder: Encoder) -> None:
+    def __init__(
+        self, folder: str | Path, shards: ShardSet, encoder: Encoder, notes: Notes | None = None
+    ) -> None:
         self._urls, self._ends, self._sizes = shards.urls, shards.ends, shards.sizes
-        places, dims = Places(folder), set()
-        self._made: list[list[tuple[Path, str]]] = []  # of each shard: (array, hash of the weights)
-        for url, fingerprint, samples in zip(
-            shards.urls, shards.fingerprints, shards.sizes.tolist(), strict=True
-        ):
-            found = places.of(url, fingerprint)
-            if not found:
-                raise _none_for(url, places)
-            noted = [(path, read_note(path)) for path in found]
-            # A folder may hold embeddings of captions and of pictures; where these are none of ours, the check says so.
-            noted = [each for each in noted if each[1].encoder.source == encoder.source] or noted
-            for _, note in noted:
-                _check(note, encoder, url, fingerprint, samples)
-                dims.add(note.dim)
-            self._made.append([(path.with_suffix(".npy"), note.weights_hash) for path, note in noted])
+        self._folder = Path(folder)
+        notes = notes or read_notes(folder, shards)
+        # A folder may hold embeddings of captions and of pictures; where these are none of ours, the check says so.
+        ours = notes.those(lambda made_by, _: made_by.source == encoder.source)
+        has_ours = np.bincount(notes.shards[ours], minlength=len(self._urls)) > 0
+        self._notes = notes.take(ours | ~has_ours[notes.shards])
+        _check(self._notes, encoder, shards, self._folder)
+        dims = np.unique(self._notes.rows["dim"]).tolist()
         if len(dims) != 1:
-            raise DataError(
-                f"the embeddings in {folder} have the widths {sorted(dims)}", remedy="prepare them anew"
-            )
-        self.dim = dims.pop()
+            raise DataError(f"the embeddings in {folder} have the widths {dims}", remedy="prepare them anew")
+        self.dim = dims[0]
+        self._moved: dict[int, list[tuple[Path, str]]] = {}  # of shards, where another array fitted better
         self.keep_open(OPEN_ARRAYS)
 
     def of_weights(self, weights_hash: str) -> None:
         """Keep to what the encoder with these weights made. Raises DataError where a shard has none of it."""
-        for number, made in enumerate(self._made):
-            fitting = [(path, weights) for path, weights in made if weights == weights_hash]
-            if not fitting:
-                raise DataError(
-                    f"the embeddings of {self._urls[number]} were made by weights with the hash {made[0][1][:12]}, "
-                    f"this run's clip.weights have {weights_hash[:12]}",
-                    "they would mean something else",
-                    "run `glide-ds prepare clip` again with these weights, or set clip.weights to those",
-                )
-            self._made[number] = fitting
+        kept = self._notes.take(self._notes.those(lambda _, weights: weights == weights_hash))
+        without = np.flatnonzero(np.bincount(kept.shards, minlength=len(self._urls)) == 0)
+        if len(without):
+            shard = int(without[0])
+            raise DataError(
+                f"the embeddings of {self._urls[shard]} were made by weights with the hash "
+                f"{self._made(shard)[0][1][:12]}, this run's clip.weights have {weights_hash[:12]}",
+                "they would mean something else",
+                "run `glide-ds prepare clip` again with these weights, or set clip.weights to those",
+            )
+        self._notes, self._moved = kept, {}
+
+    def _made(self, shard: int) -> list[tuple[Path, str]]:
+        """(array, hash of the weights) of what a shard has."""
+        if shard in self._moved:
+            return self._moved[shard]
+        first, end = np.searchsorted(self._notes.shards, [shard, shard + 1])
+        return [
+            (self._folder / f"{row['name'].decode()}.npy", self._notes.made_by[row["made_by"]][1])
+            for row in self._notes.rows[first:end]
+        ]
 
     def keep_open(self, arrays: int) -> None:
         """Have room for that many open arrays in each process, beside their shards."""
@@ -264,7 +184,7 @@ class ClipStore:
                 if (self._open.get(shard) or self._array(shard)).read(row, into) != wanted:
                     self._look_further(shard, row, wanted, into)
             except OSError as error:
-                raise fault(str(self._made[shard][0][0]), error) from error
+                raise fault(str(self._made(shard)[0][0]), error) from error
             except EOFError as error:
                 raise DataError(str(error), "it was cut off during the run", "prepare them anew") from error
         return out
@@ -275,11 +195,12 @@ class ClipStore:
     def _look_further(self, shard: int, row: int, wanted: int, into: NDArray[np.uint8]) -> None:
         """Read it from another array: made of the shard before, or of another set's, alike in names and sizes."""
         found = (self._open.get(shard) or self._array(shard)).read(row, into)
-        made = self._made[shard]
+        made = self._made(shard)
         for number in range(1, len(made)):
             other = self._checked(made[number][0], shard)
             if other.read(row, into) == wanted:
                 made.insert(0, made.pop(number))
+                self._moved[shard] = made
                 self._keep(shard, other)
                 return
         kept = f"sample {row} of {self._urls[shard]}"
@@ -296,7 +217,7 @@ class ClipStore:
         )
 
     def _array(self, shard: int) -> _Array:
-        made = self._made[shard]
+        made = self._made(shard)
         if len({weights for _, weights in made}) > 1:
             raise DataError(
                 f"{made[0][0].parent} has embeddings of {self._urls[shard]} by different weights",
@@ -374,7 +295,7 @@ def _none_for(url: str, places: Places) -> DataError:
             "they may be those of other captions or pictures",
             "run `glide-ds prepare clip` again, which computes what has changed",
         )
-    return _no_embeddings(places.folder, f"none of {url}")
+    return no_embeddings(places.folder, f"none of {url}")
 
 
 _KEYS = {"crop": "data.crop", "trim": "data.trim"} | {
@@ -382,17 +303,25 @@ _KEYS = {"crop": "data.crop", "trim": "data.trim"} | {
 }
 
 
-def _check(note: StoreNote, encoder: Encoder, url: str, fingerprint: str, samples: int) -> None:
-    for name, wanted in asdict(encoder).items():
-        found = getattr(note.encoder, name)
-        if found != wanted:
-            raise DataError(
-                f"the embeddings of {url} were made with {_KEYS[name]}={found}, this run has {wanted}",
-                remedy=f"run `glide-ds prepare clip` for {wanted}, or set {_KEYS[name]}={found}",
-            )
-    if (note.fingerprint, note.samples) != (fingerprint, samples):
+def _check(notes: Notes, encoder: Encoder, shards: ShardSet, folder: Path) -> None:
+    """Raises DataError for the first shard whose notes are not the encoder's, or not of the shard as it is."""
+    others = notes.those(lambda made_by, _: made_by != encoder)
+    fingerprints = shards.heads.rows["fingerprint"][notes.shards]
+    stale = (notes.rows["fingerprint"] != fingerprints) | (notes.rows["samples"] != shards.sizes[notes.shards])
+    without = np.flatnonzero(np.bincount(notes.shards, minlength=len(shards.urls)) == 0)
+    if len(without):
+        raise _none_for(shards.urls[without[0]], Places(folder))
+    for row in np.flatnonzero(others | stale)[:1].tolist():
+        url = shards.urls[notes.shards[row]]
+        made_by = asdict(notes.made_by[notes.rows["made_by"][row]][0])
+        for name, wanted in asdict(encoder).items():
+            if made_by[name] != wanted:
+                raise DataError(
+                    f"the embeddings of {url} were made with {_KEYS[name]}={made_by[name]}, this run has {wanted}",
+                    remedy=f"run `glide-ds prepare clip` for {wanted}, or set {_KEYS[name]}={made_by[name]}",
+                )
         raise DataError(
-            f"the embeddings of {url} belong to {note.samples} other samples",
+            f"the embeddings of {url} belong to {notes.rows['samples'][row]} other samples",
             remedy="run `glide-ds prepare clip` again",
         )
 

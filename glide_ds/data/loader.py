@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from glide_ds import tokenizer
 from glide_ds.config import ClipConfig, DataConfig
-from glide_ds.data.clip_store import Embeddings, encoders
+from glide_ds.data.clip_notes import encoders
+from glide_ds.data.clip_store import Embeddings
 from glide_ds.data.filters import Filtered
 from glide_ds.data.handover import Packed, Receiver, Sender
 from glide_ds.data.order import MixOrder, Order, micro_slots, mix, uniform
@@ -364,13 +365,15 @@ def build_source(
         image_share=clip.pictured if clip else 0.0,
     )
     samples = deepcopy(opened) if opened is not None else open_samples(config, image_size, peers)
-    store = _open_store(config, samples, clip)
+    store = _open_store(config, samples, clip, peers)
     if not store:
         samples.clip_side = clip_side
     return Source(samples, config, layout, store)
 
 
-def _open_store(config: DataConfig, samples: SampleSet, clip: ClipConfig | None) -> Embeddings | None:
+def _open_store(
+    config: DataConfig, samples: SampleSet, clip: ClipConfig | None, peers: Peers | None
+) -> Embeddings | None:
     if config.clip_store is None or clip is None:
         return None
     if not isinstance(samples, ShardSamples):
@@ -379,4 +382,5 @@ def _open_store(config: DataConfig, samples: SampleSet, clip: ClipConfig | None)
             remedy="unset it",
         )
     samples.hashed = True
-    return Embeddings(config.clip_store, samples.shards, encoders(clip, Cropping(config.crop, config.trim)))
+    made_by = encoders(clip, Cropping(config.crop, config.trim))
+    return Embeddings(config.clip_store, samples.shards, made_by, peers)

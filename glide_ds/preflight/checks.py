@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from glide_ds.config import Config, DataConfig, cache_dir, is_built_in
-from glide_ds.data.clip_store import Embeddings, encoders
+from glide_ds.data.clip_notes import encoders
+from glide_ds.data.clip_store import Embeddings
 from glide_ds.data.filters import Filtered
 from glide_ds.data.pictures.decode import Cropping
 from glide_ds.data.samples import SampleSet, ShardSamples, open_samples

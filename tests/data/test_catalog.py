@@ -14,7 +14,7 @@ from test_index_command import arguments
 
 from glide_ds.commands import prepare_index
 from glide_ds.data.tars import catalog as catalog_module
-from glide_ds.data.tars.catalog import Catalog, Entry, Place, load
+from glide_ds.data.tars.catalog import Catalog, Entry, Place, load_catalog
 from glide_ds.data.tars.index import ShardIndex
 from glide_ds.data.tars.patterns import expand
 from glide_ds.data.tars.peers import Alone
@@ -274,7 +274,7 @@ def test_processes_that_look_at_their_parts_find_the_same(pattern: str, tmp_path
     rows = catalog_module.look(urls, Storage(), peers=Part(size))
     assert [each.fingerprint for each in rows] == [each.fingerprint for each in alone.heads]
     assert [each.version for each in rows] == [Storage().stat(url).version for url in urls]
-    stored = load(Place.for_shards(urls, None), Catalog.from_bytes, Storage())
+    stored = load_catalog(Place.for_shards(urls, None), Catalog.from_bytes, Storage())
     assert stored is not None
     assert [*stored] == [*rows]
     assert path.read_bytes() != whole

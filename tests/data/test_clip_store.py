@@ -13,7 +13,9 @@ import torch
 from data_kit import sample, write_shards, write_tar
 
 from glide_ds.config import ClipConfig, DataConfig
-from glide_ds.data.clip_store import ClipStore, Encoder, StoreNote, picture_hash, text_hash, write_store
+from glide_ds.data import clip_notes
+from glide_ds.data.clip_notes import Encoder, StoreNote
+from glide_ds.data.clip_store import ClipStore, picture_hash, text_hash, write_store
 from glide_ds.data.loader import build_source
 from glide_ds.data.tars.index import scan_shard
 from glide_ds.data.tars.shards import ShardSet, open_shards
@@ -168,3 +170,94 @@ def test_another_picture_has_another_hash() -> None:
     start = len(data) * 100 // 2
     others.append((data * 100)[:start] + bytes(600) + (data * 100)[start + 600 :])
     assert len({picture_hash(other) for other in [data, *others]}) == 1 + len(others)
+
+
+# ---- the store's catalog
+
+
+@pytest.fixture
+def notes_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The notes that are read, by the number of their shard."""
+    read: list[str] = []
+    whole = clip_notes.read_note
+
+    def counted(path: Path) -> StoreNote:
+        read.append(path.name.split(".")[0])
+        return whole(path)
+
+    monkeypatch.setattr(clip_notes, "read_note", counted)
+    return read
+
+
+def test_a_start_reads_one_file_and_the_notes_that_changed(
+    tmp_path: Path, shards: ShardSet, notes_read: list[str]
+) -> None:
+    fill(tmp_path / "clip", shards)
+    wanted = np.arange(21)
+    rows = ClipStore(tmp_path / "clip", shards, ENCODER).rows(wanted, hashes(shards, wanted))
+    assert sorted(notes_read) == ["s-000", "s-001"]
+    notes_read.clear()
+    again = ClipStore(tmp_path / "clip", shards, ENCODER)
+    assert notes_read == []
+    assert np.array_equal(again.rows(wanted, hashes(shards, wanted)), rows)
+    (note,) = (tmp_path / "clip").glob("s-001.*.json")
+    note.write_bytes(note.read_bytes() + b" ")
+    ClipStore(tmp_path / "clip", shards, ENCODER)
+    assert notes_read == ["s-001"]
+    note.unlink()
+    with pytest.raises(DataError, match=r"none of .*s-001\.tar"):
+        ClipStore(tmp_path / "clip", shards, ENCODER)
+
+
+def test_sets_that_share_a_store_share_its_catalog(
+    tmp_path: Path, shards: ShardSet, notes_read: list[str]
+) -> None:
+    (tmp_path / "o").mkdir()
+    write_tar(tmp_path / "o" / "s-000.tar", [(f"x{n}", sample(90 + n)) for n in range(4)])
+    others = open_shards(str(tmp_path / "o"))
+    pictures = Encoder("ViT-B/32", "openai", "image", "center", trim=True)
+    for each, encoder in ((shards, ENCODER), (others, ENCODER), (shards, pictures)):
+        fill(tmp_path / "clip", each, encoder)
+    for _ in range(2):
+        for each, encoder in (
+            (shards, ENCODER),
+            (others, ENCODER),
+            (shards, pictures),
+            (shards + others, ENCODER),
+        ):
+            store = ClipStore(tmp_path / "clip", each, encoder)
+            wanted = np.array([2])
+            assert store.rows(wanted, hashes(each, wanted))[0, 0] == 3
+        assert len(notes_read) == 5  # each once, by the first start
+    wanted = np.array([20, 21, 24])
+    both = ClipStore(tmp_path / "clip", shards + others, ENCODER)
+    assert both.rows(wanted, hashes(shards + others, wanted))[:, 0].tolist() == [21, 1, 4]
+
+
+def test_a_damaged_catalog_of_notes_is_made_anew_and_said(
+    tmp_path: Path, shards: ShardSet, notes_read: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(tmp_path / "clip", shards)
+    ClipStore(tmp_path / "clip", shards, ENCODER)
+    path = tmp_path / "clip" / clip_notes.NOTES
+    path.write_bytes(path.read_bytes()[:-3])
+    ClipStore(tmp_path / "clip", shards, ENCODER)
+    assert f"the catalog {path} is damaged: it is made anew" in capsys.readouterr().out
+    notes_read.clear()
+    ClipStore(tmp_path / "clip", shards, ENCODER)
+    assert notes_read == []
+
+
+def test_a_store_that_is_read_only_has_its_catalog_in_the_cache(
+    tmp_path: Path, shards: ShardSet, notes_read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLIDE_DS_CACHE", str(tmp_path / "cache"))
+    fill(tmp_path / "clip", shards)
+    (tmp_path / "clip").chmod(0o555)
+    try:
+        for _ in range(2):
+            ClipStore(tmp_path / "clip", shards, ENCODER)
+    finally:
+        (tmp_path / "clip").chmod(0o755)
+    assert len(notes_read) == 2
+    assert not (tmp_path / "clip" / clip_notes.NOTES).exists()

@@ -32,7 +32,8 @@ from train_kit import (
 
 from glide_ds.config import load_config
 from glide_ds.data import shapes
-from glide_ds.data.clip_store import Encoder, StoreNote, text_hash, write_store
+from glide_ds.data.clip_notes import Encoder, StoreNote
+from glide_ds.data.clip_store import text_hash, write_store
 from glide_ds.data.tars.shards import open_shards
 from glide_ds.diffusion.losses import QUARTILES
 from glide_ds.errors import ConfigError, DataError, GlideError, WeightsError

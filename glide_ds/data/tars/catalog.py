@@ -107,13 +107,21 @@ class Catalog:
 
     def __add__(self, other: Catalog) -> Catalog:
         """The rows of both, this one's first."""
-        forms = {each: number for number, each in enumerate(dict.fromkeys(self.forms + other.forms))}
-        rows = np.concatenate([self.rows, other.rows])
-        rows["form"][len(self) :] = np.array([forms[each] for each in other.forms], np.int64)[
-            other.rows["form"]
-        ]
-        damage = self.damage | {len(self) + shard: notes for shard, notes in other.damage.items()}
-        return Catalog(rows, tuple(forms), damage)
+        return Catalog.joined([self, other])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Catalog]) -> Catalog:
+        """The rows of all, in their order."""
+        rows = np.concatenate([part.rows for part in parts])
+        forms: dict[tuple[str, ...], int] = {}
+        damage: dict[int, tuple[str, ...]] = {}
+        first = 0
+        for part in parts:
+            numbers = np.array([forms.setdefault(form, len(forms)) for form in part.forms], np.int64)
+            rows["form"][first : first + len(part)] = numbers[part.rows["form"]]
+            damage |= {first + shard: notes for shard, notes in part.damage.items()}
+            first += len(part)
+        return cls(rows, tuple(forms), damage)
 
     def take(self, shards: Ints) -> Catalog:
         """Those rows, in that order."""
@@ -219,7 +227,7 @@ def _digest(texts: Iterator[str] | Sequence[str]) -> str:
     return hashlib.blake2b("\n".join(texts).encode(), digest_size=8).hexdigest()
 
 
-def load(
+def load_catalog(
     place: Place,
     parse: Callable[[bytes, str], R],
     storage: Storage,
@@ -247,7 +255,7 @@ def load(
     return None
 
 
-def store(
+def store_catalog(
     place: Place, data: bytes, storage: Storage, say: Callable[[str], None] = print, *, beside: bool = False
 ) -> str | None:
     """Write a catalog to the first of its places that takes it, and return that one.
@@ -298,7 +306,7 @@ def look(
     said = Progress("looking at", shown=peers.shown)
     place = Place.for_shards(urls, index_dir)
     listed = peers.first(lambda: storage.listed(urls)) if any(map(is_remote, urls)) else None
-    stored = peers.first(lambda: load(place, Catalog.from_bytes, storage, said.line))
+    stored = peers.first(lambda: load_catalog(place, Catalog.from_bytes, storage, said.line))
     found = peers.each(lambda: _look_at_mine(urls, storage, index_dir, peers, stored, listed))
     rows, fresh = np.concatenate([rows for rows, _ in found]), [part for rows, part in found if len(rows)]
     if not fresh:
@@ -306,17 +314,14 @@ def look(
         return stored
     base = stored or fresh[0].take(np.zeros(len(urls), np.int64))  # each row of which is replaced
     catalog = _replaced(base, rows, fresh)
-    peers.first(lambda: store(place, catalog.to_bytes(place.of), storage, said.line))
+    peers.first(lambda: store_catalog(place, catalog.to_bytes(place.of), storage, said.line))
     return catalog
 
 
 def _replaced(base: Catalog, rows: Ints, fresh: Sequence[Catalog]) -> Catalog:
     order = np.arange(len(base))
     order[rows] = len(base) + np.arange(len(rows))
-    whole = base
-    for part in fresh:
-        whole += part
-    return whole.take(order)
+    return Catalog.joined([base, *fresh]).take(order)
 
 
 def stale(
