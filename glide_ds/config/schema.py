@@ -223,7 +223,7 @@ class DataConfig(Section):
         "stop", "salvage: train on the members of a damaged tar that are whole"
     )
     index_dir: str | None = free(
-        None, "folder of the shards' indexes; null: beside the shards, or in the user's cache"
+        None, "folder of the shards' indexes and catalog; null: beside the shards, or in the user's cache"
     )
     clip_store: str | None = fixed(
         None, "folder that `glide-ds prepare clip` wrote; null: embeddings are computed while training"

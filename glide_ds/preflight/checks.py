@@ -12,7 +12,6 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +26,7 @@ from glide_ds.data.filters import Filtered
 from glide_ds.data.pictures.decode import Cropping
 from glide_ds.data.samples import SampleSet, ShardSamples, open_samples
 from glide_ds.data.tally import Tally, Unusable
+from glide_ds.data.tars.catalog import Entry, by_threads, look
 from glide_ds.data.tars.index import open_index
 from glide_ds.data.tars.patterns import existing
 from glide_ds.data.tars.storage import CacheOptions, Storage
@@ -193,34 +193,46 @@ def shards(site: Site) -> Finding:
             continue
         urls, errors = existing(patterns)  # one missing shard does not hide what ails the others
         faults += (fault for lost in errors for fault in faults_of(lost))
-        storage = _storage(data)
-
-        def look(
-            url: str, data: DataConfig = data, storage: Storage = storage
-        ) -> tuple[int, tuple[Fault, ...]]:
-            try:
-                head = open_index(url, storage, data.index_dir).head
-            except (GlideError, OSError, EOFError) as error:
-                return 0, faults_of(error)
-            if head.damage and data.damaged_shards != "salvage":
-                fact = f"shard {url} is damaged: {'; '.join(head.damage)}"
-                remedy = (
-                    "fetch it again, or set data.damaged_shards=salvage to train on the members that are whole"
-                )
-                return 0, (Fault(fact, "samples would be missing", remedy),)
-            return head.samples, ()
-
-        with ThreadPoolExecutor(8) as pool:
-            for found, more in pool.map(look, urls):
-                count, samples = count + 1, samples + found
-                site.progress(f"{count} of {len(urls)} shards")
-                faults += more
+        count += len(urls)
+        found, more = _shards_of(urls, data, site) if urls else (0, [])
+        samples, faults = samples + found, faults + more
     text = (
         f"{count:,} shards whole, {samples:,} samples"
         if count
         else f"{site.config.data.shards}: drawn on the fly"
     )
     return Finding(text, tuple(faults))
+
+
+def _shards_of(urls: list[str], data: DataConfig, site: Site) -> tuple[int, list[Fault]]:
+    """(samples, faults) of shards that are there: as a start finds them, and where it would stop, of each one."""
+    storage = _storage(data)
+    try:
+        known: list[Entry | GlideError] = [*look(urls, storage, data.index_dir)]
+    except GlideError:
+
+        def entry(url: str) -> Entry | GlideError:
+            try:
+                return Entry.of(open_index(url, storage, data.index_dir).head)
+            except GlideError as error:
+                return error
+
+        known = []
+        for each in by_threads(entry, urls):
+            known.append(each)
+            site.progress(f"{len(known)} of {len(urls)} shards")
+    samples = 0
+    faults: list[Fault] = []
+    for url, each in zip(urls, known, strict=True):
+        if isinstance(each, GlideError):
+            faults += faults_of(each)
+        elif each.damage and data.damaged_shards != "salvage":
+            fact = f"shard {url} is damaged: {'; '.join(each.damage)}"
+            remedy = "fetch it again, or set data.damaged_shards=salvage to train on the members that are whole"
+            faults.append(Fault(fact, "samples would be missing", remedy))
+        else:
+            samples += each.samples
+    return samples, faults
 
 
 def _data_sets(site: Site) -> Iterator[tuple[DataConfig, str | tuple[str, ...]]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_kit import encoded, json_bytes, photo, sample, source, take, write_tar
+from data_kit import encoded, json_bytes, photo, sample, source, take, write_shards, write_tar
 
 from glide_ds.data.tally import Cause, Unusable
 from glide_ds.data.tars.shards import open_shards
@@ -181,3 +181,22 @@ def test_damaged_tars_are_opened_or_named(tmp_path: Path) -> None:
     assert named >= 30
     assert salvageable + left_nothing == 60
     assert salvageable >= 40
+
+
+def test_damaged_catalogs_are_made_anew_and_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever becomes of the file: the same set, and a line for each."""
+    chance = random.Random(4)
+    pattern = write_shards(tmp_path, [2, 3])
+    before = open_shards(pattern)
+    (path,) = tmp_path.glob("*.catalog")
+    whole = path.read_bytes()
+    for number in range(60):
+        data = bytearray(whole[: chance.randrange(len(whole))] if number % 2 else whole)
+        for _ in range(chance.randint(number % 2 == 0, 9)):
+            place = chance.randrange(len(data) or 1)
+            data[place : place + 1] = bytes([data[place] ^ chance.randrange(1, 256)] if data else b"")
+        path.write_bytes(data)
+        assert [*open_shards(pattern).heads] == [*before.heads]
+        said = capsys.readouterr().out
+        assert f"{path} is " in said or data == whole
+        assert path.read_bytes() == whole
