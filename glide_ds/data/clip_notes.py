@@ -26,6 +26,7 @@ from glide_ds.data.tars.catalog import (
     cached,
     load_catalog,
     packed,
+    sayer,
     store_catalog,
     unpacked,
 )
@@ -216,9 +217,9 @@ def read_notes(folder: str | Path, shards: ShardSet, peers: Peers | None = None)
     says is read. Raises DataError and SurroundingsError as read_note does.
     """
     peers, folder = peers or Alone(), Path(folder)
-    said = Progress("reading notes", shown=peers.shown)
+    say = sayer(peers)
     place = Place(NOTES, [str(folder.absolute() / NOTES), cached([str(folder.absolute()), NOTES])])
-    stored = peers.first(lambda: load_catalog(place, Notes.from_bytes, Storage(), said.line))
+    stored = peers.first(lambda: load_catalog(place, Notes.from_bytes, Storage(), say))
     numbers, names = peers.first(lambda: _noted(folder, shards))
     parts = peers.each(lambda: _read_mine(folder, names, stored, peers))
     fresh = [part for part in parts if len(part.rows)]
@@ -226,9 +227,7 @@ def read_notes(folder: str | Path, shards: ShardSet, peers: Peers | None = None)
     found, last = np.unique(whole.rows["name"][::-1], return_index=True)
     by_name = Notes(NO_SHARDS, whole.rows[::-1][last], whole.made_by)
     if fresh:
-        peers.first(
-            lambda: store_catalog(place, by_name.of_files(_listed(folder)).to_bytes(), Storage(), said.line)
-        )
+        peers.first(lambda: store_catalog(place, by_name.of_files(_listed(folder)).to_bytes(), Storage(), say))
     return Notes(numbers, by_name.rows[np.searchsorted(found, names)], whole.made_by)
 
 
@@ -271,6 +270,6 @@ def _read_mine(folder: Path, names: NDArray[np.bytes_], stored: Notes | None, pe
         rows = stored.rows[np.searchsorted(stored.rows["name"], mine).clip(max=len(stored.rows) - 1)]
         todo = (rows["name"] != mine) | (rows["bytes"] != files[:, 0]) | (rows["changed"] != files[:, 1])
     texts = [name.decode() for name in mine[todo].tolist()]
-    with Progress("reading notes", len(texts), "shards", shown=peers.shown) as progress:
+    with Progress("reading notes", len(texts), "shards", shown=peers.shown and len(texts) > 0) as progress:
         notes = list(progress.over(by_threads(lambda name: read_note(folder / f"{name}.json"), texts)))
     return Notes.of(texts, files[todo].tolist(), notes)

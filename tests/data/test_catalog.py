@@ -162,7 +162,9 @@ def test_only_shards_that_changed_are_looked_at(pattern: str, tmp_path: Path, re
 def test_a_shard_that_changed_is_refused_as_without_a_catalog(pattern: str, tmp_path: Path) -> None:
     open_shards(pattern)
     path = tmp_path / "s" / "s-001.tar"
+    changed = path.stat().st_mtime_ns
     path.write_bytes(path.read_bytes()[:-512])
+    os.utime(path, ns=(changed, changed))
     with pytest.raises(DataError, match=r"s-001\.tar has \d+ bytes, its index was made for"):
         open_shards(pattern)
     path.unlink()

@@ -227,11 +227,20 @@ def _digest(texts: Iterator[str] | Sequence[str]) -> str:
     return hashlib.blake2b("\n".join(texts).encode(), digest_size=8).hexdigest()
 
 
+def tell(text: str) -> None:
+    print(masked(text), flush=True)
+
+
+def sayer(peers: Peers) -> Callable[[str], None]:
+    """What says a line, once for all processes."""
+    return tell if peers.shown else lambda text: None
+
+
 def load_catalog(
     place: Place,
     parse: Callable[[bytes, str], R],
     storage: Storage,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = tell,
 ) -> R | None:
     """What is stored there as `parse` (from_bytes) gives it, or None where nothing is whole; what is wrong is said.
 
@@ -251,12 +260,12 @@ def load_catalog(
                 raise fault(url, error) from error
         except (ValueError, KeyError, TypeError, IndexError, zlib.error) as error:
             why = error if isinstance(error, UnfitError) else "is damaged"
-            say(masked(f"the catalog {url} {why}: it is made anew"))
+            say(f"the catalog {url} {why}: it is made anew")
     return None
 
 
 def store_catalog(
-    place: Place, data: bytes, storage: Storage, say: Callable[[str], None] = print, *, beside: bool = False
+    place: Place, data: bytes, storage: Storage, say: Callable[[str], None] = tell, *, beside: bool = False
 ) -> str | None:
     """Write a catalog to the first of its places that takes it, and return that one.
 
@@ -269,7 +278,7 @@ def store_catalog(
         try:
             _write(url, data, storage)
         except OSError as error:
-            say(masked(f"the catalog can't be written to {url}: {error.strerror or error}"))
+            say(f"the catalog can't be written to {url}: {error.strerror or error}")
             continue
         if url != place.urls[0] and not is_remote(place.urls[0]):
             say(f"it is kept in {url}")
@@ -303,10 +312,10 @@ def look(
     as open_index does.
     """
     peers = peers or Alone()
-    said = Progress("looking at", shown=peers.shown)
+    say = sayer(peers)
     place = Place.for_shards(urls, index_dir)
     listed = peers.first(lambda: storage.listed(urls)) if any(map(is_remote, urls)) else None
-    stored = peers.first(lambda: load_catalog(place, Catalog.from_bytes, storage, said.line))
+    stored = peers.first(lambda: load_catalog(place, Catalog.from_bytes, storage, say))
     found = peers.each(lambda: _look_at_mine(urls, storage, index_dir, peers, stored, listed))
     rows, fresh = np.concatenate([rows for rows, _ in found]), [part for rows, part in found if len(rows)]
     if not fresh:
@@ -314,7 +323,7 @@ def look(
         return stored
     base = stored or fresh[0].take(np.zeros(len(urls), np.int64))  # each row of which is replaced
     catalog = _replaced(base, rows, fresh)
-    peers.first(lambda: store_catalog(place, catalog.to_bytes(place.of), storage, said.line))
+    peers.first(lambda: store_catalog(place, catalog.to_bytes(place.of), storage, say))
     return catalog
 
 
@@ -368,7 +377,7 @@ def _look_at_mine(
     listed: tuple[Ints, Names] | None,
 ) -> tuple[Ints, Catalog]:
     rows, stats = stale(urls, peers.mine(len(urls)), storage, stored, listed)
-    with Progress("looking at", len(rows), "shards", shown=peers.shown) as progress:
+    with Progress("looking at", len(rows), "shards", shown=peers.shown and len(rows) > 0) as progress:
         if len(rows) > MANY:
             why = "there is no catalog yet" if stored is None else "they changed since the catalog was made"
             progress.line(f"looking at {len(rows):,} of {len(urls):,} shards: {why}")
