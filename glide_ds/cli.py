@@ -7,19 +7,38 @@ exit code, None is 0. To add one, add a line to COMMANDS.
 from __future__ import annotations
 
 import argparse
+import errno
+import re
 import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from itertools import pairwise
 from types import TracebackType
 from typing import Any, NamedTuple
 
 from glide_ds import __version__
 from glide_ds.environment import is_first
-from glide_ds.errors import EXIT_LOST, GlideError
+from glide_ds.errors import EXIT_LOST, GlideError, SurroundingsError
 from glide_ds.masking import masked
 
-LOCAL_RANK = "--local_rank="  # which the deepspeed launcher puts before all others; LOCAL_RANK says it too
+# Which launchers put before or behind all others, as one word or two; the variable LOCAL_RANK says it too.
+LOCAL_RANK = re.compile(r"--local[_-]rank(=.*)?")
+
+
+# What a file system or the system's limits refuse, wherever it is noticed.
+SURROUNDINGS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.EIO,
+    errno.ESTALE,
+)
 
 
 class Command(NamedTuple):
@@ -123,15 +142,24 @@ GROUPS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: this process's). The exit code is 0, or what the error stands for (errors.py)."""
     sys.excepthook = _crash
-    arguments = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith(LOCAL_RANK)]
-    args = build_parser(arguments).parse_args(arguments)
+    arguments = without_local_rank(sys.argv[1:] if argv is None else argv)
+    together = False
     try:
+        args = build_parser(arguments).parse_args(arguments)
+        together = args.together
         return args.handler(args) or 0
     except GlideError as error:
-        # A rank that is left alone with its error says so itself.
-        if is_first() or not args.together or error.exit_code == EXIT_LOST:
-            print(f"glide-ds: error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return _told(error, together)
+    except OSError as error:
+        if error.errno not in SURROUNDINGS:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        told = SurroundingsError(
+            f"{place}{error.strerror}",
+            "the command ends; what stood there before still stands",
+            "look after the disk, its free space and the permissions there, then start the same command again",
+        )
+        return _told(told, together)
     except KeyboardInterrupt:
         print("glide-ds: interrupted", file=sys.stderr)
         return 130
@@ -140,6 +168,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Python's own words for an error that nobody foresaw, secrets masked: a library's hold the URL it was given."""
     print(masked("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr, end="", flush=True)
+
+
+def _told(error: GlideError, together: bool) -> int:
+    """Say it, on one rank of those that all raise the same; the exit code."""
+    # A rank that is left alone with its error says so itself.
+    if is_first() or not together or error.exit_code == EXIT_LOST:
+        print(f"glide-ds: error: {error}", file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+def without_local_rank(words: Sequence[str]) -> list[str]:
+    """A command line without the launchers' own option."""
+    kept: list[str] = []
+    for before, word in pairwise(["", *words]):
+        if not LOCAL_RANK.fullmatch(word) and not (
+            word.isdecimal() and re.fullmatch("--local[_-]rank", before)
+        ):
+            kept.append(word)
+    return kept
 
 
 def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

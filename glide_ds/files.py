@@ -17,11 +17,26 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from glide_ds.errors import ConfigError
+
 PathLike = str | os.PathLike[str]
 PARTIAL = ".partial"
 WRITERS = 4  # of one file at once, whose leftovers are found
 # A file system without locks can't say whose writer lives, so nothing is removed there.
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+def user_path(text: PathLike) -> Path:
+    """The path that a person names: a shell leaves the ~ of --out=~/x.png to us.
+
+    Raises ConfigError where there is no such home directory.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"the home directory in {str(text)!r} is unknown", remedy="set HOME, or write the path in full"
+        ) from error
 
 
 @contextmanager
@@ -39,7 +54,9 @@ def replacing(path: PathLike, *, sync: bool = True) -> Iterator[Path]:
                 with partial.open("rb+") as written:
                     os.fsync(written.fileno())
             partial.replace(target)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, OSError) and error.errno and error.filename is None:
+                error.filename = str(target)  # a write that fails does not know of what
             partial.unlink(missing_ok=True)
             raise
     if sync:

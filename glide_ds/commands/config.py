@@ -10,7 +10,7 @@ from glide_ds.config.explain import describe, differences, find, json_schema, pa
 from glide_ds.config.keys import all_keys
 from glide_ds.config.load import load_config
 from glide_ds.config.schema import Config
-from glide_ds.files import write_file
+from glide_ds.files import user_path, write_file
 
 
 class Explain:
@@ -36,7 +36,7 @@ class Schema:
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--out", type=Path, help="write it here; default: print it")
+        parser.add_argument("--out", type=user_path, help="write it here; default: print it")
 
     @staticmethod
     def run(args: argparse.Namespace) -> None:
@@ -53,7 +53,7 @@ class Diff:
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         for name in ("first", "second"):
-            parser.add_argument(name, type=Path, help="a --ds_config file, a run.json or a run directory")
+            parser.add_argument(name, type=user_path, help="a --ds_config file, a run.json or a run directory")
 
     @staticmethod
     def run(args: argparse.Namespace) -> int:

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from glide_ds.commands.load import Loaded, load_model, user_path
+from glide_ds.commands.load import Loaded, load_model
 from glide_ds.diffusion import create_diffusion
-from glide_ds.files import write_file
-from glide_ds.inference.draw import Row, rows_grid
+from glide_ds.files import user_path, write_file
+from glide_ds.inference.draw import Row, rows_grid, write_picture
 from glide_ds.inference.held_out import Gain, HeldOut
 from glide_ds.inference.judged import TOLD, Cases, Drawing, Score, draw_ways, held_out_cases, judged
 from glide_ds.model.clip import FrozenClip
@@ -109,8 +109,7 @@ def evaluate(
         scores |= {name: judged(images, cases.captions) for name, images in drawn.items()}
         scores["score"] = scores["score"] or scores["score_caption_only"]
         if pictures:
-            pictures.parent.mkdir(parents=True, exist_ok=True)
-            picture_grid(cases, drawn).save(pictures)
+            write_picture(pictures, picture_grid(cases, drawn))
     figures = held_out_shapes(loaded, clip, samples).measure(loaded.model)
     return Evaluation(
         **scores,

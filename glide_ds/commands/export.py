@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +14,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 import glide_ds
-from glide_ds.commands.load import find_checkpoint, trained, user_path
+from glide_ds.commands.load import find_checkpoint, trained
 from glide_ds.config.phases import PHASES
 from glide_ds.errors import WeightsError
-from glide_ds.files import sha256
-from glide_ds.model.tensor_files import State, write_sidecar, write_state
+from glide_ds.files import sha256, user_path
+from glide_ds.model.tensor_files import State, beside, write_sidecar, write_state
 from glide_ds.training.checkpoint.commit import Committed
 from glide_ds.training.zero.elastic import frozen_weights, model_state
 from glide_ds.types import GlideConfig
@@ -63,14 +63,23 @@ def export(
     """
     if out.suffix not in FORMATS:
         raise WeightsError(f"--out {out} names no format", remedy=f"end it in {' or '.join(FORMATS)}")
-    written = _write(out, assembled(checkpoint, ema=ema), split_adapter)
-    for path, part in written.items():  # the weights written are gone from memory by now
-        compare(path, checkpoint, ema=ema)
-        write_sidecar(path, about(checkpoint, path, part.names, ema=ema))
+    written: dict[Path, Written] = {}
+    try:
+        for path, part in _write(out, assembled(checkpoint, ema=ema), split_adapter):
+            written[path] = part
+        for path, part in written.items():  # the weights written are gone from memory by now
+            compare(path, checkpoint, ema=ema)
+            write_sidecar(path, about(checkpoint, path, part.names, ema=ema))
+    except WeightsError:
+        for path in written:  # beside another's sidecar, or without one, it would pass for what it is not
+            for left in (path, beside(path)):
+                left.unlink(missing_ok=True)
+                print(f"removed {left}, for the export is not whole", flush=True)
+        raise
     return written
 
 
-def _write(out: Path, state: State, split_adapter: bool) -> dict[Path, Written]:
+def _write(out: Path, state: State, split_adapter: bool) -> Iterator[tuple[Path, Written]]:
     parts = {out: state}
     if split_adapter:
         adapter = {name: tensor for name, tensor in state.items() if "clip" in name}
@@ -81,7 +90,7 @@ def _write(out: Path, state: State, split_adapter: bool) -> dict[Path, Written]:
     out.parent.mkdir(parents=True, exist_ok=True)
     for path, part in parts.items():
         write_state(path, part)
-    return {path: Written(tuple(p), sum(tensor.numel() for tensor in p.values())) for path, p in parts.items()}
+        yield path, Written(tuple(part), sum(tensor.numel() for tensor in part.values()))
 
 
 def assembled(checkpoint: Committed, *, ema: bool = False) -> State:

@@ -13,6 +13,7 @@ from glide_ds.config import PRESETS, ClipConfig
 from glide_ds.config.phases import PHASES
 from glide_ds.data.pictures.decode import Cropping
 from glide_ds.errors import CheckpointError, ConfigError, WeightsError
+from glide_ds.files import user_path
 from glide_ds.model import create_model
 from glide_ds.model.clip import FrozenClip
 from glide_ds.model.glide import Glide
@@ -44,11 +45,6 @@ class Loaded(NamedTuple):
     def encoder(self, device: torch.device, source: str) -> FrozenClip | None:
         """The CLIP encoder whose embeddings the model reads, with the towers for `source`; None for plain GLIDE."""
         return FrozenClip(self.clip.model, self.clip.weights, device, source=source) if self.clip else None
-
-
-def user_path(text: str) -> Path:
-    """The path that an argument names: a shell leaves the ~ of --out=~/x.png to us."""
-    return Path(text).expanduser()
 
 
 def load_model(source: str, device: torch.device, *, kind: str = "base", ema: bool = False) -> Loaded:

@@ -19,6 +19,7 @@ import torch
 from glide_ds.commands.train import add_config_arguments
 from glide_ds.config import BatchArithmetic, Config, load_configs
 from glide_ds.errors import ConfigError, GlideError
+from glide_ds.files import user_path
 from glide_ds.model.glide import RECOMPUTED, Glide
 from glide_ds.training.preview import describe_batch
 from glide_ds.training.run import check_pipeline
@@ -97,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--network", type=float, default=12.5, help="GB/s per GPU between nodes, one way")
     parser.add_argument(
         "--results",
-        type=Path,
+        type=user_path,
         nargs="+",
         default=[],
         help="of benchmarks/step.py on such a device: its rate counts",

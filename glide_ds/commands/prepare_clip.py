@@ -28,7 +28,9 @@ from glide_ds.data.pictures.decode import Cropping, DecodeOptions, Pixels, decod
 from glide_ds.data.tally import Unusable
 from glide_ds.data.tars.peers import Alone
 from glide_ds.data.tars.shards import ShardSet, open_shards
+from glide_ds.environment import rank_of_environment
 from glide_ds.errors import DataError
+from glide_ds.files import user_path
 from glide_ds.model.clip import SOURCES, FrozenClip, weights_hash
 from glide_ds.progress import Progress
 
@@ -43,20 +45,19 @@ class Place(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", nargs="+", help="brace patterns, globs, folders or URLs of tar files")
-    parser.add_argument("--out", required=True, help="the store's folder, for data.clip_store")
+    parser.add_argument("--out", type=user_path, required=True, help="the store's folder, for data.clip_store")
     parser.add_argument("--model", default="ViT-L/14")
     parser.add_argument("--weights", default="openai", help="open_clip's tag or a local file")
     parser.add_argument("--source", choices=SOURCES, default="text", help="as clip.source")
     parser.add_argument("--crop", choices=["center", "pad"], default="center", help="as data.crop, of pictures")
     parser.add_argument("--no_trim", dest="trim", action="store_false", help="as data.trim=false, of pictures")
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--index_dir")
+    parser.add_argument("--index_dir", type=user_path)
     parser.add_argument("--force", action="store_true", help="compute again what is there")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # deepspeed's launcher
 
 
 def run(args: argparse.Namespace) -> None:
-    place = _place(args.local_rank)
+    place = _place()
     shards = open_shards(args.shards, args.index_dir, salvage=True, peers=Alone((place.rank, place.world_size)))
     config = ClipConfig(model=args.model, weights=args.weights, source=args.source)
     clip: FrozenClip | None = None
@@ -99,10 +100,10 @@ def _of_other_shards(store: Places, shards: ShardSet, todo: list[int]) -> list[P
     return [path for path in store.all() if path not in fit]
 
 
-def _place(local_rank: int) -> Place:
-    local_rank = int(os.environ.get("LOCAL_RANK", local_rank))
+def _place() -> Place:
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    return Place(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), device)
+    return Place(*rank_of_environment(), device)
 
 
 def _is_done(store: Places, shards: ShardSet, shard: int, encoder: Encoder, made_by: str) -> bool:

@@ -16,6 +16,7 @@ from glide_ds.data.tars.patterns import expand
 from glide_ds.data.tars.storage import Storage
 from glide_ds.data.workers import end_with
 from glide_ds.errors import GlideError
+from glide_ds.files import user_path
 from glide_ds.masking import masked
 from glide_ds.progress import Progress
 
@@ -32,7 +33,9 @@ class Indexed(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", nargs="+", help="brace patterns, globs, folders or URLs of tar files")
-    parser.add_argument("--index_dir", help="where to write; default: beside each shard, else the user's cache")
+    parser.add_argument(
+        "--index_dir", type=user_path, help="where to write; default: beside each shard, else the user's cache"
+    )
     parser.add_argument("--force", action="store_true", help="make indexes again, accepting changed shards")
     parser.add_argument("--workers", type=int, default=4)
 

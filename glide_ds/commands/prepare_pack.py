@@ -37,7 +37,7 @@ from glide_ds.data.tars.catalog import CATALOGS, Place, look
 from glide_ds.data.tars.storage import Storage
 from glide_ds.data.workers import end_with
 from glide_ds.errors import DataError
-from glide_ds.files import replacing, write_file
+from glide_ds.files import replacing, user_path, write_file
 from glide_ds.progress import Progress
 
 SHEET, CELL = 8, 96  # the contact sheet has SHEET x SHEET pictures of CELL pixels
@@ -63,8 +63,8 @@ ROWS = Rows()  # of this process
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("input", type=Path, help="a folder, .jsonl, .csv, .tsv, .json or .parquet")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("input", type=user_path, help="a folder, .jsonl, .csv, .tsv, .json or .parquet")
+    parser.add_argument("--out", type=user_path, required=True)
     parser.add_argument("--per_shard", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=4)
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 
 from glide_ds.data.shapes import HELD_OUT, write_shards
+from glide_ds.files import user_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `glide-ds prepare shapes`."""
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the shards, made if missing")
+    parser.add_argument(
+        "--out", type=user_path, required=True, metavar="DIR", help="folder for the shards, made if missing"
+    )
     parser.add_argument("--count", type=int, required=True, metavar="N", help="how many samples")
     parser.add_argument(
         "--per_shard", type=int, default=1000, metavar="N", help="samples per shard [%(default)s]"

@@ -7,12 +7,13 @@ import argparse
 import torch
 from torch import Tensor
 
-from glide_ds.commands.load import Loaded, load_model, user_path
+from glide_ds.commands.load import Loaded, load_model
 from glide_ds.diffusion import SAMPLERS
 from glide_ds.diffusion.pixels import to_signed
 from glide_ds.diffusion.samplers import check_clip_strength
 from glide_ds.errors import ConfigError
-from glide_ds.inference.draw import Row, draw, rows_grid
+from glide_ds.files import user_path
+from glide_ds.inference.draw import Row, draw, picture_format, rows_grid, write_picture
 from glide_ds.inference.prompts import check_weights, clip_prompt, weighted
 from glide_ds.progress import told
 
@@ -71,6 +72,7 @@ def _at_least_one(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
+    picture_format(args.out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_model(args.model, device, ema=args.ema)
     modes = {"both": ["on", "off"], None: ["on" if loaded.clip else "off"]}.get(args.clip, [args.clip])
@@ -98,8 +100,7 @@ def run(args: argparse.Namespace) -> None:
         labels = [f"{text} (CLIP {mode})" if len(modes) > 1 else text for text in shown]
         across = args.n if args.n > 1 else len(captions)
         rows += [Row(images[i : i + across], labels[i : i + across]) for i in range(0, len(captions), across)]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    rows_grid(rows).save(args.out)
+    write_picture(args.out, rows_grid(rows))
     print(f"wrote {args.out}")
 
 

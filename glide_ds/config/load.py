@@ -11,9 +11,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +25,24 @@ from glide_ds.config.deepspeed import THEIRS, DeepSpeedPart, check_theirs
 from glide_ds.config.refused import why_refused
 from glide_ds.config.renamed import RENAMED, upgraded
 from glide_ds.config.schema import BLOCK, PRESETS, SECTIONS, Config
-from glide_ds.config.section import Mistake, Place, checked, no_such_key
+from glide_ds.config.section import Mistake, Place, checked, follow, no_such_key
 from glide_ds.errors import ConfigError, Fault
+from glide_ds.files import user_path
 
 SCHEMA = "$schema"  # names schema.json for editors
 DEEPSPEED_KEYS = tuple(DeepSpeedPart.model_fields)
 
 
 def cache_dir() -> Path:
-    """GLIDE_DS_CACHE, else the user's cache directory by the XDG convention."""
+    """GLIDE_DS_CACHE, else the user's cache directory by the XDG convention; without a home, a temporary one."""
     if own := os.environ.get("GLIDE_DS_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "glide_ds"
+        return user_path(own)
+    if xdg := os.environ.get("XDG_CACHE_HOME"):
+        return user_path(xdg) / "glide_ds"
+    try:
+        return Path.home() / ".cache" / "glide_ds"
+    except RuntimeError:  # an account without an entry, as containers have it
+        return Path(tempfile.gettempdir()) / f"glide_ds-{os.getuid()}"
 
 
 def load_configs(
@@ -61,12 +69,12 @@ def load_config(
     A file of ours holds one phase; a run.json holds every phase of its run, in order, under the names that keys had
     when it was written (renamed.py). Raises ConfigError with every mistake: key, value, nearest known key and remedy.
     """
-    whole = _read_json(Path(path))
+    whole = _read_json(user_path(path))
     documents = [upgraded(one) for one in whole["phases"].values()] if "phases" in whole else [whole]
     faults: list[Fault] = []
     layers: list[tuple[str, Any]] = []
     if overlay:
-        layers.append((f"--config {overlay}", _read_yaml(Path(overlay))))
+        layers.append((f"--config {overlay}", _read_yaml(user_path(overlay))))
     for item in sets:
         try:
             layers.append((f"--set {item}", _parse_set(item)))
@@ -244,7 +252,7 @@ def _conflicts(made: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> list[Fa
 def _read_json(path: Path) -> dict[str, Any]:
     text = _read_text(path, "--ds_config")
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=partial(_once, path))
     except json.JSONDecodeError as error:
         line = text.splitlines()[error.lineno - 1].strip() if text.strip() else ""
         raise ConfigError(
@@ -257,6 +265,21 @@ def _read_json(path: Path) -> dict[str, Any]:
             remedy="give another file",
         )
     return value
+
+
+def _once(path: Path, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's keys and values. JSON would take the last of two values for a key in silence."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        doubled = next(name for name in names if names.count(name) > 1)
+        given = " and ".join(repr(value) for name, value in pairs if name == doubled)
+        raise ConfigError(
+            f"{path} gives the key {doubled!r} more than once ({given})",
+            "it is unknown which is meant",
+            "keep one of them",
+        )
+    return values
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -274,7 +297,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _read_text(path: Path, option: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
+    except UnicodeDecodeError as error:
+        wide = path.read_bytes()[:2] in (b"\xff\xfe", b"\xfe\xff")
+        raise ConfigError(
+            f"{option} {path} is not UTF-8 text: {'it is UTF-16' if wide else f'byte {error.start} is no part of it'}",
+            remedy="save it as UTF-8, for example with iconv -f "
+            + ("UTF-16" if wide else "LATIN1")
+            + " -t UTF-8",
+        ) from error
     except OSError as error:
         near = sorted(p.name for p in path.parent.glob(f"*{path.suffix}")) if path.parent.is_dir() else []
         beside = f"; {path.parent} holds {', '.join(near)}" if near else ""
@@ -290,8 +321,7 @@ def _parse_set(item: str) -> dict[str, Any]:
             f"--set {item} is no assignment", remedy="give key=value, such as --set train.steps=1000"
         )
     try:
-        # A brace pattern such as {000..007}.tar is a shard name, not YAML's inline mapping.
-        value = text if re.match(r"\{\d+\.\.", text) else yaml.load(text, _YamlLoader)
+        value = text if _is_plain(key, text) else yaml.load(text, _YamlLoader)
     except yaml.YAMLError:
         value = text
     for part in reversed(key.split(".")):
@@ -299,12 +329,46 @@ def _parse_set(item: str) -> dict[str, Any]:
     return typing.cast(dict[str, Any], value)
 
 
+def _is_plain(key: str, text: str) -> bool:
+    """Whether a value is the text as it stands, where YAML would make something else of it.
+
+    A brace pattern such as {000..007}.tar is a shard name and no mapping, what follows a # is no comment, and what a
+    key for text is given is no number and no date.
+    """
+    if re.match(r"\{\d+\.\.", text) or re.match(r"[^\"'\[{]*?(^|\s)#", text):
+        return True
+    place = key.split(".")
+    spot = follow(Config if place[0] in SECTIONS else DeepSpeedPart, place)
+    return spot.field is not None and spot.field.annotation is str and not re.match(r"\s*[\"']", text)
+
+
 class _YamlLoader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as the number people mean (YAML 1.1 wants 1.0e-4)."""
+    """SafeLoader that reads numbers as people mean them: 1e-4 is one (YAML 1.1 wants 1.0e-4), 0012 and 1:30 are none.
+
+    Two values for one key are an error.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [self.construct_object(name, deep=True) for name, _ in node.value]
+        if doubled := [name for name in names if names.count(name) > 1 and name != "<<"]:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {doubled[0]!r} is given more than once", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
 
 
+# 0012 would be 10, 1:30 would be 90, 2026-01-02 a date.
+_YamlLoader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0].rpartition(":")[2] not in ("int", "float", "timestamp")]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$"), list("-+0123456789")
+)
 _YamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d+(?:\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    re.compile(
+        r"^[-+]?(?:(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"
+    ),
     list("-+.0123456789"),
 )

@@ -14,7 +14,17 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_origin, ge
 from pydantic import AfterValidator, BeforeValidator, PlainValidator, create_model
 
 from glide_ds.config.phases import PHASES
-from glide_ds.config.section import Conflict, Patterns, Section, Texts, WrongError, fixed, free, listed
+from glide_ds.config.section import (
+    Conflict,
+    Patterns,
+    Section,
+    Texts,
+    UserPath,
+    WrongError,
+    fixed,
+    free,
+    listed,
+)
 from glide_ds.errors import ConfigError, Fault
 from glide_ds.masking import masked
 from glide_ds.types import KINDS, GlideConfig, Precision, Recompute
@@ -45,7 +55,7 @@ PRESETS: dict[str, Callable[[], GlideConfig]] = {
 class RunConfig(Section):
     """Where the run lives. The same directory again continues it."""
 
-    dir: str = free("runs/default", "the run directory; the same again continues the run")
+    dir: UserPath = free("runs/default", "the run directory; the same again continues the run")
     timeout_s: float = free(
         600.0, "a rank that waits so many seconds for the others ends the run with an error", ge=1
     )
@@ -222,13 +232,15 @@ class DataConfig(Section):
     damaged_shards: Literal["stop", "salvage"] = fixed(
         "stop", "salvage: train on the members of a damaged tar that are whole"
     )
-    index_dir: str | None = free(
+    index_dir: UserPath | None = free(
         None, "folder of the shards' indexes and catalog; null: beside the shards, or in the user's cache"
     )
-    clip_store: str | None = fixed(
+    clip_store: UserPath | None = fixed(
         None, "folder that `glide-ds prepare clip` wrote; null: embeddings are computed while training"
     )
-    cache_dir: str | None = free(None, "where a node keeps blocks of remote shards; null: the user's cache")
+    cache_dir: UserPath | None = free(
+        None, "where a node keeps blocks of remote shards; null: the user's cache"
+    )
     cache_gb: float = free(
         50.0, "the cache's bound in GiB; an epoch's window wants 65,536 samples, some 3 GiB", ge=0
     )

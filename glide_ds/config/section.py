@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 from annotated_types import Ge, Gt, Le
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -26,6 +27,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from glide_ds.errors import ConfigError, Fault
+from glide_ds.files import user_path
 
 Resume = Literal["free", "fixed"]
 AUTO = "auto"
@@ -304,5 +306,13 @@ def unlisted(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def _filled(path: str) -> str:
+    try:
+        return str(user_path(path)) if path.startswith("~") else path
+    except ConfigError as error:
+        raise WrongError("its home directory is unknown", error.faults[0].remedy) from error
+
+
 Texts = Annotated[tuple[str, ...], BeforeValidator(listed)]
+UserPath = Annotated[str, AfterValidator(_filled)]  # a path of this machine, with ~ filled in
 Patterns = Annotated[str | tuple[str, ...], BeforeValidator(listed)]

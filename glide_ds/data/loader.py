@@ -9,6 +9,7 @@ S image side, B micro-batch, T caption tokens, C side of the pictures that CLIP 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ from glide_ds.data.samples import Sample, SampleSet, ShardSamples, open_samples
 from glide_ds.data.tally import Tally, Unusable
 from glide_ds.data.tars.peers import Peers
 from glide_ds.data.workers import heed_the_trainer
-from glide_ds.errors import ConfigError, DataError, GlideError
+from glide_ds.errors import ConfigError, DataError, GlideError, SurroundingsError
 from glide_ds.types import Batch
 
 LOW_RES_FACTOR = 4
@@ -54,7 +55,17 @@ class Made(NamedTuple):
 
 def pack(sender: Sender, made: Made) -> Made:
     """The same, ready to leave a worker."""
-    return made._replace(batch=sender.pack(made.batch)) if isinstance(made.batch, Batch) else made
+    if not isinstance(made.batch, Batch):
+        return made
+    try:
+        return made._replace(batch=sender.pack(made.batch))
+    except OSError as error:
+        why = SurroundingsError(
+            f"neither shared memory (/dev/shm) nor {tempfile.gettempdir()} has room for a batch ({error.strerror})",
+            "no loader worker can hand one over",
+            "give the container more (docker run --shm-size), set TMPDIR to a folder with room, or data.workers=0",
+        )
+        return made._replace(batch=None, error=why)
 
 
 # ---- building batches

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor
 
 from glide_ds.diffusion import create_diffusion, sample
 from glide_ds.diffusion.pixels import to_bytes
+from glide_ds.errors import ConfigError
+from glide_ds.files import write_file
 from glide_ds.tokenizer import encode
 
 
@@ -87,6 +91,22 @@ def grid(images: Tensor, captions: Sequence[str], columns: int = 8) -> Image.Ima
         sheet.paste(Image.fromarray(pixels).resize((shown, shown), Image.Resampling.NEAREST), (x, y))
         draw.multiline_text((x + 2, y + shown + 1), text, fill="black", font=font, spacing=2)
     return sheet
+
+
+def picture_format(path: Path) -> str:
+    """What Pillow calls the format that a file's name asks for. Raises ConfigError where it names none."""
+    kind = Image.registered_extensions().get(path.suffix.lower(), "")
+    if kind not in Image.SAVE:
+        raise ConfigError(f"{path} names no format of pictures", remedy="end it in .png or .jpg")
+    return kind
+
+
+def write_picture(path: Path, picture: Image.Image) -> None:
+    """Write a picture all or nothing, its folder too. Raises OSError where it can't be."""
+    data = io.BytesIO()
+    picture.save(data, picture_format(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, data.getvalue())
 
 
 def _wrap(text: str, font: Any, width: int, lines: int = 3) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from glide_ds.data.pictures.decode import Cropping, DecodeOptions, decode
 from glide_ds.data.tally import Unusable
 from glide_ds.errors import ConfigError, DataError
-from glide_ds.files import PathLike
+from glide_ds.files import PathLike, user_path
 from glide_ds.model.clip import FrozenClip
 
 _WEIGHTED = re.compile(r"(.+):([^:/\\]*)", re.DOTALL)
@@ -27,7 +26,7 @@ def read_picture(path: PathLike, side: int, cropping: Cropping) -> Tensor:
 
     Raises DataError where it is no picture or can't be read.
     """
-    place = Path(path).expanduser()
+    place = user_path(path)
     try:
         pixels = decode(place.read_bytes(), DecodeOptions(side, *cropping))
     except OSError as error:
@@ -51,7 +50,7 @@ def weighted(prompts: Sequence[str], *, files: bool = False) -> list[tuple[str, 
     for prompt in prompts:
         match = _WEIGHTED.fullmatch(prompt)
         weight = _number(match[2]) if match else None
-        if match is None or weight is None or (files and Path(prompt).expanduser().exists()):
+        if match is None or weight is None or (files and user_path(prompt).exists()):
             found.append((prompt, None))
         else:
             found.append((match[1], weight))

@@ -26,7 +26,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from glide_ds.errors import ConfigError, WeightsError
-from glide_ds.files import sha256
+from glide_ds.files import sha256, user_path
 from glide_ds.model.tensor_files import State, StateFile, read_state_file, sidecar
 from glide_ds.types import Batch, send
 
@@ -256,7 +256,7 @@ def _architecture(model: str) -> tuple[str, dict[str, Any]]:
     if model == BUILTIN:
         return model, _builtin_architecture()
     if model.endswith(".json"):
-        path = Path(model).expanduser()
+        path = user_path(model)
         return path.stem, _read_architecture(path)
     name = model.strip().replace("@", "-").removesuffix("px").replace("/", "-")
     known = {path.stem.lower(): path for path in (_open_clip_folder() / "model_configs").glob("*.json")}
@@ -301,7 +301,7 @@ def _local(model: str, weights: str) -> Path | None:
     """The weight file on this machine, or None where `weights` is a tag to download."""
     if model == BUILTIN:
         return BUILTIN_WEIGHTS
-    path = Path(weights).expanduser()
+    path = user_path(weights)
     if path.suffix in _SUFFIXES or "/" in weights or path.exists():
         if not path.exists():
             raise WeightsError(

@@ -82,23 +82,23 @@ def write_state(path: PathLike, state: Mapping[str, Tensor]) -> None:
 
 def sidecar(path: PathLike) -> dict[str, Any] | None:
     """The JSON beside a weight file (`X.pt.json` of `X.pt`), or None where there is none."""
-    beside = _beside(path)
-    if not beside.exists():
+    place = beside(path)
+    if not place.exists():
         return None
     try:
-        about = json.loads(beside.read_text(encoding="utf-8"))
+        about = json.loads(place.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise WeightsError(f"{beside} is not JSON ({error})", remedy="restore it or delete it") from error
+        raise WeightsError(f"{place} is not JSON ({error})", remedy="restore it or delete it") from error
     if not isinstance(about, dict):
         raise WeightsError(
-            f"{beside} holds a {type(about).__name__}, not an object", remedy="restore it or delete it"
+            f"{place} holds a {type(about).__name__}, not an object", remedy="restore it or delete it"
         )
     return about
 
 
 def write_sidecar(path: PathLike, about: Mapping[str, Any]) -> None:
     """Write the JSON beside the weight file `path`, atomically."""
-    with _written(_beside(path)) as partial:
+    with _written(beside(path)) as partial:
         partial.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
@@ -134,7 +134,8 @@ def _within(rows: Tensor, size: int) -> bool:
     return len(rows) == 0 or (int(rows.min()) >= 0 and int(rows.max()) < size)
 
 
-def _beside(path: PathLike) -> Path:
+def beside(path: PathLike) -> Path:
+    """The sidecar's place: `X.pt.json` of `X.pt`."""
     path = Path(path)
     return path.with_name(path.name + ".json")
 
@@ -145,9 +146,11 @@ def _written(path: Path) -> Iterator[Path]:
     try:
         with replacing(path) as partial:
             yield partial
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # what torch makes of a disk that is full
+        why = str(error).partition("\n")[0]
         raise WeightsError(
-            f"cannot write {path}: {error}", remedy="what stood there before still stands"
+            f"cannot write {path}: {why}",
+            remedy="what stood there before still stands; look whether there is room and permission",
         ) from error
 
 

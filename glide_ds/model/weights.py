@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from glide_ds.config import cache_dir
 from glide_ds.errors import ConfigError, WeightsError
-from glide_ds.files import PathLike
+from glide_ds.files import PathLike, user_path
 from glide_ds.model.download import fetch
 from glide_ds.model.tensor_files import State, StateFile, read_state, read_state_file, sidecar
 from glide_ds.types import GlideConfig
@@ -214,7 +214,7 @@ def _open(
             f"the built-in GLIDE model is missing at {BUILTIN_WEIGHTS}",
             remedy="install the package again, or train it with launch/train_tiny_glide.py",
         )
-    path = BUILTIN_WEIGHTS if source == BUILTIN else Path(source).expanduser()
+    path = BUILTIN_WEIGHTS if source == BUILTIN else user_path(source)
     if not path.exists() and "/" not in source and not path.suffix:
         raise WeightsError(
             f"model.weights {source!r} is no file and no known source",

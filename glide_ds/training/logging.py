@@ -18,7 +18,7 @@ from torch import Tensor
 
 from glide_ds.config import Config
 from glide_ds.files import write_file
-from glide_ds.inference.draw import Row, grid, rows_grid
+from glide_ds.inference.draw import Row, grid, rows_grid, write_picture
 from glide_ds.progress import Progress, duration
 from glide_ds.types import Batch
 
@@ -187,8 +187,7 @@ class RunLog:
         """Write a grid of samples to samples/ and TensorBoard."""
         picture = grid(*rows[0]) if len(rows) == 1 else rows_grid(rows)
         path = self.folder / "samples" / f"{self.phase}-{step:08d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        write_picture(path, picture)
         if self.tensorboard:
             pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
             self.tensorboard.add_image("samples", pixels.view(*picture.size[::-1], 3), step, dataformats="HWC")

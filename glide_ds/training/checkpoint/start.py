@@ -20,7 +20,7 @@ from glide_ds.config.keys import free_on_resume, leaves
 from glide_ds.config.load import recorded
 from glide_ds.config.phases import PHASES
 from glide_ds.errors import CheckpointError, ConfigError, WeightsError
-from glide_ds.files import write_file
+from glide_ds.files import user_path, write_file
 from glide_ds.model.tensor_files import StateFile
 from glide_ds.model.weights import load_state, load_weights
 from glide_ds.training.checkpoint.commit import Committed, Owner, committed, lookalikes, newest_good
@@ -123,7 +123,7 @@ def _given_weights(config: Config) -> str:
         )
     if weights in (*NAMED_WEIGHTS, "auto"):
         return "random" if weights == "auto" else weights
-    path = Path(weights).expanduser()
+    path = user_path(weights)
     if not path.is_file():
         raise WeightsError(
             f"model.weights = {weights!r} is neither a file nor one of {', '.join(NAMED_WEIGHTS)}",
