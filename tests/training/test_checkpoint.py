@@ -200,6 +200,16 @@ def test_what_looks_like_a_checkpoint_is_told_where_there_is_none(tmp_path: Path
     ]
 
 
+def test_a_run_that_began_before_there_were_ids_goes_on_saving(tmp_path: Path):
+    made = saved(tmp_path, 4)
+    made.manifest.pop("run")
+    (made.path / MANIFEST).write_text(json.dumps(made.manifest))
+    again = Saver(Engine(), tmp_path, CheckpointConfig(keep=1), Owner("mine", older=True), timeout_s=10)
+    again.save(8, {})
+    again.finish()
+    assert [c.step for c in committed(tmp_path)] == [8]  # what has no id is the run's own
+
+
 def foreign(folder: Path, step: int) -> Path:
     """A checkpoint of another run, as a folder."""
     Saver(Engine(), folder, CheckpointConfig(keep=0, async_save=False), Owner("another"), timeout_s=10).save(

@@ -69,7 +69,7 @@ class Owner:
 
     def owns(self, path: Path) -> bool:
         """Whether it is a folder, no link to one, of a step's name, and its manifest, whole or damaged, has the id."""
-        if not STEP.fullmatch(path.name) or path.is_symlink():
+        if not STEP.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
             return False
         try:
             text = (path / MANIFEST).read_bytes()
