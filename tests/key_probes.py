@@ -370,7 +370,7 @@ def grid(config: Config) -> list[str]:
 def saving(config: Config) -> bool:
     """Whether a save is still under way when training goes on."""
     with opened(config) as run:
-        run.saver.save(1, {"phase": config.train.phase})
+        run.saver.save(1, {"phase": config.train.phase}, {})
         goes_on = run.saver.thread is not None
         run.saver.finish()
     return goes_on

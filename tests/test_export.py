@@ -21,8 +21,8 @@ from glide_ds.errors import CheckpointError, WeightsError
 from glide_ds.model import GlideConfig, create_model
 from glide_ds.model.tensor_files import read_state, sidecar, write_state
 from glide_ds.training.checkpoint.commit import MANIFEST, Committed, committed
-from glide_ds.training.zero.elastic import model_state
-from glide_ds.training.zero.ema import read_files
+from glide_ds.training.zero.ema import read_average
+from glide_ds.training.zero.stored import MODEL_FILE, model_state
 
 PLAIN = GlideConfig(**ARCHITECTURE)
 
@@ -144,8 +144,8 @@ def test_the_sidecar_says_what_it_is_and_where_from(checkpoint: Committed, tmp_p
 def test_the_average_is_exported_and_said_to_be_one(checkpoint: Committed, tmp_path: Path):
     export(checkpoint, tmp_path / "x.pt", ema=True)
     state, plain = read_state(tmp_path / "x.pt"), assembled(checkpoint)
-    shapes = checkpoint.read("mp_rank_00_model_states.pt")["param_shapes"]
-    for names, part in zip(shapes, read_files(checkpoint)[0]["parts"], strict=True):
+    groups = checkpoint.manifest["engine"]["groups"]
+    for names, part in zip(groups, read_average(checkpoint)[0][0], strict=True):
         flat = torch.cat([state[name].flatten() for name in names])
         assert torch.equal(flat, part[: flat.numel()])
     assert {name for name in state if torch.equal(state[name], plain[name])} >= {"clip_gate_offset"}
@@ -195,10 +195,7 @@ def test_weights_that_disagree_with_the_optimizers_are_found(checkpoint: Committ
     """The module's tensors and the fp32 partitions say different things: no export says which is right."""
     copy = Committed(tmp_path / "phase3" / checkpoint.path.name, checkpoint.step, checkpoint.manifest)
     shutil.copytree(checkpoint.path, copy.path)
-    model = copy.path / "mp_rank_00_model_states.pt"
-    content = torch.load(model, weights_only=False)
-    content["module"]["out.2.bias"] += 1
-    torch.save(content, model)
+    write_state(copy.path / MODEL_FILE, altered(model_state(checkpoint), "out.2.bias"))
     with pytest.raises(WeightsError, match=r"out\.2\.bias"):
         export(copy, tmp_path / "x.pt")
 
@@ -235,7 +232,7 @@ def test_no_checkpoint_and_a_damaged_one_are_told(trained: Path, tmp_path: Path)
     with pytest.raises(CheckpointError, match="of phase base"):
         find_checkpoint(trained / "run", "base")
     run = copied(trained, tmp_path)
-    model = run / "phase3" / "step-00000005" / "mp_rank_00_model_states.pt"
+    model = run / "phase3" / "step-00000005" / MODEL_FILE
     data = bytearray(model.read_bytes())
     data[len(data) // 2] ^= 1
     model.write_bytes(data)

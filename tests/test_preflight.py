@@ -230,7 +230,7 @@ def test_a_damaged_checkpoint_and_a_changed_configuration_are_found(trained: Pat
     good = look(BY_NAME["resume"], make_site(make_config(folder, **settings)))
     assert not good.faults
     assert "full goes on at step 4 of 5" in good.text
-    model = folder / "run" / "phase3" / "step-00000004" / "mp_rank_00_model_states.pt"
+    model = folder / "run" / "phase3" / "step-00000004" / "model.safetensors"
     data = bytearray(model.read_bytes())
     data[len(data) // 2] ^= 1
     model.write_bytes(data)

@@ -20,7 +20,7 @@ from glide_ds.errors import WeightsError
 from glide_ds.files import sha256, user_path
 from glide_ds.model.tensor_files import State, beside, write_sidecar, write_state
 from glide_ds.training.checkpoint.commit import Committed
-from glide_ds.training.zero.elastic import frozen_weights, model_state
+from glide_ds.training.zero.stored import model_state
 from glide_ds.types import GlideConfig
 
 FORMATS = (".pt", ".safetensors")
@@ -101,7 +101,7 @@ def assembled(checkpoint: Committed, *, ema: bool = False) -> State:
     flat = dict(trained(checkpoint, ema=ema))
     return {
         name: flat[name] if name in flat else tensor.to(torch.float32, copy=True)
-        for name, tensor in {**model_state(checkpoint), **frozen_weights(checkpoint)}.items()
+        for name, tensor in model_state(checkpoint).items()
     }
 
 

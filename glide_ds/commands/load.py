@@ -29,8 +29,8 @@ from glide_ds.training.checkpoint.commit import (
     unreadable,
     verify,
 )
-from glide_ds.training.zero.elastic import MODEL_FILE, masters, trained_weights, weights
-from glide_ds.training.zero.ema import has_average, read_files
+from glide_ds.training.zero.elastic import masters, trained_weights, weights
+from glide_ds.training.zero.ema import has_average, read_average
 from glide_ds.types import GlideConfig
 
 
@@ -133,5 +133,4 @@ def trained(checkpoint: Committed, *, ema: bool) -> Iterator[tuple[str, Tensor]]
             f"{checkpoint.path} holds no average of the weights: it was trained with ema.decay=0",
             remedy="do without --ema",
         )
-    ranks = [file["parts"] for file in read_files(checkpoint)] if ema else masters(checkpoint)
-    return trained_weights(checkpoint.read(MODEL_FILE), ranks)
+    return trained_weights(checkpoint, read_average(checkpoint)[0] if ema else masters(checkpoint))

@@ -247,8 +247,11 @@ class _Ignored:
 def load_tensors(path: Path, *, mmap: bool, known: Sequence[str] = ()) -> Any:
     """What torch.save wrote: tensors and plain values, on the CPU. Objects of the classes `known` are left out.
 
+    A .safetensors file has tensors only, and is memory-mapped always.
     Raises WeightsError where it holds any other object, or is damaged.
     """
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
     try:
         with torch.serialization.safe_globals([(_Ignored, name) for name in known]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)

@@ -12,6 +12,7 @@ from glide_ds.training.metrics import Clock, Meter, data_report
 from glide_ds.training.objective import Objective
 from glide_ds.training.phases import gate_offset, hash64, phase_seed
 from glide_ds.training.setup import PhaseRun
+from glide_ds.training.zero import stored
 
 
 def train(run: PhaseRun) -> None:
@@ -100,7 +101,8 @@ def save(run: PhaseRun, done: int, first_offset: float) -> None:
         "data_fingerprint": run.source.fingerprint,
         "stability": run.guard.facts(),
         **run.validation.facts(),
+        "engine": stored.facts(run.engine),
     }
     report = data_report(run.source)
-    files = run.ema.files() if run.ema else None
+    files = stored.files(run.engine) | (run.ema.files() if run.ema else {})
     run.saver.save(done, facts, files, then=lambda: run.log.data_report(report))

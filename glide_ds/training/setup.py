@@ -183,7 +183,7 @@ def assemble(
     if ema and start.resumed and not agreed(partial(ema.load, start.resumed)):
         log.line(f"ema.decay is set and {start.resumed.path} holds no average: it starts at these weights")
     folder = folder_of(config, config.train.phase)
-    saver = Saver(engine, folder, config.checkpoint, owner(config), config.run.timeout_s, log.line)
+    saver = Saver(engine.frozen, folder, config.checkpoint, owner(config), config.run.timeout_s, log.line)
     guard = Guard(config, engine, start, log, device, saver)
     measured: dict[str, Any] = {"model": model, "ema": ema, "log": log, "watch": watch}
     validation = Validation(config, start, diffusion, clip, **measured)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from test_capturing import keeping_places
 from train_kit import IN_BF16, PARITY, make_config, opened, shake, train_phase
 
@@ -24,6 +24,7 @@ from glide_ds.training.metrics import Meter
 from glide_ds.training.objective import Losses
 from glide_ds.training.speed import cuda_graph as capturing
 from glide_ds.training.speed.meta import zeros
+from glide_ds.training.zero import snapshot
 from glide_ds.training.zero.group import start_process_group
 
 
@@ -91,7 +92,7 @@ def damage_seen_by_all(rank: int, folder: Path) -> list[object]:
     """The newest checkpoint loses one file's tail: every rank must fall back, whichever read that file."""
     newest, before = newest_good(folder)
     assert newest is not None
-    path = newest.path / "mp_rank_00_model_states.pt"
+    path = newest.path / "model.safetensors"
     whole = path.read_bytes()
     dist.barrier()
     if rank == 0:
@@ -114,28 +115,22 @@ def save_that_fails_on_one_rank(rank: int, folder: Path) -> list[object]:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    save = torch.save
-
-    class Engine:
-        checkpoint_engine: Any = None
-        frozen: ClassVar[dict[str, torch.Tensor]] = {}
-
-        def save_checkpoint(self, folder: str, tag: str, client_state: object, save_latest: bool) -> None:
-            self.checkpoint_engine.save({"part": rank}, f"part{rank}.pt")
+    def save(step: int) -> None:
+        saver.save(step, {}, {f"part{rank}.safetensors": {"part": torch.tensor(rank)}})
 
     home = folder / "full_disk"
-    saver = Saver(Engine(), home, CheckpointConfig(keep=1), Owner("mine"), timeout_s=60)
-    saver.save(1, {})
+    saver = Saver({}, home, CheckpointConfig(keep=1), Owner("mine"), timeout_s=60)
+    save(1)
     saver.finish()
     (first,) = committed(home)
     if rank == 1:
-        torch.save = full  # type: ignore[assignment]
-    saver.save(2, {})
+        snapshot.save_file = full  # type: ignore[assignment]
+    save(2)
     try:
         saver.finish()
         told = "nothing"
     except GlideError as error:
         told = str(error)
-    torch.save = save
+    snapshot.save_file = save_file
     found, _ = newest_good(home)
     return [sorted(first.manifest["files"]), told, found.step if found else None]

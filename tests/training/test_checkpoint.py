@@ -34,29 +34,29 @@ from glide_ds.training.checkpoint.commit import (
     verify,
 )
 from glide_ds.training.checkpoint.saver import Saver
+from glide_ds.training.zero import snapshot
 
 pytestmark = pytest.mark.usefixtures("group")
 OWNER = Owner("0123456789abcdef")
 
 
-class Engine:
-    """Hands its checkpoint engine what DeepSpeed would, in small."""
-
-    checkpoint_engine: Any = None
-
-    def __init__(self) -> None:
-        self.weights, self.frozen = torch.zeros(100), {"layer": torch.zeros(10)}
-
-    def save_checkpoint(self, folder: str, tag: str, client_state: dict[str, Any], save_latest: bool) -> bool:
-        assert not save_latest  # DeepSpeed's own pointer moves before the files are complete
-        for name in ("model.pt", "optimizer.pt"):
-            state = {"flat": self.weights, "view": self.weights[50:], "step": int(tag[-2:]), **self.frozen}
-            self.checkpoint_engine.save(state, f"{folder}/{tag}/{name}")
-        return True
+FROZEN = {"layer": torch.zeros(10)}
 
 
-def saver(folder: Path, **config: Any) -> Saver:
-    return Saver(Engine(), folder, CheckpointConfig(**config), OWNER, timeout_s=10)
+class Small(Saver):
+    """Saves two files of a few tensors."""
+
+    def __init__(self, folder: Path, owner: Owner = OWNER, timeout_s: float = 10, **config: Any) -> None:
+        super().__init__(FROZEN, folder, CheckpointConfig(**config), owner, timeout_s)
+        self.weights = torch.zeros(100)
+
+    def save(self, step: int, facts: Any) -> None:  # type: ignore[override]
+        state = {"head": self.weights[:50], "tail": self.weights[50:], "step": torch.tensor(step), **FROZEN}
+        super().save(step, facts, dict.fromkeys(("model.safetensors", "optimizer.safetensors"), state))
+
+
+def saver(folder: Path, **config: Any) -> Small:
+    return Small(folder, **config)
 
 
 def saved(folder: Path, step: int, keep: int = 0, **facts: Any) -> Committed:
@@ -74,8 +74,10 @@ def test_a_commit_lists_every_file_with_size_and_hash(tmp_path: Path):
     told = json.loads((made.path / MANIFEST).read_text())
     assert told.pop("sha256") == made.fingerprint
     assert told == made.manifest
-    assert set(made.manifest["files"]) == {"model.pt", "optimizer.pt"}
-    assert made.manifest["files"]["model.pt"]["size"] == (made.path / "model.pt").stat().st_size
+    assert set(made.manifest["files"]) == {"model.safetensors", "optimizer.safetensors"}
+    assert (
+        made.manifest["files"]["model.safetensors"]["size"] == (made.path / "model.safetensors").stat().st_size
+    )
     assert (made.manifest["step"], made.manifest["phase"], made.world_size) == (5, "full", 1)
     assert last(tmp_path) == "step-00000005"
     assert verify(made) == []
@@ -107,11 +109,11 @@ def test_damage_falls_back_to_the_checkpoint_before_and_says_so(
     tmp_path: Path, damage: Callable[[Path], None], told: str
 ):
     good, bad = saved(tmp_path, 4), saved(tmp_path, 8)
-    damage(bad.path / "model.pt")
+    damage(bad.path / "model.safetensors")
     found, damaged = newest_good(tmp_path)
     assert found == good
-    assert re.fullmatch(f"{bad.path}: model.pt {told}", *damaged)
-    damage(good.path / "model.pt")
+    assert re.fullmatch(f"{bad.path}: model.safetensors {told}", *damaged)
+    damage(good.path / "model.safetensors")
     found, damaged = newest_good(tmp_path)
     assert found is None
     assert len(damaged) == 2
@@ -124,7 +126,7 @@ def test_damage_falls_back_to_the_checkpoint_before_and_says_so(
         lambda path: path.write_text(path.read_text().replace('"phase": "full"', '"phase": "fuml"')),
         lambda path: path.write_text(path.read_text().replace('"files"', '"fimes"')),
         lambda path: path.write_text(path.read_text().replace('"step": 8', '"step": 9')),
-        lambda path: path.write_bytes(path.read_bytes().replace(b"model.pt", b"mode\xec.pt")),
+        lambda path: path.write_bytes(path.read_bytes().replace(b"model.safetensors", b"mode\xec.safetensors")),
     ],
     ids=["truncated", "value", "key", "step", "letter"],
 )
@@ -138,7 +140,7 @@ def test_a_damaged_manifest_falls_back_and_says_so(tmp_path: Path, damage: Calla
 
 def test_the_ranks_share_the_verification(tmp_path: Path):
     made = saved(tmp_path, 1)
-    for name in ("model.pt", "optimizer.pt"):
+    for name in ("model.safetensors", "optimizer.safetensors"):
         flip(made.path / name)
     parts = [verify(made, part, 2) for part in range(2)]
     assert [len(part) for part in parts] == [1, 1]
@@ -149,16 +151,16 @@ def test_files_without_a_manifest_are_no_checkpoint(tmp_path: Path):
     good = saved(tmp_path, 4)
     torn = tmp_path / "step-00000008"
     torn.mkdir()
-    (torn / "model.pt").write_bytes(b"half")
+    (torn / "model.safetensors").write_bytes(b"half")
     assert newest_good(tmp_path) == (good, [f"{torn}: manifest.json is missing"])
     (torn / MANIFEST).write_text('{"step": 8, "fi')
     assert newest_good(tmp_path) == (good, [f"{torn}: manifest.json is damaged"])
     with pytest.raises(CheckpointError, match=f"{torn} is there and was not written by this run; move it away"):
         saved(tmp_path, 8)
-    assert (torn / "model.pt").read_bytes() == b"half"
+    assert (torn / "model.safetensors").read_bytes() == b"half"
     saved(tmp_path, 9, keep=1)
     assert newest_good(tmp_path)[0] == committed(tmp_path)[0] != good
-    assert (torn / "model.pt").read_bytes() == b"half"
+    assert (torn / "model.safetensors").read_bytes() == b"half"
 
 
 def without_links(folder: Path, copy: Path) -> Path:
@@ -200,21 +202,9 @@ def test_what_looks_like_a_checkpoint_is_told_where_there_is_none(tmp_path: Path
     ]
 
 
-def test_a_run_that_began_before_there_were_ids_goes_on_saving(tmp_path: Path):
-    made = saved(tmp_path, 4)
-    made.manifest.pop("run")
-    (made.path / MANIFEST).write_text(json.dumps(made.manifest))
-    again = Saver(Engine(), tmp_path, CheckpointConfig(keep=1), Owner("mine", older=True), timeout_s=10)
-    again.save(8, {})
-    again.finish()
-    assert [c.step for c in committed(tmp_path)] == [8]  # what has no id is the run's own
-
-
 def foreign(folder: Path, step: int) -> Path:
     """A checkpoint of another run, as a folder."""
-    Saver(Engine(), folder, CheckpointConfig(keep=0, async_save=False), Owner("another"), timeout_s=10).save(
-        step, {}
-    )
+    Small(folder, Owner("another"), keep=0, async_save=False).save(step, {})
     return folder / f"step-{step:08d}"
 
 
@@ -274,7 +264,7 @@ def test_a_checkpoint_gets_its_name_after_its_manifest(tmp_path: Path, monkeypat
 
     def written(path: Path, text: str) -> None:
         assert last(tmp_path) == "step-00000004"
-        assert (path.parent / "optimizer.pt").exists()  # all else is there
+        assert (path.parent / "optimizer.safetensors").exists()  # all else is there
         assert not (tmp_path / "step-00000008").exists()
         write(path, text)
         order.append("manifest")
@@ -306,7 +296,7 @@ def test_a_failure_while_saving_leaves_the_previous_checkpoint(
     good = saved(tmp_path, 4, keep=1)
     target = {
         "folder": (checkpoint, "prepare"),
-        "writing": (torch, "save"),
+        "writing": (snapshot, "save_file"),
         "manifest": (checkpoint, "write_file"),
         "name": (Path, "rename"),
     }[moment]
@@ -334,7 +324,7 @@ def test_a_failure_while_saving_leaves_the_previous_checkpoint(
 def test_a_later_save_makes_up_for_one_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     made = saver(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full_disk)
+        patch.setattr(snapshot, "save_file", full_disk)
         made.save(4, {})
         made.wait()
     made.save(8, {})
@@ -345,7 +335,7 @@ def test_a_later_save_makes_up_for_one_that_failed(tmp_path: Path, monkeypatch: 
 
 def test_a_snapshot_that_can_not_be_taken_is_told_by_the_thread(tmp_path: Path):
     made = saver(tmp_path)
-    made.snapshot.engine.weights = torch.empty(4, device="meta")  # no data to copy
+    made.weights = torch.empty(4, device="meta")  # no data to copy
     made.save(4, {})
     with pytest.raises(CheckpointError, match=r"rank 0: .*meta"):
         made.finish()
@@ -353,26 +343,25 @@ def test_a_snapshot_that_can_not_be_taken_is_told_by_the_thread(tmp_path: Path):
 
 def test_what_is_written_is_the_state_at_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Training changes the weights while the thread writes, and the buffers are used again."""
-    made, write, gate = saver(tmp_path), torch.save, threading.Event()
+    made, write, gate = saver(tmp_path), snapshot.save_file, threading.Event()
 
     def slow(*arguments: Any) -> None:
         gate.wait(10)
         write(*arguments)
 
-    monkeypatch.setattr(torch, "save", slow)
+    monkeypatch.setattr(snapshot, "save_file", slow)
     for step in (1, 2):
         gate.clear()
-        made.snapshot.engine.weights.fill_(step)
+        made.weights.fill_(step)
         made.save(step, {})
-        made.snapshot.engine.weights.fill_(-1)
+        made.weights.fill_(-1)
         assert committed(tmp_path)[:1] == [] if step == 1 else committed(tmp_path)[0].step == 1
         gate.set()
         made.finish()
-        state = committed(tmp_path)[0].read("model.pt")
+        state = committed(tmp_path)[0].read("model.safetensors")
         assert state["step"] == step
-        assert torch.equal(state["flat"], torch.full((100,), float(step)))
-        assert state["view"].untyped_storage().data_ptr() == state["flat"].untyped_storage().data_ptr()
-    assert len(made.snapshot.buffers) == 2  # one storage of each file
+        assert torch.equal(torch.cat([state["head"], state["tail"]]), torch.full((100,), float(step)))
+    assert [len(buffer) for buffer in made.snapshot.buffers.values()] == [400, 8]  # a storage is copied once
 
 
 def test_the_store_keeps_no_keys_of_old_saves(tmp_path: Path):
@@ -389,7 +378,7 @@ def test_the_store_keeps_no_keys_of_old_saves(tmp_path: Path):
 def test_a_rank_that_never_finishes_is_named_and_not_waited_for_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    made = Saver(Engine(), tmp_path, CheckpointConfig(), OWNER, timeout_s=0.2)
+    made = Small(tmp_path, timeout_s=0.2)
     monkeypatch.setattr(background.dist, "get_world_size", lambda: 2)
     made.save(4, {})
     made.wait()
@@ -439,7 +428,7 @@ def test_a_checkpoint_that_is_half_removed_is_none(tmp_path: Path, monkeypatch: 
     saved(tmp_path, 3)
     good = saved(tmp_path, 6)
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", lambda path: (path / "model.pt").unlink())  # and is killed
+        patch.setattr(shutil, "rmtree", lambda path: (path / "model.safetensors").unlink())  # and is killed
         prune(tmp_path, CheckpointConfig(keep=1), OWNER)
     assert committed(tmp_path) == [good]
     assert unreadable(tmp_path) == []

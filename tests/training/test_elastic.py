@@ -17,7 +17,8 @@ from glide_ds.model import create_model
 from glide_ds.model.tensor_files import read_state
 from glide_ds.training.checkpoint.commit import Committed, committed
 from glide_ds.training.setup import glide_config
-from glide_ds.training.zero.elastic import model_state, own_part
+from glide_ds.training.zero.elastic import own_part
+from glide_ds.training.zero.stored import model_state
 
 STEPS = 2  # of each part
 CHAINS = {"straight": (2,), "shrunk": (2, 1, 2), "grown": (2, 3, 4)}  # ranks of each part

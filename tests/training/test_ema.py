@@ -16,7 +16,7 @@ from glide_ds.training.loop import train
 from glide_ds.training.setup import PhaseRun, glide_config
 from glide_ds.training.speed.memory import memory_estimate
 from glide_ds.training.speed.meta import meta_model
-from glide_ds.training.zero.ema import decay_at, has_average, read_files
+from glide_ds.training.zero.ema import decay_at, has_average, read_average
 
 pytestmark = pytest.mark.usefixtures("group")
 
@@ -85,7 +85,7 @@ def test_resume_applies_and_restores_the_average_bit_for_bit(tmp_path: Path):
         assert all(torch.equal(own, other) for own, other in zip(run.ema.parts, averaged, strict=True))
     assert metrics(tmp_path / "a", steady=True) == metrics(tmp_path / "b", steady=True)
     newest = committed(tmp_path / "b" / "run" / "phase1")[0]
-    assert all(torch.equal(*pair) for pair in zip(read_files(newest)[0]["parts"], averaged, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(read_average(newest)[0][0], averaged, strict=True))
 
 
 def test_samples_are_drawn_by_the_average(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

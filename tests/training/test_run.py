@@ -51,7 +51,7 @@ from glide_ds.training.logging import JsonLines, RunLog
 from glide_ds.training.loop import train
 from glide_ds.training.objective import Objective
 from glide_ds.training.run import check_pipeline, main
-from glide_ds.training.zero.elastic import model_state
+from glide_ds.training.zero.stored import model_state
 
 pytestmark = pytest.mark.usefixtures("group")
 
@@ -249,14 +249,14 @@ def test_resume_takes_the_checkpoint_before_a_damaged_one(
     config = make_config(tmp_path, train={"steps": 3}, checkpoint={"every": 1}, train_batch_size=2)
     train_phase(config)
     before = metrics(tmp_path, steady=True)
-    model = tmp_path / "run" / "phase3" / "step-00000003" / "mp_rank_00_model_states.pt"
+    model = tmp_path / "run" / "phase3" / "step-00000003" / "model.safetensors"
     os.truncate(model, 1000)
     capsys.readouterr()
     with opened(config) as run:
         assert run.start.step == 2
         train(run)
     out = " ".join(capsys.readouterr().out.split())
-    assert "step-00000003: mp_rank_00_model_states.pt has 1000 bytes instead of" in out.replace("!! ", "")
+    assert "step-00000003: model.safetensors has 1000 bytes instead of" in out.replace("!! ", "")
     assert metrics(tmp_path, steady=True) == before
     assert [c.step for c in committed(tmp_path / "run" / "phase3")] == [3, 2]
 

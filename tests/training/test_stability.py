@@ -30,9 +30,9 @@ from glide_ds.training.checkpoint.commit import Owner, committed
 from glide_ds.training.faults.watchdog import Watch
 from glide_ds.training.logging import JsonLines, RunLog, finite
 from glide_ds.training.stability import Guard, LossWindow
-from glide_ds.training.zero.elastic import model_state
-from glide_ds.training.zero.ema import Ema, read_files
+from glide_ds.training.zero.ema import Ema, read_average
 from glide_ds.training.zero.snapshot import Snapshot
+from glide_ds.training.zero.stored import model_state
 
 pytestmark = pytest.mark.usefixtures("group")
 CPU = torch.device("cpu")
@@ -274,9 +274,9 @@ def test_a_rollback_waits_for_the_save_under_way_and_takes_the_average_back(
     assert metrics(other, steady=True) == metrics(one, steady=True)
     ends = [committed(folder / "run" / "phase3") for folder in (one, other)]
     assert [[made.step for made in end] for end in ends] == [[12, 9, 6, 3]] * 2
-    files = [read_files(end[0])[0] for end in ends]
-    assert [file["updates"] for file in files] == [12, 12]
-    for parts in zip(files[0]["parts"], files[1]["parts"], averages["background"], strict=True):
+    saved = [read_average(end[0]) for end in ends]
+    assert [updates for _, updates in saved] == [12, 12]
+    for parts in zip(saved[0][0][0], saved[1][0][0], averages["background"], strict=True):
         assert torch.equal(parts[0], parts[1])
         assert torch.equal(parts[0], parts[2])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -11,16 +12,21 @@ from typing import Any
 
 import pytest
 import torch
-from train_kit import make_config, train_phase
+from before import sign, write_as_before
+from train_kit import make_config, metrics, shake, train_phase
 
 from glide_ds.commands.export import export
 from glide_ds.commands.load import find_checkpoint, load_model
 from glide_ds.errors import GlideError
-from glide_ds.files import sha256
-from glide_ds.training.checkpoint.commit import MANIFEST, OWN_HASH
+from glide_ds.model.tensor_files import read_state, write_state
+from glide_ds.training.checkpoint.commit import MANIFEST, committed
+from glide_ds.training.zero import elastic
+from glide_ds.training.zero.elastic import trained_weights
+from glide_ds.training.zero.stored import MODEL_FILE, model_state, optimizer_file
 
 pytestmark = pytest.mark.usefixtures("group")
 STEPS = 5  # of the fixture's run
+OPTIONS: dict[str, Any] = {"train": {"steps": STEPS + 1, "lr_scale": {"gates": 3.0}}, "ema": {"decay": 0.5}}
 
 
 class Payload:
@@ -33,21 +39,22 @@ class Payload:
         return os.mkdir, (str(self.trace),)
 
 
-def poison(folder: Path, pattern: str, trace: Path) -> Path:
-    """Put code into a file of the newest checkpoint, beside all that belongs there, and sign it."""
-    return rewrite(folder, pattern, lambda content: {**content, "extra": Payload(trace)})
+def newest(folder: Path) -> Path:
+    return folder / "run" / "phase3" / f"step-{STEPS:08d}"
 
 
-def rewrite(folder: Path, pattern: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Path:
-    """Change a file of the newest checkpoint, and sign it."""
-    made = folder / "run" / "phase3" / f"step-{STEPS:08d}"
-    (path,) = made.glob(pattern)
-    torch.save(change(torch.load(path, weights_only=False)), path)
-    told = json.loads((made / MANIFEST).read_text())
-    told.pop(OWN_HASH)
-    told["files"][path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
-    (made / MANIFEST).write_text(json.dumps(told))
-    return path
+def signed(path: Path) -> None:
+    """Let the manifest beside it have the file as it is now."""
+    sign(path.parent, [file for file in path.parent.iterdir() if file.name != MANIFEST])
+
+
+@pytest.fixture(scope="module")
+def before(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run with its newest checkpoint as it was written before there were safetensors."""
+    folder = tmp_path_factory.mktemp("before")
+    shutil.copytree(trained / "run", folder / "run", symlinks=True)
+    write_as_before(make_config(folder, **OPTIONS))
+    return folder
 
 
 def exported(folder: Path) -> None:
@@ -63,8 +70,7 @@ def drawn_from(folder: Path) -> None:
 
 
 def resumed(folder: Path) -> None:
-    train = {"steps": STEPS + 1, "lr_scale": {"gates": 3.0}}
-    train_phase(make_config(folder, train=train, ema={"decay": 0.5}))
+    train_phase(make_config(folder, **OPTIONS))
 
 
 def continued_by_a_phase(folder: Path) -> None:
@@ -73,41 +79,101 @@ def continued_by_a_phase(folder: Path) -> None:
     train_phase(make_config(folder, train={"steps": 1}))
 
 
-MODEL, OPTIMIZER, AVERAGE = "mp_rank_00_*", "*optim_states.pt", "ema_rank_0.pt"
+READERS = {
+    "model": (exported, drawn_from, resumed, continued_by_a_phase),
+    "optim": (exported, resumed),
+    "ema": (exported_average, drawn_from, resumed),
+}
+CASES = [(kind, reader) for kind, readers in READERS.items() for reader in readers]
 
 
-@pytest.mark.parametrize(
-    ("pattern", "reader"),
-    [
-        *((MODEL, reader) for reader in (exported, drawn_from, resumed, continued_by_a_phase)),
-        *((OPTIMIZER, reader) for reader in (exported, resumed)),
-        *((AVERAGE, reader) for reader in (exported_average, drawn_from, resumed)),
-    ],
-)
-def test_code_in_a_checkpoint_is_refused_and_not_executed(
-    trained: Path, tmp_path: Path, pattern: str, reader: Callable[[Path], None]
-):
-    shutil.copytree(trained / "run", tmp_path / "run", symlinks=True)
+def poisoned(folder: Path, tmp_path: Path, pattern: str) -> tuple[Path, Path]:
+    """A copy of a run with code in a file of its newest checkpoint; what the code makes where it is executed."""
+    shutil.copytree(folder / "run", tmp_path / "run", symlinks=True)
     trace = tmp_path / "executed"
-    path = poison(tmp_path, pattern, trace)
+    (path,) = newest(tmp_path).glob(pattern)
+    content = torch.load(path, weights_only=False) if path.suffix == ".pt" else {}
+    torch.save({**content, "extra": Payload(trace)}, path)
+    torch.load(io.BytesIO(path.read_bytes()), weights_only=False)
+    trace.rmdir()  # the payload is one
+    signed(path)
+    return path, trace
+
+
+@pytest.mark.parametrize(("kind", "reader"), CASES)
+def test_code_in_a_checkpoint_is_not_executed(
+    trained: Path, tmp_path: Path, kind: str, reader: Callable[[Path], None]
+):
+    path, trace = poisoned(trained, tmp_path, f"{kind}*.safetensors")
+    with pytest.raises(GlideError, match="truncated or damaged") as caught:
+        reader(tmp_path)
+    assert path.name in str(caught.value)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(("kind", "reader"), CASES)
+def test_code_in_a_checkpoint_of_before_is_not_executed(
+    before: Path, tmp_path: Path, kind: str, reader: Callable[[Path], None]
+):
+    path, trace = poisoned(before, tmp_path, f"*{kind}*.pt")
     with pytest.raises(GlideError, match=r"GLOBAL.*mkdir") as caught:
         reader(tmp_path)
     assert path.name in str(caught.value)
     assert not trace.exists()
-    torch.load(path if path.exists() else next((tmp_path / "run").rglob(path.name)), weights_only=False)
-    assert trace.exists()  # the payload is one
+
+
+def test_a_checkpoint_of_before_is_read_as_the_same(trained: Path, before: Path, tmp_path: Path):
+    for name, folder in (("now", trained), ("before", before)):
+        shutil.copytree(folder / "run", tmp_path / name / "run", symlinks=True)
+        exported(tmp_path / name)
+        exported_average(tmp_path / name)
+        (tmp_path / name / "x.pt").rename(tmp_path / name / "average.pt")
+        exported(tmp_path / name)
+        resumed(tmp_path / name)
+    assert {path.suffix for path in newest(before).iterdir()} == {".pt", ".json"}
+    now, then = tmp_path / "now", tmp_path / "before"
+    assert metrics(now, steady=True) == metrics(then, steady=True)
+    for name in ("x.pt", "average.pt"):
+        one, other = read_state(now / name), read_state(then / name)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    ends = [committed(folder / "run" / "phase3")[0] for folder in (now, then)]
+    assert ends[0].step == STEPS + 1
+    assert ends[0].manifest["files"] == ends[1].manifest["files"]  # all tensors, by their hashes
+    assert ends[0].manifest["engine"] == ends[1].manifest["engine"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"optimizer": "AdamW8bit"}, {"bf16": {"enabled": True}}])
+def test_a_checkpoint_of_before_goes_on_as_the_same(tmp_path: Path, options: dict[str, Any]):
+    if "optimizer" in options:
+        options = {"optimizer": {"type": "AdamW8bit", "params": {"lr": 1e-3}}}
+    phase = "full" if "optimizer" in options else "adapter_only"  # which has frozen weights
+    for name in ("now", "before"):
+        for steps in (2, 4):
+            config = make_config(tmp_path / name, phase, train={"steps": steps}, ema={"decay": 0.5}, **options)
+            train_phase(config, shake)
+            if (name, steps) == ("before", 2):
+                write_as_before(config)
+    ends = [committed(next((tmp_path / name / "run").glob("phase*")))[0] for name in ("now", "before")]
+    assert ends[0].manifest["files"] == ends[1].manifest["files"]
+    assert ends[0].manifest["engine"] == ends[1].manifest["engine"]
 
 
 def test_a_checkpoint_from_before_a_part_of_the_model_says_how_to_go_on(trained: Path, tmp_path: Path):
-    folder = tmp_path / "copy"
-    shutil.copytree(trained, folder)
+    shutil.copytree(trained / "run", tmp_path / "run", symlinks=True)
+    made = committed(tmp_path / "run" / "phase3")[0]
     without = {"clip_vector.out.weight", "clip_vector.out.bias", "clip_vector.clip_gate"}
-    rewrite(
-        folder,
-        MODEL,
-        lambda content: {**content, "module": {k: v for k, v in content["module"].items() if k not in without}},
-    )
+    groups = [[name for name in names if name not in without] for names in made.manifest["engine"]["groups"]]
+    masters = dict(trained_weights(made, elastic.masters(made)))
+    lines = {f"{i}.master": torch.cat([masters[name].flatten() for name in g]) for i, g in enumerate(groups)}
+    kept = {name: tensor for name, tensor in model_state(made).items() if name not in without}
+    write_state(made.path / optimizer_file(0), made.read(optimizer_file(0)) | lines)
+    write_state(made.path / MODEL_FILE, kept)
+    made.manifest["engine"]["groups"] = groups
+    (made.path / MANIFEST).write_text(json.dumps(made.manifest))
+    signed(made.path / MODEL_FILE)
     with pytest.raises(GlideError, match=r"before the model had clip_vector.* and more.*glide-ds export"):
-        resumed(folder)
-    exported(folder)  # what it says to do
-    assert (folder / "x.pt").exists()
+        resumed(tmp_path)
+    exported(tmp_path)  # what it says to do
+    assert read_state(tmp_path / "x.pt").keys() == kept.keys()

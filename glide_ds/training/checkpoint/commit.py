@@ -29,7 +29,7 @@ MANIFEST = "manifest.json"
 LAST = "LAST"
 BEST = "BEST"
 OWN_HASH = "sha256"  # the manifest's own, of all its other entries
-# What DeepSpeed puts into its files beside tensors and plain values, and nobody reads.
+# What DeepSpeed put into the files of before beside tensors and plain values, and nobody reads.
 DEEPSPEED_OBJECTS = (
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.zero.config.ZeroStageEnum",

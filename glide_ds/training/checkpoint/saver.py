@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from glide_ds.config import CheckpointConfig
 from glide_ds.errors import CheckpointError
+from glide_ds.model.tensor_files import State
 from glide_ds.training.checkpoint import commit as checkpoint
 from glide_ds.training.checkpoint.commit import Owner, partial, step_name
 from glide_ds.training.faults.ranks import attempt
@@ -34,7 +36,7 @@ PEERS_S = 30.0  # for a save under way when an error ends the phase: its peers m
 
 
 class Saver:
-    """Saves one phase's state as `folder`/step-N. All ranks call its methods alike.
+    """Saves one phase's state as `folder`/step-N. All ranks call its methods alike; nobody writes to `frozen`.
 
     With `config.async_save` off a save returns once it is committed. A failed save is reported by one line
     and leaves the previous commit standing; `finish` raises where the last one failed.
@@ -42,7 +44,7 @@ class Saver:
 
     def __init__(
         self,
-        engine: Any,
+        frozen: Mapping[str, Tensor],
         folder: Path,
         config: CheckpointConfig,
         owner: Owner,
@@ -52,7 +54,7 @@ class Saver:
         self.folder, self.config, self.owner, self.say = folder, config, owner, say
         self.patience = timedelta(seconds=timeout_s)  # for the slowest rank's writing
         self.store = own_store()
-        self.snapshot = Snapshot(engine)
+        self.snapshot = Snapshot(frozen.values())
         self.thread: threading.Thread | None = None
         self.step = 0  # of the last save
         self.failure: str | None = None  # of the last save
@@ -63,17 +65,17 @@ class Saver:
         self,
         step: int,
         facts: Mapping[str, Any],
-        files: Mapping[str, Any] | None = None,
+        files: Mapping[str, State],
         then: Callable[[], None] = lambda: None,
     ) -> None:
         """Copy the state after update `step`, and have it written. Waits for the save before.
 
         `facts` goes into the manifest; of what it holds as `validation_loss`, the lowest is kept. `files` are this
-        rank's own, by name, beside DeepSpeed's. Rank 0 calls `then` beside the training, whatever became of the save.
+        rank's own, by name. Rank 0 calls `then` beside the training, whatever became of the save.
         """
         self.wait()
         self.step, started = step, time.monotonic()
-        self.snapshot.take(self.folder, step_name(step), files or {})
+        self.snapshot.take(files)
         stall = time.monotonic() - started
         manifest = {"run": self.owner.run, "step": step, "world_size": dist.get_world_size(), **facts}
         self.failure = f"rank {dist.get_rank()}'s writing thread died"  # until it says otherwise

@@ -25,7 +25,8 @@ from glide_ds.model.tensor_files import StateFile
 from glide_ds.model.weights import load_state, load_weights
 from glide_ds.training.checkpoint.commit import Committed, Owner, committed, lookalikes, newest_good
 from glide_ds.training.speed.meta import weight_bytes
-from glide_ds.training.zero.elastic import frozen_weights, weights
+from glide_ds.training.zero.elastic import weights
+from glide_ds.training.zero.stored import model_state
 
 RUN_FILE = "run.json"
 BUILTIN_DATA = "builtin:"
@@ -135,8 +136,10 @@ def _given_weights(config: Config) -> str:
 def load_start(model: nn.Module, config: Config, start: Start) -> list[str]:
     """Put the start's weights into the model. Returns what there is to say about it."""
     if start.resumed:
-        if weight_bytes(config) == 2:  # the engine loads it, optimizer and all; these it would have rounded
-            model.load_state_dict(frozen_weights(start.resumed), strict=False)
+        if (
+            weight_bytes(config) == 2
+        ):  # the engine loads it, optimizer and all; the frozen weights it would have rounded
+            model.load_state_dict(model_state(start.resumed), strict=False)
         return []
     if start.parent:
         file = StateFile(start.parent.path, weights(start.parent))

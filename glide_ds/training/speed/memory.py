@@ -111,4 +111,9 @@ def snapshot_bytes(model: Any, config: Config, world_size: int) -> float:
     if not config.checkpoint.async_save:
         return 0.0
     module = _module_bytes(model, config)
-    return module + (checkpoint_bytes(model, config) - frozen_masters(model, config) - module) / world_size
+    parts = (checkpoint_bytes(model, config) - frozen_masters(model, config) - module) / world_size
+    if (
+        world_size == 1 and weight_bytes(config) == 4
+    ):  # whose masters are the module's weights: they are copied once
+        parts -= 4.0 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return module + parts

@@ -25,15 +25,12 @@ clipping.py        test_engine.py, test_stability.py
 ema.py             test_ema.py
   update_lp_params, overflow           publishing an average into the module; which updates were skipped
   _foreach_lerp_ (torch)               the average by one launch; else slower
-elastic.py         test_elastic.py, test_ranks.py, tests/test_export.py
-  DeepSpeed's files of a checkpoint: module, param_shapes, frozen_param_fragments, lr_scheduler, counters,
-  optimizer_state_dict with base_optimizer_state and single_partition_of_fp32_groups
+stored.py          test_elastic.py, test_ranks.py, tests/test_export.py
+  bit16_groups, single_partition_of_fp32_groups, lr_scheduler, global_steps, global_samples, skipped_steps
+                                       what a checkpoint holds beside the module and the optimizer's own state_dict
+  DeepSpeed's files of before: module, param_shapes, frozen_param_fragments, lr_scheduler, counters,
+  optimizer_state_dict with base_optimizer_state and single_partition_of_fp32_groups; else old runs can't go on
 snapshot.py        test_checkpoint.py, test_stability.py
-  checkpoint_engine (save, makedirs, create, commit, is_decoupled)
-                                       takes the place of DeepSpeed's writer; else a save stops training for its length
-  _copy_recovery_script, _get_buffer_names, _get_zero_param_shapes, _get_shared_params
-                                       done once or never; else a longer stall
-  _get_zero_frozen_param_attributes    frozen weights in fp32; else bf16 checkpoints hold them rounded
   _cdata (torch)                       which storage a tensor lies in; else storages are copied more than once
 group.py           tests/training/test_run.py, test_ranks_stop.py, the Slurm tests
   __compatible_ops__                   no JIT build of a shared-memory extension; else 22 to 49 s, or a failure

@@ -14,8 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from glide_ds.config import EmaConfig
+from glide_ds.model.tensor_files import State
 from glide_ds.training.checkpoint.commit import Committed
 from glide_ds.training.zero.elastic import own_part
+
+UPDATES = "updates"
+OLD_FILE = "ema_rank_{rank}.pt"  # of checkpoints of before
 
 
 class Ema:
@@ -59,19 +63,19 @@ class Ema:
         self.zero.update_lp_params()
         self.zero.single_partition_of_fp32_groups = masters
 
-    def files(self) -> dict[str, dict[str, Any]]:
-        """This rank's file of a checkpoint, by name."""
-        return {file_name(dist.get_rank()): {"updates": self.updates, "parts": self.parts}}
+    def files(self) -> dict[str, State]:
+        """This rank's file of a checkpoint, by name: its part of each parameter group by the group's number."""
+        parts = {str(i): part for i, part in enumerate(self.parts)}
+        return {file_name(dist.get_rank()): {**parts, UPDATES: torch.tensor(self.updates)}}
 
     def load(self, checkpoint: Committed) -> bool:
         """Take the average of a checkpoint of any number of ranks; False, and no change, where it holds none."""
         if not has_average(checkpoint):
             return False
-        files = read_files(checkpoint)
+        ranks, self.updates = read_average(checkpoint)
         for i, (own, group) in enumerate(zip(self.parts, self.zero.bit16_groups, strict=True)):
             total = sum(parameter.numel() for parameter in group)
-            own.copy_(own_part([file["parts"][i] for file in files], total, own.numel()))
-        self.updates = files[0]["updates"]
+            own.copy_(own_part([parts[i] for parts in ranks], total, own.numel()))
         return True
 
 
@@ -86,13 +90,19 @@ def decay_at(config: EmaConfig, update: int) -> float:
 
 
 def file_name(rank: int) -> str:
-    return f"ema_rank_{rank}.pt"
+    return f"ema-rank-{rank}.safetensors"
 
 
 def has_average(checkpoint: Committed) -> bool:
-    return file_name(0) in checkpoint.manifest["files"]
+    return not checkpoint.manifest["files"].keys().isdisjoint((file_name(0), OLD_FILE.format(rank=0)))
 
 
-def read_files(checkpoint: Committed) -> list[dict[str, Any]]:
-    """Every rank's part, memory-mapped."""
-    return [checkpoint.read(file_name(rank)) for rank in range(checkpoint.world_size)]
+def read_average(checkpoint: Committed) -> tuple[list[list[Tensor]], int]:
+    """Every rank's part of each parameter group, memory-mapped, and how many updates the average has seen."""
+    ranks = range(checkpoint.world_size)
+    if file_name(0) not in checkpoint.manifest["files"]:
+        old = [checkpoint.read(OLD_FILE.format(rank=rank)) for rank in ranks]
+        return [file["parts"] for file in old], old[0]["updates"]
+    files = [checkpoint.read(file_name(rank)) for rank in ranks]
+    parts = [[file[str(i)] for i in range(len(file) - 1)] for file in files]
+    return parts, int(files[0][UPDATES])
