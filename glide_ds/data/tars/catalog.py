@@ -339,12 +339,13 @@ def stale(
     storage: Storage,
     stored: Catalog | None,
     listed: tuple[Ints, Names] | None = None,
+    shown: bool = False,
 ) -> tuple[Ints, list[Stat]]:
     """Which of the shards `mine` are not as the stored catalog says, and what they are now.
 
     `listed`: sizes and versions from a listing, a size of -1 where it had none.
     """
-    sizes, versions = _stats(urls, mine, storage, listed)
+    sizes, versions = _stats(urls, mine, storage, listed, shown)
     if stored is None:
         fits = np.zeros(len(mine), np.bool_)
     else:
@@ -354,10 +355,12 @@ def stale(
 
 
 def _stats(
-    urls: Sequence[str], mine: Ints, storage: Storage, listed: tuple[Ints, Names] | None
+    urls: Sequence[str], mine: Ints, storage: Storage, listed: tuple[Ints, Names] | None, shown: bool
 ) -> tuple[Ints, Names]:
     asked = mine if listed is None else mine[listed[0][mine] < 0]
-    stats = list(by_threads(lambda number: shard_stat(urls[number], storage), asked.tolist(), TURNS))
+    found = by_threads(lambda number: shard_stat(urls[number], storage), asked.tolist(), TURNS)
+    with Progress("asking for sizes", len(asked), "shards", shown=shown and len(asked) > MANY) as progress:
+        stats = list(progress.over(found))
     sizes, versions = np.array([stat.size for stat in stats], np.int64), names([stat.version for stat in stats])
     if listed is None:
         return sizes, versions
@@ -376,7 +379,7 @@ def _look_at_mine(
     stored: Catalog | None,
     listed: tuple[Ints, Names] | None,
 ) -> tuple[Ints, Catalog]:
-    rows, stats = stale(urls, peers.mine(len(urls)), storage, stored, listed)
+    rows, stats = stale(urls, peers.mine(len(urls)), storage, stored, listed, peers.shown)
     with Progress("looking at", len(rows), "shards", shown=peers.shown and len(rows) > 0) as progress:
         if len(rows) > MANY:
             why = "there is no catalog yet" if stored is None else "they changed since the catalog was made"

@@ -344,6 +344,9 @@ def index_of(
         if is_remote(url) and not os.path.exists(index_urls(url, index_dir)[-1]):
             store_index(url, index, storage, index_dir)  # other processes read this local copy
         return index
+    here = [place for place in index_urls(url, index_dir) if not is_remote(place)]
+    # A remote shard has none on a host that did not look at it.
+    lost = "damaged" if any(map(os.path.exists, here)) else "" if is_remote(url) else "missing"
     fresh = scan_shard(url, storage, stat)
     if fresh.head.fingerprint != fingerprint:
         raise DataError(
@@ -351,9 +354,9 @@ def index_of(
             "its samples are not those that the run's order is made of",
             "put the shard back, or start this run with the new one in another run.dir",
         )
-    what = "is missing or damaged" if index is None else "is of other members"
-    print(
-        f"the index of {url} {what}: it was made again in {store_index(url, fresh, storage, index_dir)}",
-        flush=True,
-    )
+    place = store_index(url, fresh, storage, index_dir)
+    if index is not None:
+        print(masked(f"the index of {url} is of other members: it was made again in {place}"), flush=True)
+    elif lost:
+        print(masked(f"the index of {url} is {lost}: it was made again in {place}"), flush=True)
     return fresh
