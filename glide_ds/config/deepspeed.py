@@ -52,7 +52,11 @@ class SchedulerParams(Section):
 
     warmup_num_steps: int = fixed(0, "updates until the learning rate is at its peak", ge=0)
     warmup_min_ratio: float = fixed(0.0, "of the peak, where the warm-up starts", ge=0, le=1)
-    total_num_steps: int | None = fixed(None, "the update at which the cosine ends; null: train.steps", ge=1)
+    total_num_steps: int | None = free(
+        None,
+        "the update at which the cosine ends; null: train.steps. A phase made longer or shorter keeps its curve by it",
+        ge=1,
+    )
     cos_min_ratio: float = fixed(1e-4, "of the peak, where the cosine ends", ge=0, le=1)
 
 

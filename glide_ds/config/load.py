@@ -197,17 +197,7 @@ def _deepspeed(values: dict[str, Any]) -> tuple[dict[str, Any], list[Mistake]]:
 def _conflicts(made: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> list[Fault]:
     """What of two sections does not go together, where both are right."""
     faults = []
-    scheduler = deepspeed.get("scheduler")
-    total = scheduler.get("params", {}).get("total_num_steps") if isinstance(scheduler, Mapping) else None
-    train, model, clip = made.get("train"), made.get("model"), made.get("clip")
-    if train and isinstance(total, int) and total < train.steps:
-        faults.append(
-            Fault(
-                f"scheduler.params.total_num_steps = {total} is less than train.steps = {train.steps}",
-                f"the last {train.steps - total} steps would train at the lowest learning rate",
-                "remove it (it defaults to train.steps) or raise it",
-            )
-        )
+    model, clip = made.get("model"), made.get("clip")
     validation, data = made.get("validation"), made.get("data")
     if validation and validation.drawn and (validation.shards is not None or (data and not data.draws_shapes)):
         faults.append(

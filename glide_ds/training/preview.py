@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from glide_ds.training.phases import count_by_role, trained_roles
 from glide_ds.training.speed.fitting import USABLE, Fit, rank_memory
 from glide_ds.training.speed.memory import frozen_masters, gib, memory_estimate, snapshot_bytes
 from glide_ds.training.speed.meta import meta_model, weight_bytes
+from glide_ds.training.zero.engine import cosine_end, lr_ratio
 from glide_ds.types import GlideConfig
 
 WIDTH = 100
@@ -37,7 +38,7 @@ def block(
     model = meta_model(glide, config)
     counts = count_by_role(model.named_parameters())
     roles = trained_roles(config)
-    train, steps_left = config.train, config.train.steps - start.step
+    train = config.train
     epochs = train.steps / data["batches_per_epoch"]
     doubled = f" ({data['duplicate_keys']:,} under a key used before)" if data["duplicate_keys"] else ""
     rows = [
@@ -61,7 +62,7 @@ def block(
         ),
         ("device", describe_device(config)),
         ("batch", describe_batch(config, arithmetic)),
-        ("steps", f"{steps_left:,} to go of {train.steps:,} ({epochs:.2f} epochs), {describe_rates(config)}"),
+        ("steps", f"{describe_steps(config, start)} ({epochs:.2f} epochs), {describe_rates(config)}"),
         ("memory", describe_memory(model, config, arithmetic)),
         *([("again", chosen.describe())] if chosen else []),
     ]
@@ -76,7 +77,7 @@ def block(
         )
     warning = banner(config, start)
     damaged = [f"DAMAGED CHECKPOINT, not used: {text}; {start.describe()} instead" for text in start.damaged]
-    for text in (*damaged, *((warning,) if warning else ())):
+    for text in (*damaged, *describe_curve(config, start), *((warning,) if warning else ())):
         lines += textwrap.wrap(text, WIDTH, initial_indent="!!      ", subsequent_indent="!!      ")
     return masked("\n".join([*lines, "─" * WIDTH]))
 
@@ -103,6 +104,35 @@ def describe_batch(config: Config, arithmetic: BatchArithmetic) -> str:
     asked = config.deepspeed.get("train_micro_batch_size_per_gpu", micro)
     why = f" (asked for up to {asked}; {total // world} per rank)" if asked != micro else ""
     return f"{total} = micro-batch {micro}{why} x accumulation {accumulation} x {world} rank{'s' * (world > 1)}"
+
+
+def describe_steps(config: Config, start: Start) -> str:
+    """How many steps are to go."""
+    done, total = start.step, config.train.steps
+    if done > total:
+        return f"none to go: {done:,} are done, more than train.steps = {total:,}"
+    return f"{total - done:,} to go of {total:,}"
+
+
+def describe_curve(config: Config, start: Start) -> Iterator[str]:
+    """What a person may not expect of the learning rate: a curve other than before, or an end before the last step."""
+    if config.deepspeed["scheduler"]["type"] != "WarmupCosineLR":
+        return
+    end, step = cosine_end(config), start.step
+    if start.before is not None and (before := cosine_end(start.before)) != end:
+        # The rate of the very next update is in the checkpoint already.
+        then, now = lr_ratio(step + 1, start.before), lr_ratio(step + 1, config)
+        times = f"{now / then:.2g} times as high" if then else "higher"
+        yield (
+            f"LEARNING RATE: its cosine ends at step {end:,} instead of {before:,}, so from step {step + 2:,} on it is "
+            f"{now:.3g} of its peak instead of {then:.3g} ({times}). To keep the curve of before: --set "
+            f"scheduler.params.total_num_steps={before}"
+        )
+    if end < config.train.steps:
+        yield (
+            f"LEARNING RATE: scheduler.params.total_num_steps = {end:,} is less than train.steps = "
+            f"{config.train.steps:,}: the last {config.train.steps - max(step, end):,} steps train at its lowest"
+        )
 
 
 def describe_rates(config: Config) -> str:

@@ -41,6 +41,7 @@ class Start:
     parent: Committed | None = None
     weights: str = "random"
     damaged: tuple[str, ...] = ()  # newer checkpoints that did not verify
+    before: Config | None = None  # what the phase was last started with, where it is resumed and that is known
 
     @property
     def step(self) -> int:
@@ -69,8 +70,8 @@ def find_start(config: Config, planned: Collection[str] = (), *, verify: bool) -
     phase = PHASES[config.train.phase]
     resumed, damaged = _newest(folder_of(config, phase.name), verify)
     if resumed:
-        _check_recorded(config, phase.name)
-        return Start(resumed, damaged=tuple(damaged))
+        before = _check_recorded(config, phase.name)
+        return Start(resumed, damaged=tuple(damaged), before=before)
     for name in phase.parents:
         parent, broken = _newest(folder_of(config, name), verify)
         damaged += broken
@@ -227,12 +228,13 @@ def _read(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _check_recorded(config: Config, phase: str) -> None:
-    """Refuse a run directory whose checkpoints of `phase` belong to another configuration."""
+def _check_recorded(config: Config, phase: str) -> Config | None:
+    """The configuration that `phase` was last started with; an error where its checkpoints are another run's."""
     before = _read(Path(config.run.dir) / RUN_FILE).get("phases", {}).get(phase)
     if before is None:
-        return
-    then = dict(leaves(recorded(str(Path(config.run.dir) / RUN_FILE), before).to_json()))
+        return None
+    last = recorded(str(Path(config.run.dir) / RUN_FILE), before)
+    then = dict(leaves(last.to_json()))
     now = dict(leaves(config.to_json()))
     if phase == config.train.phase:
         compared = [key for key in sorted(now.keys() | then.keys()) if not free_on_resume(key)]
@@ -250,6 +252,7 @@ def _check_recorded(config: Config, phase: str) -> None:
             "going on would mix two runs",
             "choose another run.dir, or put the values back",
         )
+    return last
 
 
 def _listed(shards: str | tuple[str, ...]) -> tuple[str, ...]:

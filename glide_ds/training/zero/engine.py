@@ -127,10 +127,15 @@ def lr_ratio(step: int, config: Config) -> float:
         return low + (1 - low) * (step + 1) / warmup
     if section["type"] == "WarmupLR":
         return 1.0
-    total = params.get("total_num_steps", config.train.steps)
+    total = cosine_end(config)
     low = params.get("cos_min_ratio", 1e-4)
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def cosine_end(config: Config) -> int:
+    """The update at which the learning rate is at its lowest."""
+    return int(config.deepspeed["scheduler"]["params"].get("total_num_steps", config.train.steps))
 
 
 def start_masters(zero: Any, exact: Mapping[nn.Parameter, torch.Tensor]) -> None:
