@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -128,3 +130,19 @@ def test_embeddings_stay_open_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             wanted_hash = hashes(shards, np.array([sample]))
             assert store.rows(np.array([sample]), wanted_hash)[0, 0] == sample + 1
         assert len(opened) == wanted
+
+
+def test_a_hundred_thousand_shards_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No object per shard but its URL: each rank, and each of its workers, has all of them."""
+    urls = [f"/data/laion/{number:06d}.tar" for number in range(100_000)]
+    versions = np.random.default_rng(0).integers(10**18, size=len(urls))
+    rows = Catalog.of([Entry(PER_SHARD, 10**9, f"mtime {10**18}", "f" * 32, 0, ("jpg", "txt"), ())])
+    catalog = rows.take(np.zeros(len(urls), np.int64))
+    catalog.rows["version"] = np.char.add(b"mtime ", versions.astype("S19"))
+    tracemalloc.start()
+    stored = Catalog.from_bytes(catalog.to_bytes("x"), "x")
+    shards = pickle.loads(pickle.dumps(ShardSet(urls, stored, NoFiles())))  # type: ignore[arg-type]
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert shards.heads[99_999].version == f"mtime {versions[99_999]}"
+    assert held < 50e6  # of which 9 MB are the URLs
