@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from data_kit import sample, write_shards, write_tar
+from test_catalog import Part
 
 from glide_ds.config import ClipConfig, DataConfig
 from glide_ds.data import clip_notes
 from glide_ds.data.clip_notes import Encoder, StoreNote
-from glide_ds.data.clip_store import ClipStore, picture_hash, text_hash, write_store
+from glide_ds.data.clip_store import ClipStore, Embeddings, picture_hash, text_hash, write_store
 from glide_ds.data.loader import build_source
 from glide_ds.data.tars.index import scan_shard
 from glide_ds.data.tars.shards import ShardSet, open_shards
@@ -261,3 +262,16 @@ def test_a_store_that_is_read_only_has_its_catalog_in_the_cache(
         (tmp_path / "clip").chmod(0o755)
     assert len(notes_read) == 2
     assert not (tmp_path / "clip" / clip_notes.NOTES).exists()
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_processes_that_read_their_part_of_the_notes_know_all(
+    tmp_path: Path, shards: ShardSet, notes_read: list[str], size: int
+) -> None:
+    fill(tmp_path / "clip", shards)
+    fill(tmp_path / "clip", shards, weights="other")
+    store = Embeddings(tmp_path / "clip", shards, [ENCODER], Part(size))
+    assert sorted(notes_read) == ["s-000"] * 2 + ["s-001"] * 2  # each by one of them
+    store.of_weights("h")
+    wanted = np.array([20, 0])
+    assert store.rows(wanted, hashes(shards, wanted), np.zeros(2, np.bool_))[:, 0].tolist() == [21, 1]
