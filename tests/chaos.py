@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import re
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -124,10 +125,13 @@ def people(run: Run) -> dict[str, str]:
     return {str(file): sha256(file) for file in files}
 
 
-def torment(run: Run, kills: int, damage_every: int, seed: int, say: Any) -> dict[str, Any]:
-    """Kill the run `kills` times; before every `damage_every`-th start damage its newest checkpoint."""
+def torment(
+    run: Run, kills: int, damage_every: int, seed: int, limit_s: float, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Kill the run `kills` times, or for `limit_s`; before every `damage_every`-th start damage its newest checkpoint."""
     dice, tally, during_save = random.Random(seed), Counter[str](), 0
     damaged: set[Path] = set()  # and not written anew since
+    end, number = time.monotonic() + limit_s, -1
     for number in range(kills):
         good = sound(run)
         if number % damage_every == damage_every - 1 and len(good) > 1 and not good[0].path.is_symlink():
@@ -152,7 +156,9 @@ def torment(run: Run, kills: int, damage_every: int, seed: int, say: Any) -> dic
         assert bad <= damaged, f"run {number} committed a damaged checkpoint: {bad - damaged}"
         damaged = bad
         say(f"{number + 1}/{kills}: resumed at {at}, newest {newest}, torn {run.torn()}")
-    return {"kills": kills, "during_a_save": during_save, **tally}
+        if time.monotonic() > end:
+            break
+    return {"kills": number + 1, "during_a_save": during_save, **tally}
 
 
 def finish(run: Run, reference: Run, more: int) -> dict[str, Any]:
@@ -195,7 +201,9 @@ def fill_disk(warm: Warm, folder: Path) -> dict[str, Any]:
     return {"survived": True}
 
 
-def everything(warm: Warm, folder: Path, kills: int, damage_every: int, seed: int) -> dict[str, Any]:
+def everything(
+    warm: Warm, folder: Path, kills: int, damage_every: int, seed: int, limit_s: float
+) -> dict[str, Any]:
     started = time.monotonic()
 
     def say(text: str) -> None:
@@ -205,7 +213,7 @@ def everything(warm: Warm, folder: Path, kills: int, damage_every: int, seed: in
     start(run, 2 * OPTIONS["checkpoint"]["every"])  # something to lose
     assert run.wait() == [0, 0], run.said()[-3000:]
     theirs = litter(run)
-    counts = torment(run, kills, damage_every, seed, say)
+    counts = torment(run, kills, damage_every, seed, limit_s, say)
     assert theirs.items() <= people(run).items(), "something of a person's was touched"
     say(str(counts))
     counts |= {"end": finish(run, Run(warm, folder / "undisturbed", **OPTIONS), more=4)}
@@ -220,12 +228,13 @@ def main(words: Sequence[str] | None = None, warm: Warm | None = None) -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--damage_every", type=int, default=5, help="kills")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit_s", type=float, default=math.inf, help="end the killing then")
     parser.add_argument("--folder", type=Path, required=True, help="an empty folder to work in")
     parser.add_argument("--out", type=Path, help="write the counts here as JSON")
     args = parser.parse_args(words)
     args.folder.mkdir(parents=True, exist_ok=True)
     with nullcontext(warm) if warm else closing(Warm(args.folder / "warm.txt")) as warm:
-        told = everything(warm, args.folder, args.kills, args.damage_every, args.seed)
+        told = everything(warm, args.folder, args.kills, args.damage_every, args.seed, args.limit_s)
     if args.out:
         args.out.write_text(json.dumps({"environment": environment("cpu")} | told, indent=1) + "\n")
 
