@@ -128,7 +128,7 @@ def people(run: Run) -> dict[str, str]:
 def torment(
     run: Run, kills: int, damage_every: int, seed: int, limit_s: float, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Kill the run `kills` times, or for `limit_s`; before every `damage_every`-th start damage its newest checkpoint."""
+    """Kill the run `kills` times, or for `limit_s`; before every `damage_every`-th start damage its newest one."""
     dice, tally, during_save = random.Random(seed), Counter[str](), 0
     damaged: set[Path] = set()  # and not written anew since
     end, number = time.monotonic() + limit_s, -1
