@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ import torch
 from PIL import Image
 from train_kit import ARCHITECTURE
 
+from glide_ds.cli import main
 from glide_ds.commands import load, sample
-from glide_ds.commands.export import export
+from glide_ds.commands.export import _moved, export
 from glide_ds.commands.load import Loaded, find_checkpoint, load_model
 from glide_ds.commands.sample import add_arguments, load_upsampler, run
 from glide_ds.data import shapes
@@ -21,8 +24,9 @@ from glide_ds.data.pictures.decode import Cropping, DecodeOptions, decode_at
 from glide_ds.errors import ConfigError, DataError, WeightsError
 from glide_ds.inference.prompts import clip_prompt, read_picture
 from glide_ds.model import GlideConfig, create_model
-from glide_ds.model.clip import FrozenClip
-from glide_ds.model.tensor_files import write_sidecar, write_state
+from glide_ds.model.clip import BUILTIN_WEIGHTS, FrozenClip
+from glide_ds.model.tensor_files import read_state, write_sidecar, write_state
+from glide_ds.model.weights import BUILTIN_WEIGHTS as BUILTIN_GLIDE
 
 CPU = torch.device("cpu")
 
@@ -260,3 +264,58 @@ def test_an_upsampler_enlarges_four_times(exported: Path, tmp_path: Path):
 def test_a_source_that_is_none_is_told(tmp_path: Path):
     with pytest.raises(WeightsError, match=r"neither a file, a folder"):
         load_model(str(tmp_path / "none.pt"), CPU)
+
+
+def test_an_encoder_beside_the_export_is_moved_with_it_and_another_place_can_be_given(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    here, there, elsewhere = tmp_path / "here", tmp_path / "there", tmp_path / "elsewhere"
+    for folder in (here / "encoder", elsewhere):
+        folder.mkdir(parents=True)
+        shutil.copy(BUILTIN_WEIGHTS, folder / "clip.safetensors")
+        shutil.copy(f"{BUILTIN_WEIGHTS}.json", folder / "clip.json")
+    shutil.copy(exported, here / "x.pt")
+    about = json.loads(Path(f"{exported}.json").read_text())
+    absolute = {"model": str(elsewhere / "clip.json"), "weights": str(elsewhere / "clip.safetensors")}
+    inside = {"model": str(here / "encoder/clip.json"), "weights": str(here / "encoder/clip.safetensors")}
+    relative = _moved(about["clip"] | inside, here)
+    assert relative == about["clip"] | {"model": "encoder/clip.json", "weights": "encoder/clip.safetensors"}
+    assert _moved(about["clip"] | absolute, here) == about["clip"] | absolute
+    assert _moved(None, here) is None
+    for clip, options in (
+        (relative, []),
+        (absolute, []),
+        (absolute | {"weights": "/nowhere/clip.pt"}, ["--clip_model", absolute["weights"]]),
+    ):
+        (here / "x.pt.json").write_text(json.dumps(about | {"clip": about["clip"] | clip}))
+        here.rename(there)
+        words = ["--prompt", "x", "--steps", "2", *options, "--out", str(tmp_path / "x.png")]
+        assert main(["sample", str(there / "x.pt"), *words]) == 0
+        (tmp_path / "x.png").unlink()
+        there.rename(here)
+    assert (
+        main(["sample", str(here / "x.pt"), "--prompt", "x", "--steps", "2", "--out", str(tmp_path / "x.png")])
+        == 2
+    )
+    assert "sample --clip_model FILE" in capsys.readouterr().err
+
+
+def test_a_place_of_clip_is_refused_where_there_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    plain = tmp_path / "plain.pt"
+    state = read_state(BUILTIN_GLIDE)
+    write_state(plain, {name: tensor for name, tensor in state.items() if "clip" not in name})
+    told = json.loads(Path(f"{BUILTIN_GLIDE}.json").read_text())
+    told["model"]["clip_dim"] = None
+    Path(f"{plain}.json").write_text(json.dumps(told))
+    command = [
+        "sample",
+        str(plain),
+        "--prompt",
+        "x",
+        "--clip_model",
+        "openai",
+        "--out",
+        str(tmp_path / "x.png"),
+    ]
+    assert main(command) == 2
+    assert "has no CLIP adapter" in capsys.readouterr().err

@@ -68,6 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=100, help="ancestral sampling steps per picture")
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--clip_scale", type=float, default=1.0, help="how strongly CLIP conditions")
+    parser.add_argument(
+        "--clip_model",
+        metavar="FILE",
+        help="where the CLIP encoder's weights are now, or open_clip's tag; default: where they were in training",
+    )
     parser.add_argument("--clip_guidance", type=float, help="a guidance scale of CLIP's own")
     parser.add_argument("--pictures", type=user_path, metavar="PNG", help="write a grid of them here")
     parser.add_argument("--out", type=user_path, metavar="JSON", help="write the figures here")
@@ -76,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print the figures; with --out, write them too."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_model(args.model, device)
+    loaded = load_model(args.model, device, clip_model=args.clip_model)
     drawing = Drawing(
         loaded.schedule,
         args.steps,

@@ -146,6 +146,16 @@ def reader(path: Path) -> tuple[set[str], Callable[[str], Tensor]]:
     return set(state), state.__getitem__
 
 
+def _moved(clip: dict[str, Any] | None, folder: Path) -> dict[str, Any] | None:
+    """The encoder, its weights named from the export's folder where they lie in it: so both can be moved together."""
+    if clip is None:
+        return None
+    near = folder.resolve()
+    places = {name: user_path(clip[name]).resolve() for name in ("model", "weights")}
+    inside = {name: path for name, path in places.items() if path.is_file() and path.is_relative_to(near)}
+    return clip | {name: str(path.relative_to(near)) for name, path in inside.items()}
+
+
 def about(checkpoint: Committed, path: Path, names: tuple[str, ...], *, ema: bool) -> dict[str, Any]:
     """The sidecar: architecture, where it came from, what it is."""
     manifest = checkpoint.manifest
@@ -153,7 +163,7 @@ def about(checkpoint: Committed, path: Path, names: tuple[str, ...], *, ema: boo
     return {
         "model": asdict(GlideConfig(**model)),
         "schedule": manifest["schedule"],
-        "clip": manifest["clip"],
+        "clip": _moved(manifest["clip"], path.parent),
         "pictures": manifest.get("pictures", {}),
         "phase": manifest["phase"],
         "step": checkpoint.step,

@@ -47,11 +47,14 @@ class Loaded(NamedTuple):
         return FrozenClip(self.clip.model, self.clip.weights, device, source=source) if self.clip else None
 
 
-def load_model(source: str, device: torch.device, *, kind: str = "base", ema: bool = False) -> Loaded:
+def load_model(
+    source: str, device: torch.device, *, kind: str = "base", ema: bool = False, clip_model: str | None = None
+) -> Loaded:
     """A model in eval mode from an export, a run or checkpoint folder, `openai` or `builtin:tiny`.
 
     `kind` says which of the published models `openai` means. `ema` takes the average of a run's weights; an export
-    either is one or isn't. Raises WeightsError or CheckpointError for what can't be had or trusted.
+    either is one or isn't. `clip_model` is where the CLIP encoder's weights are now: a file, or open_clip's tag.
+    Raises WeightsError or CheckpointError for what can't be had or trusted.
     """
     path = user_path(source)
     if path.is_dir():
@@ -72,7 +75,9 @@ def load_model(source: str, device: torch.device, *, kind: str = "base", ema: bo
     schedule = about.get("schedule", "linear" if model.config.upsamples else "squaredcos_cap_v2")
     if device.type == "cpu":  # NHWC convolutions are up to 2.5 times as fast there
         model = model.to(memory_format=torch.channels_last)
-    clip = _clip_of(about) if model.config.clip_dim else None
+    clip = _clip_of(about, path, clip_model) if model.config.clip_dim else None
+    if clip_model and clip is None:
+        raise ConfigError(f"--clip_model {clip_model}: {source} has no CLIP adapter", remedy="leave it out")
     return Loaded(model.to(device).eval(), schedule, clip, Cropping(**about.get("pictures", {})))
 
 
@@ -88,9 +93,19 @@ def _architecture(source: str, path: Path, kind: str) -> GlideConfig:
     return stored_config(path)
 
 
-def _clip_of(about: dict[str, Any]) -> ClipConfig | None:
-    """The CLIP encoder that a sidecar or manifest names."""
-    return ClipConfig(**about["clip"]) if about.get("clip") else None
+def _clip_of(about: dict[str, Any], source: Path, weights: str | None) -> ClipConfig | None:
+    """The CLIP encoder that a sidecar or manifest names, its weights from `weights` where that is given.
+
+    A sidecar names what lies in its own folder from there, so that both can be moved.
+    """
+    if not about.get("clip"):
+        return None
+    named = ClipConfig(**about["clip"])
+    given = {"weights": weights} if weights else {}
+    if source.is_file():
+        places = {name: source.parent / getattr(named, name) for name in ("model", "weights")}
+        given = {name: str(place) for name, place in places.items() if place.is_file()} | given
+    return named.changed("clip", **given)
 
 
 def find_checkpoint(place: Path, phase: str | None = None) -> Committed:

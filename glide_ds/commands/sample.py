@@ -60,6 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clip_guidance", type=float, help="a guidance scale of CLIP's own: three passes instead of two"
     )
+    parser.add_argument(
+        "--clip_model",
+        metavar="FILE",
+        help="where the CLIP encoder's weights are now, or open_clip's tag; default: where they were in training",
+    )
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--sampler", choices=list(SAMPLERS), default="ddpm")
     parser.add_argument("--seed", type=int, default=0)
@@ -74,7 +79,7 @@ def _at_least_one(text: str) -> int:
 def run(args: argparse.Namespace) -> None:
     picture_format(args.out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_model(args.model, device, ema=args.ema)
+    loaded = load_model(args.model, device, ema=args.ema, clip_model=args.clip_model)
     modes = {"both": ["on", "off"], None: ["on" if loaded.clip else "off"]}.get(args.clip, [args.clip])
     check_prompts(args, loaded, modes)
     upsampler = load_upsampler(args.upsampler, loaded, device) if args.upsampler else None

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from glide_ds.errors import ConfigError, WeightsError
 from glide_ds.files import sha256, user_path
-from glide_ds.model.tensor_files import State, StateFile, read_state_file, sidecar
+from glide_ds.model.tensor_files import State, StateFile, check_precision, read_state_file, sidecar
 from glide_ds.types import Batch, send
 
 logger = logging.getLogger(__name__)
@@ -306,7 +306,7 @@ def _local(model: str, weights: str) -> Path | None:
         if not path.exists():
             raise WeightsError(
                 f"there are no CLIP weights at {path}",
-                remedy="check clip.weights, or give an open_clip tag: openai",
+                remedy="correct clip.weights (of an export: sample --clip_model FILE), or give open_clip's tag openai",
             )
         return path
     return None
@@ -463,6 +463,7 @@ def _check_fit(expected: State, state: State, found: _Found) -> None:
         raise WeightsError(
             f"{found.path} does not fit clip.model={found.name}: {first}", remedy="give this model's weights"
         )
+    check_precision(found.path, expected, state)
 
 
 def _keep_tower(model: Any, source: str) -> Any:

@@ -25,6 +25,7 @@ from glide_ds.errors import WeightsError
 from glide_ds.files import PathLike, replacing
 
 State = dict[str, Tensor]
+PRECISIONS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of weights
 
 ROWS = ".rows"  # NAME.rows int64 [k]: which rows of NAME the file holds; the others are zero
 NUM_ROWS = ".num_rows"  # NAME.num_rows int64 [1]: how many rows NAME has once unpacked
@@ -379,9 +380,38 @@ def _only_tensors(content: Any, path: Path, notes: list[str]) -> State:
     if not tensors:
         holds = f"only {sorted(map(str, entries))[:5]}" if entries else type(content).__name__
         raise WeightsError(f"{path} holds no tensors ({holds})", remedy="give the state dict of a model")
+    _check_plain(tensors, path)
     if extra := [str(name) for name in entries if str(name) not in tensors]:
         notes.append(f"{len(extra)} entries that are no tensors were passed over ({', '.join(extra[:3])})")
     return tensors
+
+
+def _check_plain(tensors: State, path: Path) -> None:
+    """Refuse tensors that do not hold their numbers one beside the other."""
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            kind, remedy = "has a shape and no numbers (meta)", "save the model once its weights are loaded"
+        elif tensor.is_quantized:
+            kind, remedy = f"is quantized ({tensor.dtype})", "save it in fp32, fp16 or bf16"
+        elif tensor.layout != torch.strided:
+            kind, remedy = f"is stored as {str(tensor.layout).removeprefix('torch.')}", "save it as .to_dense()"
+        else:
+            continue
+        raise WeightsError(f"{path}: {name} {kind}", "it can't be loaded as a weight", remedy)
+
+
+def check_precision(path: Path, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Raises WeightsError where the file has whole numbers or 8 bits for what the model `own` has fractions of.
+
+    Such weights mean something only together with scales, which nothing here knows.
+    """
+    for name, tensor in state.items():
+        if name in own and own[name].is_floating_point() and tensor.dtype not in PRECISIONS:
+            raise WeightsError(
+                f"{path}: {name} is of type {str(tensor.dtype).removeprefix('torch.')}",
+                "the model would read its numbers without the scales that belong to them",
+                "give the weights in fp32, fp16 or bf16, as they were before they were quantized",
+            )
 
 
 def _strip_prefixes(state: State, notes: list[str]) -> State:

@@ -19,7 +19,7 @@ from glide_ds.config import cache_dir
 from glide_ds.errors import ConfigError, WeightsError
 from glide_ds.files import PathLike, user_path
 from glide_ds.model.download import fetch
-from glide_ds.model.tensor_files import State, StateFile, read_state, read_state_file, sidecar
+from glide_ds.model.tensor_files import State, StateFile, check_precision, read_state, read_state_file, sidecar
 from glide_ds.types import GlideConfig
 
 BUILTIN = "builtin:tiny"
@@ -271,6 +271,7 @@ def _check_fit(config: GlideConfig, own: State, file: StateFile) -> None:
         raise WeightsError(
             f"{file.path} does not fit a {config.kind} model: {problems}. {cause}", remedy=remedy
         )
+    check_precision(file.path, own, state)
     if broken := next((key for key in own if key in state and not state[key].isfinite().all()), None):
         raise WeightsError(
             f"{file.path} holds numbers that are not finite (first in {broken})",

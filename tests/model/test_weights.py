@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_glide import CLIP_DIM, tiny_config, tiny_model
 from torch import nn
 
@@ -321,6 +322,41 @@ def test_incomplete_and_foreign_files(tmp_path: Path) -> None:
 def test_heads_that_no_shape_shows(plain_file: Path) -> None:
     write_sidecar(plain_file, {"model": asdict(tiny_config(num_head_channels=8))})
     assert "num_head_channels 8 (the model: 16)" in refusal(tiny_model(), plain_file)
+
+
+UNFIT = {
+    "int8": (lambda value: (value * 100).to(torch.int8), "is of type int8"),
+    "uint8": (lambda value: value.to(torch.uint8), "is of type uint8"),
+    "int64": (lambda value: value.to(torch.int64), "is of type int64"),
+    "float8": (lambda value: value.to(torch.float8_e4m3fn), "is of type float8_e4m3fn"),
+    "sparse": (lambda value: value.to_sparse(), "is stored as sparse_coo"),
+    "rows": (lambda value: value.to_sparse_csr(), "is stored as sparse_csr"),
+    "meta": (lambda value: value.to("meta"), "has a shape and no numbers"),
+    "quantized": (lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8), "is quantized"),
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_weights_of_a_kind_that_would_load_wrong_are_refused_by_name(
+    plain_file: Path, tmp_path: Path, kind: str, suffix: str
+) -> None:
+    change, says = UNFIT[kind]
+    state = read_state(plain_file)
+    name = next(name for name, value in state.items() if value.dim() == 2)
+    state[name] = change(state[name])
+    path = tmp_path / f"changed.{suffix}"
+    if suffix == "pt":
+        torch.save(state, path)
+    elif kind in ("int8", "uint8", "int64", "float8"):
+        save_file(state, path)
+    else:
+        pytest.skip("the format has no such tensors")
+    model = tiny_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    message = refusal(model, path)
+    assert f"{name} {says}" in message
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
