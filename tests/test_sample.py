@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,7 @@ from glide_ds.errors import ConfigError, DataError, WeightsError
 from glide_ds.inference.prompts import clip_prompt, read_picture
 from glide_ds.model import GlideConfig, create_model
 from glide_ds.model.clip import BUILTIN_WEIGHTS, FrozenClip
-from glide_ds.model.tensor_files import read_state, write_sidecar, write_state
-from glide_ds.model.weights import BUILTIN_WEIGHTS as BUILTIN_GLIDE
+from glide_ds.model.tensor_files import write_sidecar, write_state
 
 CPU = torch.device("cpu")
 
@@ -302,11 +302,9 @@ def test_an_encoder_beside_the_export_is_moved_with_it_and_another_place_can_be_
 
 def test_a_place_of_clip_is_refused_where_there_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     plain = tmp_path / "plain.pt"
-    state = read_state(BUILTIN_GLIDE)
-    write_state(plain, {name: tensor for name, tensor in state.items() if "clip" not in name})
-    told = json.loads(Path(f"{BUILTIN_GLIDE}.json").read_text())
-    told["model"]["clip_dim"] = None
-    Path(f"{plain}.json").write_text(json.dumps(told))
+    model = create_model(GlideConfig(**ARCHITECTURE))  # type: ignore[arg-type]
+    write_state(plain, model.state_dict())
+    write_sidecar(plain, {"model": asdict(model.config)})
     command = [
         "sample",
         str(plain),

@@ -352,11 +352,7 @@ def test_weights_of_a_kind_that_would_load_wrong_are_refused_by_name(
         save_file(state, path)
     else:
         pytest.skip("the format has no such tensors")
-    model = tiny_model()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    message = refusal(model, path)
-    assert f"{name} {says}" in message
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert f"{name} {says}" in refusal(tiny_model(), path)
 
 
 def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
