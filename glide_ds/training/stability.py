@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from glide_ds.config import Config
-from glide_ds.errors import UnstableError
+from glide_ds.errors import CheckpointError, GlideError, UnstableError
 from glide_ds.files import write_file
 from glide_ds.training.checkpoint import commit as checkpoint
 from glide_ds.training.checkpoint.saver import Saver
@@ -258,11 +258,13 @@ class Guard:
         found: list[Any] = [None]
         path = self.folder / ROLLBACK_FILE
         if dist.get_rank() == 0 and path.exists():
-            found = [json.loads(path.read_text(encoding="utf-8"))]
+            found = [_rolled_back(path)]
         dist.broadcast_object_list(found)
-        if found[0] is None or found[0]["rollbacks"] <= saved.rollbacks:
+        if isinstance(found[0], GlideError):
+            raise found[0]
+        if found[0] is None or found[0].rollbacks <= saved.rollbacks:
             return saved
-        return Stability(**found[0] | {"losses": saved.losses})
+        return replace(found[0], losses=saved.losses)
 
     def _open(self) -> JsonLines:
         if self.file is None:
@@ -274,6 +276,24 @@ class Guard:
         if dist.get_rank() == 0:
             about = {"step": done, "phase": self.log.phase, "rollbacks": self.state.rollbacks}
             self._open().write(about | values)
+
+
+def _rolled_back(path: Path) -> Stability | GlideError:
+    """What a rollback left; the error to raise where it can't be read."""
+    try:
+        state = Stability(**json.loads(path.read_text(encoding="utf-8")))
+        numbers = (state.data_offset, state.lr_cut, state.rollbacks, state.skipped)
+        if not all(isinstance(n, int | float) and math.isfinite(n) and n >= 0 for n in numbers):
+            raise ValueError(f"numbers {numbers}")
+        return state
+    except (OSError, ValueError, TypeError) as error:
+        told = CheckpointError(
+            f"{path} can't be read ({error})",
+            "it is unknown which batches a rollback has passed over",
+            "restore it, or remove it to read them again",
+        )
+        told.on_all_ranks = True
+        return told
 
 
 def _tail(path: Path, count: int) -> list[Any]:

@@ -177,3 +177,21 @@ def test_a_checkpoint_from_before_a_part_of_the_model_says_how_to_go_on(trained:
         resumed(tmp_path)
     exported(tmp_path)  # what it says to do
     assert read_state(tmp_path / "x.pt").keys() == kept.keys()
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[1]", "null", '{"x": 1}', '{"rollbacks": "9"}', '{"lr_cut": NaN}', "\xff"]
+)
+def test_a_rollback_that_can_not_be_read_is_answered(trained: Path, tmp_path: Path, text: str):
+    shutil.copytree(trained / "run", tmp_path / "run", symlinks=True)
+    (tmp_path / "run" / "phase3" / "rollback.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(GlideError, match=r"rollback.json can't be read .*restore it, or remove it"):
+        resumed(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\xff"])
+def test_a_run_json_that_can_not_be_read_is_answered(trained: Path, tmp_path: Path, text: str):
+    shutil.copytree(trained / "run", tmp_path / "run", symlinks=True)
+    (tmp_path / "run" / "run.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(GlideError, match=r"run.json can't be read"):
+        resumed(tmp_path)

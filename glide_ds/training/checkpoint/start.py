@@ -220,7 +220,7 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ConfigError(
             f"{path} can't be read ({error})",
             "it is unknown what this run directory belongs to",
