@@ -77,7 +77,7 @@ def _optimizer_state(
     """This rank's optimizer state by group: as it is where as many ranks wrote it, else cut anew, in fp32."""
     if len(ranks) == dist.get_world_size():
         return {
-            i: {name: tensor.clone() for name, tensor in group.items() if name != "master"}
+            i: {name: tensor for name, tensor in group.items() if name != "master"}
             for i, group in enumerate(ranks[dist.get_rank()])
         }
     whole = [state_dict_to_fp32({"state": dict(enumerate(rank))})["state"] for rank in ranks]
