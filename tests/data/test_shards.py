@@ -202,7 +202,8 @@ def test_shards_that_are_read_in_turn_stay_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     """More than a process holds open unless it is told: a cache in turn over more than it holds never hits."""
-    count = 300
+    count = 40
+    monkeypatch.setattr(shards_module, "OPEN_SHARDS", 32)
     opens = tmp_path / "opens"
     opens.touch()
     whole = ShardSet._open
@@ -213,8 +214,8 @@ def test_shards_that_are_read_in_turn_stay_open(
         return whole(shards, shard)
 
     monkeypatch.setattr(ShardSet, "_open", counted)
-    made = source(write_shards(tmp_path, [2] * count), batch=50, workers=workers)
-    take(made, 2 * 2 * count // 50)  # two epochs
+    made = source(write_shards(tmp_path, [2] * count), batch=10, workers=workers)
+    take(made, 2 * 2 * count // 10)  # two epochs
     assert len(opens.read_text().split()) == count
 
 
