@@ -499,6 +499,8 @@ OTHERS: dict[str, Any] = {
     "train.recompute": "attention",
 }
 BESIDE = {
+    "data.reader": ("data.shards=x.tar",),
+    "data.shuffle_buffer": ("data.reader=stream", "data.shards=x.tar"),
     "train.scope": ("train.phase=base",),
     "train.activation_gb": ("train.recompute=budget",),
     "clip.image_share": ("clip.source=both",),

@@ -105,6 +105,8 @@ TABLE = [
     ),
     *rows(see.batches, {"data.shapes_samples": 32}),
     *rows(see.batches, {"clip.image_share": 0.9}, {**TAR, "clip.source": "both"}),
+    *rows(see.batches, {"data.reader": "stream"}, TAR),
+    *rows(see.batches, {"data.shuffle_buffer": 3}, {**TAR, "data.reader": "stream"}),
     *rows(see.batches, {"data.damaged_shards": "salvage"}, {"data.shards": "cut.tar"}),
     *rows(see.many_batches, {"data.max_bad_fraction": 0.01}, {"data.shards": "bad.tar", "train_batch_size": 8}),
     *rows(see.loader_processes, {"data.workers": 1}),

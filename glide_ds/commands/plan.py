@@ -299,4 +299,6 @@ def _data(plan: Plan) -> str:
         facts = open_source(config, arithmetic, 0).facts()
     except GlideError:
         return f"{text}, some {wanted * PICTURE_BYTES / 1e12:.2f} TB to read; the shards can't be opened here"
+    if facts["samples"] is None:
+        return f"{text}, of {facts['shards']:,} streams; how many samples they hold shows as they are read"
     return f"{text}: {wanted / facts['samples']:.2f} epochs of {facts['samples']:,}"

@@ -210,6 +210,14 @@ class DataConfig(Section):
     shards: Patterns = free(
         "builtin:shapes", "brace patterns or a list of them, paths or URLs; or builtin:shapes"
     )
+    reader: Literal["indexed", "stream"] = fixed(
+        "indexed",
+        "stream: read shards from beginning to end, for what has no index: compressed tars, pipe: commands, stores "
+        "without ranges",
+    )
+    shuffle_buffer: int = fixed(
+        1000, "samples that a loader process mixes at a time, with reader=stream; held in memory, encoded", ge=1
+    )
     workers: int = free(2, "loader processes per rank; 0 loads in the training process", ge=0)
     shuffle: bool = fixed(True, "a new order in every epoch")
     crop: Literal["center", "pad"] = fixed("center", "how a picture becomes square")
@@ -255,6 +263,41 @@ class DataConfig(Section):
                 remedy="lower one of them",
             )
             yield Conflict(("drop_caption", "drop_both"), fault)
+        if self.reader == "stream":
+            yield from self._against_streams()
+        elif self.shuffle_buffer != type(self).model_fields["shuffle_buffer"].default:
+            fault = Fault(
+                f"data.shuffle_buffer = {self.shuffle_buffer} with data.reader = 'indexed'",
+                "it would do nothing: an index orders all samples without a buffer",
+                "set data.reader=stream, or remove it",
+            )
+            yield Conflict(("reader", "shuffle_buffer"), fault)
+
+    def _against_streams(self) -> Iterator[Conflict]:
+        """What needs samples that can be read by number."""
+        reasons = {
+            "mix": (bool(self.mix), "sets mix in exact proportions by their samples' numbers"),
+            "clip_store": (
+                self.clip_store is not None,
+                "a store's embeddings lie by shard and place, which only an index tells",
+            ),
+            "drop_last": (
+                not self.drop_last,
+                "an epoch's last batch can't be filled with samples that have gone by",
+            ),
+            "shards": (
+                isinstance(self.shards, str) and self.shards.startswith("builtin:"),
+                "built-in samples are drawn, not read",
+            ),
+        }
+        for key, (given, reason) in reasons.items():
+            if given:
+                fault = Fault(
+                    f"data.{key} = {getattr(self, key)!r} does not go with data.reader = 'stream'",
+                    reason,
+                    f"set data.reader=indexed, or {'name shards' if key == 'shards' else f'remove data.{key}'}",
+                )
+                yield Conflict((key, "reader"), fault)
 
     @property
     def draws_shapes(self) -> bool:

@@ -7,8 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from glide_ds.data.loader import Source, build_source
+    from glide_ds.data.loader import Source
     from glide_ds.data.pictures.decode import DecodeOptions, decode
+    from glide_ds.data.streams.source import build_source
     from glide_ds.data.tally import Unusable
     from glide_ds.data.tars.shards import open_shards
 
@@ -18,7 +19,7 @@ _HOMES = {
     "DecodeOptions": "pictures.decode",
     "Source": "loader",
     "Unusable": "tally",
-    "build_source": "loader",
+    "build_source": "streams.source",
     "decode": "pictures.decode",
     "open_shards": "tars.shards",
 }

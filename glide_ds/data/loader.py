@@ -42,7 +42,7 @@ ENOUGH_TO_JUDGE = 200  # samples read before data.max_bad_fraction can stop a ru
 PREFETCH = 4  # micro-batches each worker prepares ahead
 
 # What a per-sample random number is for; part of its hash, so the draws are independent.
-_SUBSTITUTE, _CAPTION, _FLIP, _DROP, _PICTURE = range(5)
+SUBSTITUTE_DRAW, CAPTION_DRAW, FLIP_DRAW, DROP_DRAW, PICTURE_DRAW = range(5)
 
 
 class Made(NamedTuple):
@@ -131,8 +131,8 @@ class MicroBatches(Dataset[Made]):
         images = np.empty((len(slots), size, size, 3), np.uint8)
         ids = drawn.ids.copy()
         captions, hashes, for_clip = [], [], []
-        dice = uniform(_CAPTION, layout.seed, drawn.epochs, drawn.ids).tolist()
-        pictured = uniform(_PICTURE, layout.seed, drawn.epochs, drawn.ids) < layout.image_share
+        dice = uniform(CAPTION_DRAW, layout.seed, drawn.epochs, drawn.ids).tolist()
+        pictured = uniform(PICTURE_DRAW, layout.seed, drawn.epochs, drawn.ids) < layout.image_share
         wishes = zip(drawn.ids.tolist(), drawn.epochs.tolist(), dice, pictured.tolist(), strict=True)
         for row, (wanted, epoch, die, shown) in enumerate(wishes):
             ids[row], sample = self._usable(wanted, epoch, die, shown, tally)
@@ -142,7 +142,7 @@ class MicroBatches(Dataset[Made]):
             if sample.clip_pixels is not None:
                 for_clip.append(sample.clip_pixels)
         tally.delivered = len(slots)
-        batch = self._batch(ids, slots, drawn.epochs, images, tuple(captions))
+        batch = assemble(self.config, layout, ids, slots, drawn.epochs, images, tuple(captions))
         if self.clip:
             batch = replace(batch, clip=torch.from_numpy(self.clip.rows(ids, hashes, pictured)))
         if layout.image_share:
@@ -174,8 +174,8 @@ class MicroBatches(Dataset[Made]):
                 tally.tolerated.update(sample.notes)
                 return candidate, sample
             first, count = self.samples.span(wanted)
-            candidate = first + int(mix(_SUBSTITUTE, seed, epoch, wanted, attempt)[0] % np.uint64(count))
-            die = float(uniform(_CAPTION, seed, epoch, candidate)[0])
+            candidate = first + int(mix(SUBSTITUTE_DRAW, seed, epoch, wanted, attempt)[0] % np.uint64(count))
+            die = float(uniform(CAPTION_DRAW, seed, epoch, candidate)[0])
         examples = "; ".join(names[0] for names in tally.examples.values()) or "none"
         raise DataError(
             f"no usable sample in {SUBSTITUTES} tried in place of sample {wanted}: {tally.describe()}; for example "
@@ -184,32 +184,35 @@ class MicroBatches(Dataset[Made]):
             "mend the data, loosen data.filter, or check that data.shards names image-caption shards",
         )
 
-    def _batch(
-        self,
-        ids: np.ndarray[Any, np.dtype[np.int64]],
-        slots: np.ndarray[Any, np.dtype[np.int64]],
-        epochs: np.ndarray[Any, np.dtype[np.int64]],
-        images: Pixels,
-        captions: tuple[str, ...],
-    ) -> Batch:
-        config, seed = self.config, self.layout.seed
-        mirrored = uniform(_FLIP, seed, epochs, ids) < config.flip
-        images[mirrored] = images[mirrored][:, :, ::-1]
-        dice = uniform(_DROP, seed, epochs, ids)
-        drop_both = dice < config.drop_both
-        emptied = dice < config.drop_both + config.drop_caption
-        texts = ["" if empty else text for text, empty in zip(captions, emptied, strict=True)]
-        tokens, mask = tokenizer.encode(texts, self.layout.context_length)
-        return Batch(
-            sample_ids=torch.from_numpy(ids),
-            slots=torch.from_numpy(slots),
-            images=torch.from_numpy(images),
-            tokens=tokens,
-            mask=mask,
-            drop_clip=torch.from_numpy(drop_both),
-            captions=captions,
-            low_res=torch.from_numpy(_low_res(images)) if self.layout.low_res else None,
-        )
+
+def assemble(
+    config: DataConfig,
+    layout: Layout,
+    ids: np.ndarray[Any, np.dtype[np.int64]],
+    slots: np.ndarray[Any, np.dtype[np.int64]],
+    epochs: np.ndarray[Any, np.dtype[np.int64]],
+    images: Pixels,
+    captions: tuple[str, ...],
+) -> Batch:
+    """A batch of decoded samples: mirrored, captions dropped and encoded, by draws of their ids and epochs."""
+    seed = layout.seed
+    mirrored = uniform(FLIP_DRAW, seed, epochs, ids) < config.flip
+    images[mirrored] = images[mirrored][:, :, ::-1]
+    dice = uniform(DROP_DRAW, seed, epochs, ids)
+    drop_both = dice < config.drop_both
+    emptied = dice < config.drop_both + config.drop_caption
+    texts = ["" if empty else text for text, empty in zip(captions, emptied, strict=True)]
+    tokens, mask = tokenizer.encode(texts, layout.context_length)
+    return Batch(
+        sample_ids=torch.from_numpy(ids),
+        slots=torch.from_numpy(slots),
+        images=torch.from_numpy(images),
+        tokens=tokens,
+        mask=mask,
+        drop_clip=torch.from_numpy(drop_both),
+        captions=captions,
+        low_res=torch.from_numpy(_low_res(images)) if layout.low_res else None,
+    )
 
 
 def _low_res(images: Pixels) -> Pixels:
@@ -249,6 +252,7 @@ class Source:
         if clip:
             clip.keep_open(in_turn)
         self._tally = Tally()
+        self.began: tuple[int, int] | None = None  # of a stream: the epoch being read, and its first step
 
     @property
     def fingerprint(self) -> str:
@@ -256,7 +260,8 @@ class Source:
         return self.samples.fingerprint
 
     @property
-    def batches_per_epoch(self) -> int:
+    def batches_per_epoch(self) -> int | None:
+        """None where nobody knows before it is read."""
         return self.order.batches_per_epoch
 
     def facts(self) -> dict[str, Any]:
@@ -291,10 +296,7 @@ class Source:
             generator=torch.Generator(),  # else starting workers would draw from the run's own generator
         )
         for made in loader:
-            self._tally.add(made.tally)
-            if made.error is not None:
-                raise made.error
-            self._check_bad_fraction()
+            self._count(made)
             yield receiver.unpack(made.batch) if isinstance(made.batch, Packed) else made.batch
 
     def one(self, number: int) -> Batch:
@@ -309,7 +311,11 @@ class Source:
         """What this rank's delivered batches read, skipped by cause with examples, tolerated and replaced."""
         return self._tally.to_dict()
 
-    def _check_bad_fraction(self) -> None:
+    def _count(self, made: Made) -> None:
+        """Raises what a worker could not, and DataError where too many samples are unusable."""
+        self._tally.add(made.tally)
+        if made.error is not None:
+            raise made.error
         tally = self._tally
         if tally.read < ENOUGH_TO_JUDGE or tally.bad <= self.config.max_bad_fraction * tally.read:
             return

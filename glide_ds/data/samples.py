@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import add
 from typing import Any, NamedTuple, Protocol
@@ -66,6 +66,20 @@ class SampleSet(Protocol):
     def name(self, sample: int) -> str: ...
 
 
+def decoded(
+    members: Mapping[str, bytes],
+    caption: str,
+    notes: tuple[str, ...],
+    options: DecodeOptions,
+    clip_side: int | None,
+) -> Sample:
+    """A sample of its members and the caption read from them. Raises Unusable where its picture can't be used."""
+    pixels, *for_clip = decode_at(
+        image_member(members), options, options.size, *([clip_side] if clip_side else [])
+    )
+    return Sample(pixels, caption, notes, 0, *for_clip)
+
+
 class ShardSamples:
     """Samples of tar shards."""
 
@@ -98,12 +112,11 @@ class ShardSamples:
             if not self._unread[part] or error.cause not in IN_THE_RECORD:
                 raise
             caption, notes = read_caption(self.shards.read(sample), draw)
-        picture, hashed = image_member(members), 0
+        clip_side = self.clip_side if pictured else None
+        made = decoded(members, caption, notes, self.options, clip_side)
         if self.hashed:
-            hashed = picture_hash(picture) if pictured else text_hash(caption)
-        sides = [self.options.size, *([self.clip_side] if pictured and self.clip_side else [])]
-        pixels, *for_clip = decode_at(picture, self.options, *sides)
-        return Sample(pixels, caption, notes, hashed, *for_clip)
+            made = made._replace(hash=picture_hash(image_member(members)) if pictured else text_hash(caption))
+        return made
 
     def hash(self, sample: int, *, pictured: bool) -> int:
         """Of what a CLIP store has the embedding of. Raises Unusable, and GlideError where the set can't be read."""
@@ -173,5 +186,8 @@ def open_samples(config: DataConfig, image_size: int, peers: Peers | None = None
         )
         for part in config.mix_parts
     ]
-    options = DecodeOptions(image_size, config.crop, config.trim, config.min_side, config.max_pixels)
-    return ShardSamples(parts, options)
+    return ShardSamples(parts, decode_options(config, image_size))
+
+
+def decode_options(config: DataConfig, image_size: int) -> DecodeOptions:
+    return DecodeOptions(image_size, config.crop, config.trim, config.min_side, config.max_pixels)

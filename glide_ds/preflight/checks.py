@@ -23,8 +23,10 @@ from glide_ds.config import Config, DataConfig, cache_dir, is_built_in
 from glide_ds.data.clip_notes import encoders
 from glide_ds.data.clip_store import Embeddings
 from glide_ds.data.filters import Filtered
+from glide_ds.data.loader import Layout
 from glide_ds.data.pictures.decode import Cropping
 from glide_ds.data.samples import SampleSet, ShardSamples, open_samples
+from glide_ds.data.streams.reading import Reading, stream_plan, stream_urls
 from glide_ds.data.tally import Tally, Unusable
 from glide_ds.data.tars.catalog import Entry, by_threads, look
 from glide_ds.data.tars.index import open_index
@@ -52,7 +54,7 @@ from glide_ds.training.speed.memory import (
     snapshot_bytes,
 )
 from glide_ds.training.speed.meta import meta_model
-from glide_ds.types import GlideConfig
+from glide_ds.types import Batch, GlideConfig
 
 PROBE_BYTES = 32 * 2**20
 WORTHLESS = 0.9  # a larger share of samples that the filter drops is a mistake in the filter
@@ -187,20 +189,21 @@ def _memory_per_rank(site: Site) -> float:
 def shards(site: Site) -> Finding:
     """Every shard is there, whole, and as it was when its index was made; indexes that are missing are made."""
     faults: list[Fault] = []
-    count = samples = 0
+    count = samples = streams = 0
     for data, patterns in _data_sets(site):
         if is_built_in(patterns):
+            continue
+        if data.reader == "stream":
+            streams += len(stream_urls(patterns))
             continue
         urls, errors = existing(patterns)  # one missing shard does not hide what ails the others
         faults += (fault for lost in errors for fault in faults_of(lost))
         count += len(urls)
         found, more = _shards_of(urls, data, site) if urls else (0, [])
         samples, faults = samples + found, faults + more
-    text = (
-        f"{count:,} shards whole, {samples:,} samples"
-        if count
-        else f"{site.config.data.shards}: drawn on the fly"
-    )
+    texts = [f"{count:,} shards whole, {samples:,} samples"] if count else []
+    texts += [f"{streams:,} streams, whose ends show when they are read"] if streams else []
+    text = "; ".join(texts) or f"{site.config.data.shards}: drawn on the fly"
     return Finding(text, tuple(faults))
 
 
@@ -257,6 +260,11 @@ def samples(site: Site) -> Finding:
     datas: list[DataConfig] = []
     datas += (config.data for config in site.configs if config.data not in datas)
     for data in datas:
+        if data.reader == "stream":
+            text, more = _read(data, site)
+            texts.append(text)
+            faults += more
+            continue
         try:
             opened = open_samples(data, site.config.model.architecture.image_size)
         except GlideError:
@@ -283,7 +291,24 @@ def _decode(opened: SampleSet, data: DataConfig, site: Site) -> tuple[str, list[
         else:
             tally.delivered += 1
             example = example or sample.caption
-    each = (time.monotonic() - started) / tally.read * 1000
+    return _verdict(tally, example, time.monotonic() - started, data)
+
+
+def _read(data: DataConfig, site: Site) -> tuple[str, list[Fault]]:
+    """The first samples of the first stream, as the loader will read them."""
+    started, count = time.monotonic(), max(1, site.samples)
+    layout = Layout(site.config.model.architecture.image_size, 1, count, count, 0, 1, 0)
+    plan = stream_plan(data.changed("data", shuffle=False), layout)
+    made = next(iter(Reading(plan, 0)))
+    if made.error:
+        return "the streams can't be read", [*faults_of(made.error)]
+    example = made.batch.captions[0] if isinstance(made.batch, Batch) else ""
+    made.tally.delivered = len(made.batch) if isinstance(made.batch, Batch) else 0
+    return _verdict(made.tally, example, time.monotonic() - started, data)
+
+
+def _verdict(tally: Tally, example: str, seconds: float, data: DataConfig) -> tuple[str, list[Fault]]:
+    each = seconds / max(1, tally.read) * 1000
     text = (
         f"{tally.delivered} of {tally.read} usable, {tally.filtered.total()} filtered, {tally.bad} broken, "
         f"{each:.1f} ms each; {example[:40]!r}"

@@ -99,6 +99,7 @@ def save(run: PhaseRun, done: int, first_offset: float) -> None:
         "first_gate_offset": first_offset,
         "samples_seen": done * run.arithmetic.global_batch,
         "data_fingerprint": run.source.fingerprint,
+        "data_epoch": run.source.began,
         "stability": run.guard.facts(),
         **run.validation.facts(),
         "engine": stored.facts(run.engine),

@@ -39,8 +39,7 @@ def block(
     counts = count_by_role(model.named_parameters())
     roles = trained_roles(config)
     train = config.train
-    epochs = train.steps / data["batches_per_epoch"]
-    doubled = f" ({data['duplicate_keys']:,} under a key used before)" if data["duplicate_keys"] else ""
+    epochs, held = _epochs(train.steps, data)
     rows = [
         ("run", f"{config.run.dir}, phase folder {folder_of(config, train.phase).name}: {start.describe()}"),
         (
@@ -55,14 +54,10 @@ def block(
             if glide.clip_dim
             else "off",
         ),
-        (
-            "data",
-            f"{_sets(config)}: {data['samples']:,} samples{doubled}, {data['batches_per_epoch']:,} batches per "
-            "epoch",
-        ),
+        ("data", f"{_sets(config)}: {held}"),
         ("device", describe_device(config)),
         ("batch", describe_batch(config, arithmetic)),
-        ("steps", f"{describe_steps(config, start)} ({epochs:.2f} epochs), {describe_rates(config)}"),
+        ("steps", f"{describe_steps(config, start)} ({epochs}), {describe_rates(config)}"),
         ("memory", describe_memory(model, config, arithmetic)),
         *([("again", chosen.describe())] if chosen else []),
     ]
@@ -80,6 +75,17 @@ def block(
     for text in (*damaged, *describe_curve(config, start), *((warning,) if warning else ())):
         lines += textwrap.wrap(text, WIDTH, initial_indent="!!      ", subsequent_indent="!!      ")
     return masked("\n".join([*lines, "─" * WIDTH]))
+
+
+def _epochs(steps: int, data: Mapping[str, Any]) -> tuple[str, str]:
+    """(how many epochs the steps are, what an epoch is), by the source's facts."""
+    if data["samples"] is None:
+        return "how many epochs shows as they are read", f"{data['shards']:,} streams, each read once an epoch"
+    doubled = f" ({data['duplicate_keys']:,} under a key used before)" if data["duplicate_keys"] else ""
+    return (
+        f"{steps / data['batches_per_epoch']:.2f} epochs",
+        f"{data['samples']:,} samples{doubled}, {data['batches_per_epoch']:,} batches per epoch",
+    )
 
 
 def describe_device(config: Config) -> str:

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glide_ds.config import Config
-from glide_ds.data.loader import build_source
 from glide_ds.data.pictures.decode import Cropping
 from glide_ds.data.samples import SampleSet
+from glide_ds.data.streams.source import build_source
 from glide_ds.diffusion.pixels import to_signed
 from glide_ds.inference.draw import Row, draw
 from glide_ds.inference.prompts import read_picture

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from glide_ds.config import BatchArithmetic, Config
-from glide_ds.data.loader import Source, build_source
+from glide_ds.data.loader import Source
+from glide_ds.data.streams.source import StreamSource, build_source
 from glide_ds.data.tars.peers import Peers
 from glide_ds.diffusion import Diffusion, create_diffusion
 from glide_ds.errors import ConfigError, DataError, GlideError
@@ -107,6 +108,8 @@ def phase_run(
         if resumed := ground.start.resumed:
             agreed(lambda: _check_data(resumed, ground.source))
             load_engine(engine, resumed)
+            if begun := resumed.manifest.get("data_epoch"):
+                ground.source.began = (begun[0], begun[1])
         agreed(lambda: capture(model, config, arithmetic, device))
         if dist.get_rank() == 0:
             record(recorded, ground.start)
@@ -219,7 +222,9 @@ def assemble(
         ema=ema,
         traffic=traffic,
         readings=readings,
-        sampler=Sampler(config, clip, **measured, opened=source.samples),
+        sampler=Sampler(
+            config, clip, **measured, opened=None if isinstance(source, StreamSource) else source.samples
+        ),
     )
 
 

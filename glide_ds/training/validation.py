@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from glide_ds.config import Config
+from glide_ds.config import Config, DataConfig
 from glide_ds.data.loader import Source, build_source
 from glide_ds.data.samples import SHAPES_HELD_OUT
 from glide_ds.data.tars.peers import Peers
@@ -182,7 +182,14 @@ def open_held_out(
     Raises DataError, ConfigError.
     """
     architecture, samples = config.model.architecture, config.validation.samples
-    plain = {"flip": 0.0, "drop_caption": 0.0, "drop_both": 0.0, "shuffle": False, "clip_store": None}
+    plain: dict[str, Any] = {
+        "flip": 0.0,
+        "drop_caption": 0.0,
+        "drop_both": 0.0,
+        "shuffle": False,
+        "clip_store": None,
+    }
+    plain |= {"reader": "indexed", "shuffle_buffer": DataConfig().shuffle_buffer}
     data = config.data.changed("data", shards=shards, mix={}, workers=0, drop_last=False, **plain)
     source = build_source(
         data,

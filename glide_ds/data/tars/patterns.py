@@ -76,7 +76,7 @@ def _parts(pattern: str) -> list[str]:
         raise DataError(
             f"data.shards names a command: {pattern.split()[0]} …",
             "what it writes can't be read by place, which this reader needs for an exact order",
-            "write its output to files, or give the store's URL: s3://, gs://, hf://, https://",
+            "set data.reader=stream, or give the store's URL: s3://, gs://, hf://, https://",
         )
     if re.match(r"\w+::", pattern):
         raise DataError(

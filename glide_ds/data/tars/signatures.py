@@ -47,7 +47,7 @@ def check_is_tar(url: str, start: bytes) -> None:
             raise DataError(
                 f"shard {url} is {name}-compressed",
                 "no sample can be read alone",
-                f"unpack it first: {remedy} < {url} > plain.tar",
+                f"set data.reader=stream, or unpack it first: {remedy} < {url} > plain.tar",
             )
     kind = next((kind for mark, kind in ARCHIVES.items() if start.startswith(mark)), "")
     if kind:

@@ -278,6 +278,13 @@ class RemoteFiles:
     def read_all(self, url: str) -> bytes:
         return _retry(url, lambda: bytes(self._system(url).cat_file(url)))
 
+    def stream(self, url: str) -> Any:
+        """A file to be read from its beginning, once. Raises what its backend raises."""
+        whole = (
+            {"block_size": 0} if url.startswith(("http://", "https://", "hf://")) else {}
+        )  # no ranges asked for
+        return _retry(url, lambda: self._system(url).open(url, "rb", **whole))
+
     def list(self, url: str) -> list[str]:
         """The files that a pattern with `*`, `?` or `[]` names, or the tars below a folder. Raises OSError."""
         system = self._system(url)

@@ -1,0 +1,1 @@
+"""Batches from shards that are read from beginning to end."""
