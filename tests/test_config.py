@@ -222,6 +222,7 @@ def test_a_choice_names_its_options(tmp_path: Path, name: str, value: str):
         ("train.gate_warmup", -1),
         ("train.kl_weight", -1),
         ("train.kl_every", 0),
+        ("train.align_weight", -1),
         ("checkpoint.every", 0),
         ("checkpoint.keep", -1),
         ("stability.spike_factor", -1),

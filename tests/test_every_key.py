@@ -177,6 +177,7 @@ TABLE = [
     ),
     *rows(see.losses, {"train.vb_weight": 1.0}, {"train.loss": "hybrid"}),
     *rows(see.losses, {"train.kl_every": 2}, {"train.kl_weight": 1.0}),
+    *rows(see.losses, {"train.align_weight": 1.0}, {"data.drop_caption": 0.9}),
     *rows(
         see.trained,
         {

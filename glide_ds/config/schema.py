@@ -377,6 +377,11 @@ class TrainConfig(Section):
     gate_warmup: int = fixed(0, "steps over which gate_offset is reached; 0 sets it at once", ge=0)
     kl_weight: float = fixed(0.0, "of the Gaussian KL to the pass without CLIP; 0: no such pass", ge=0)
     kl_every: int = fixed(100, "steps between two KL terms", ge=1)
+    align_weight: float = fixed(
+        0.0,
+        "of the distance of CLIP's vector to what an emptied caption would have added to the timestep",
+        ge=0,
+    )
     recompute: Recompute = free(
         "auto",
         "what the backward pass computes again instead of keeping it: none of it, attention, blocks (all of them), "

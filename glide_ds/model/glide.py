@@ -113,6 +113,10 @@ class Glide(UNet):
         h = self.final_ln(self.transformer(h))
         return TextEncoding(pooled=self.transformer_proj(h[:, -1]), tokens=h)
 
+    def clip_addition(self, clip_embedding: Tensor, clip_drop: Tensor | None, pooled: Tensor) -> Tensor:
+        """What CLIP adds to the timestep embedding [B, E] beside a pooled caption [B, E]; inputs as in forward."""
+        return self.clip_vector(self._read_clip(clip_embedding, clip_drop), pooled, self.clip_gate_offset)
+
     def blocks(self) -> dict[str, Block]:
         """Residual, attention and transformer blocks by name."""
         return {name: module for name, module in self.named_modules() if isinstance(module, Block)}

@@ -30,6 +30,8 @@ SUMS = {
     "vb": 1,
     "kl": 1,
     "kl_terms": 1,
+    "alignment": 1,
+    "alignment_terms": 1,
 }
 
 
@@ -53,8 +55,8 @@ class Meter:
             "mse_by_quartile": none.index_add(0, quartile, mse),
             "samples_by_quartile": none.index_add(0, quartile, torch.ones_like(mse)),
             "vb": losses.vb.double().sum().view(1),
-            "kl": torch.zeros_like(mse[:1]) if losses.kl is None else losses.kl.double().view(1),
-            "kl_terms": torch.full_like(mse[:1], float(losses.kl is not None)),
+            **_term("kl", losses.kl, mse),
+            **_term("alignment", losses.alignment, mse),
         }
         self.sums += torch.cat([parts[name] for name in SUMS])
 
@@ -70,13 +72,23 @@ class Meter:
         dist.all_reduce(self.sums)
         sums = {name: part.tolist() for name, part in _named(self.sums.cpu()).items()}
         (mse,), (samples,), (vb,) = sums["mse"], sums["samples"], sums["vb"]
-        (kl,), (kl_terms,) = sums["kl"], sums["kl_terms"]
         quartiles = zip(sums["mse_by_quartile"], sums["samples_by_quartile"], strict=True)
         read: dict[str, Any] = {"loss": mse / samples, "vb": vb / samples}
         read["loss_by_quartile"] = {f"q{i}": total / n for i, (total, n) in enumerate(quartiles, 1) if n}
-        if kl_terms:
-            read["kl"] = kl / kl_terms
+        for name in ("kl", "alignment"):
+            (total,), (terms,) = sums[name], sums[f"{name}_terms"]
+            if terms:
+                read[name] = total / terms
         return read
+
+
+def _term(name: str, value: Tensor | None, like: Tensor) -> dict[str, Tensor]:
+    """A term that not every step has, and whether this one had it."""
+    zero = torch.zeros_like(like[:1])
+    return {
+        name: zero if value is None else value.double().view(1),
+        f"{name}_terms": zero + (value is not None),
+    }
 
 
 def _named(sums: Tensor) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from glide_ds.diffusion import Diffusion
 from glide_ds.diffusion.losses import reverse_kl
 from glide_ds.diffusion.pixels import to_signed
 from glide_ds.model.clip import FrozenClip
+from glide_ds.tokenizer import encode
 from glide_ds.training.phases import hash64, phase_seed
 from glide_ds.types import Batch, send
 
@@ -39,6 +40,7 @@ class Losses(NamedTuple):
     vb: Tensor  # [B], bits per dimension
     kl: Tensor | None  # scalar, where this step has the KL term
     timesteps: Tensor  # int64 [B]
+    alignment: Tensor | None = None  # scalar, where train.align_weight asks for it
 
 
 def draw(
@@ -85,7 +87,7 @@ class Objective:
     Hybrid: L = mse + w·vb (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 16, w in `train.vb_weight`
     times T). KL: between the reverse-process Gaussians with CLIP on and off, the latter without
     gradient and with the same dropout masks, averaged per element, 0 for samples whose caption is emptied: it
-    keeps the pretrained model's behaviour (diffusion/losses.py).
+    keeps the pretrained model's behaviour (diffusion/losses.py). Alignment: see `alignment`.
     """
 
     def __init__(self, config: Config, diffusion: Diffusion, engine: Any, clip: FrozenClip | None) -> None:
@@ -131,6 +133,10 @@ class Objective:
             # Without a caption the pass without CLIP knows nothing: to stay close to it would be to unlearn CLIP.
             kl = (kl * batch.mask.any(1)).mean()
             total = total + train.kl_weight * kl
+        alignment = None
+        if self.clip is not None and train.align_weight > 0:
+            alignment = self.alignment(batch, clip["clip_embedding"], clip["clip_drop"])
+            total = total + train.align_weight * alignment
         # A GPU is busy with the forward pass now; at the start of a step it would have to wait.
         self.ahead[slots] = step + 1, self._draw(step + 1, slots, batch)
         return Losses(
@@ -139,7 +145,28 @@ class Objective:
             losses["vb"].detach(),
             None if kl is None else kl.detach(),
             draws.timesteps,
+            None if alignment is None else alignment.detach(),
         )
+
+    def alignment(self, batch: Batch, embedding: Tensor, drop: Tensor) -> Tensor:
+        """How far CLIP's addition to the timestep embedding is from what the caption's dropout took away: scalar.
+
+        GLIDE adds its pooled caption there. Where the caption is emptied, CLIP is to add the difference to the
+        pooled empty one; where it is kept, nothing. Relative to the square of that difference, sample by sample,
+        and 0 for samples whose CLIP is dropped. The eps-MSE alone finds the same through the whole UNet and the
+        noise, in several times the steps (docs/clip.md). Captions count as targets only: no gradient reaches the
+        text transformer.
+        """
+        model = self.engine.module
+        tokens, mask = encode([*batch.captions, ""], batch.tokens.shape[1])
+        with torch.no_grad(), model.plain():
+            pooled = model.encode_text(send(tokens, batch.tokens.device), send(mask, batch.mask.device)).pooled
+        full, empty = pooled[:-1], pooled[-1:]
+        given = torch.where(batch.mask.any(1, keepdim=True), full, empty)
+        added = model.clip_addition(embedding, drop, given).float()
+        scale = (full - empty).float().square().mean(1)
+        distance = (added - (full - given).float()).square().mean(1)
+        return (distance / torch.where(scale > 0, scale, 1.0) * ~drop).mean()
 
     def _drawn(self, step: int, slots: tuple[int, ...], batch: Batch) -> Draws:
         made_for, draws = self.ahead.pop(slots, (None, None))

@@ -216,9 +216,12 @@ def test_the_kl_is_to_the_clip_off_pass_which_gets_no_gradient(tmp_path: Path):
     assert not torch.isclose(*gradients)
 
 
-def dropping(folder: Path, phase: str = "adapter_only", **train: Any) -> tuple[Objective, Glide]:
+def dropping(
+    folder: Path, phase: str = "adapter_only", clip_drop: float = 0.1, **train: Any
+) -> tuple[Objective, Glide]:
     """The objective over a real model with the published dropout, KL at every second step; its adapter adds nothing."""
     sections: dict[str, Any] = {"train": {"kl_weight": 1.0, "kl_every": 2, **train}}
+    sections["clip"] = {**DOCUMENT["glide_ds"]["clip"], "drop": clip_drop}
     model_config = {"architecture": {**ARCHITECTURE, "dropout": 0.1}}
     config = make_config(folder, phase, model={**DOCUMENT["glide_ds"]["model"], **model_config}, **sections)
     torch.manual_seed(0)
@@ -242,6 +245,39 @@ def test_a_sample_without_its_caption_has_no_kl(tmp_path: Path):
     assert some is not None
     assert 0 < some < every
     assert made(replace(whole, mask=torch.zeros_like(whole.mask)), 0).kl == 0
+
+
+def test_the_alignment_asks_clip_for_what_the_caption_does_not_say(tmp_path: Path):
+    made, model = dropping(tmp_path, kl_weight=0.0, align_weight=0.5, clip_drop=0.0)
+    model.clip_gate_offset.fill_(20.0)
+    empty_tokens, empty_mask = encode([""] * B, 12)
+    emptied = torch.tensor([True, True, False, False])
+    whole = batch()
+    part = replace(
+        whole,
+        tokens=torch.where(emptied[:, None], empty_tokens, whole.tokens),
+        mask=torch.where(emptied[:, None], empty_mask, whole.mask),
+    )
+    # A fresh vector says nothing: right where the caption is kept, all of it missing where it is emptied.
+    losses = made(part, 0)
+    torch.testing.assert_close(losses.alignment, torch.tensor(0.5))
+    torch.testing.assert_close(losses.total, losses.mse.mean() + 0.5 * losses.alignment)
+    no_clip = replace(part, drop_clip=torch.tensor([True, False, False, True]))
+    torch.testing.assert_close(made(no_clip, 0).alignment, torch.tensor(0.25))
+    assert made(replace(part, captions=("",) * B), 0).alignment == 0
+
+    with torch.no_grad():
+        full = model.encode_text(whole.tokens, whole.mask).pooled
+        model.clip_vector.out.bias.copy_((full - model.encode_text(empty_tokens, empty_mask).pooled)[0])
+    said = made(replace(part, drop_clip=~torch.tensor([True, False, False, False])), 0).alignment
+    assert said < 1e-4  # exactly what the first caption would have said
+
+    model.zero_grad()
+    embedding = made.embed(part)
+    made.alignment(part, embedding, part.drop_clip).backward()
+    taught = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert taught
+    assert all(name.startswith("clip_vector.") for name in taught)
 
 
 @pytest.mark.parametrize("dial", ["none", "blocks"])
@@ -367,4 +403,8 @@ def test_the_meter_means_over_micro_batches_and_quartiles(group: torch.device):
     assert read["loss_by_quartile"] == {"q1": 1.5, "q2": 3.0, "q4": 6.0}  # none fell into the third
     none = Meter(1000, "cpu")
     none.add(losses([1.0], [500]))
-    assert "kl" not in none.read()
+    assert not {"kl", "alignment"} & none.read().keys()
+    aligned = Meter(1000, "cpu")
+    for value in (1.0, 3.0):
+        aligned.add(losses([1.0], [500])._replace(alignment=torch.tensor(value)))
+    assert aligned.read()["alignment"] == 2.0
