@@ -41,9 +41,9 @@ VB_WEIGHT = 0.001  # times T, as Improved DDPM's hybrid loss
 MAX_WEIGHT = 50.0
 
 
-def rate(step: int, steps: int) -> float:
+def rate(step: int, steps: int, peak: float) -> float:
     """Warm-up, constant, linear cool-down."""
-    return RATE * min(1.0, (step + 1) / WARMUP, (steps - step) / (COOLDOWN * steps))
+    return peak * min(1.0, (step + 1) / WARMUP, (steps - step) / (COOLDOWN * steps))
 
 
 def draw_batch(step: int, size: int, context: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,7 +96,7 @@ def grade(model: Glide, count: int, respacing: str, first: int = shapes.HELD_OUT
 class Training:
     """The model, its running mean and the optimizer, which a stopped run goes on with."""
 
-    def __init__(self, init: Path | None) -> None:
+    def __init__(self, init: Path | None, peak: float = RATE, first: int = 0) -> None:
         torch.manual_seed(0)
         self.model = create_model(PRESETS["tiny"]()).to(memory_format=torch.channels_last)
         with torch.no_grad():
@@ -108,7 +108,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True
         )
-        self.done = 0
+        self.done, self.peak, self.first = 0, peak, first
 
     def load(self, path: Path) -> None:
         state = torch.load(path, weights_only=True)
@@ -126,8 +126,8 @@ class Training:
         """One update of `steps`; returns its loss."""
         config = self.model.config
         for group in self.optimizer.param_groups:
-            group["lr"] = rate(self.done, steps)
-        loss = loss_of(run, diffusion, self.done, config.image_size, config.text_ctx)
+            group["lr"] = rate(self.done, steps, self.peak)
+        loss = loss_of(run, diffusion, self.first + self.done, config.image_size, config.text_ctx)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -147,10 +147,14 @@ def main() -> None:
     parser.add_argument(
         "--init", type=user_path, help="a weight file; tensors that fit by name and shape are taken over"
     )
+    parser.add_argument("--rate", type=float, default=RATE, help="the highest learning rate")
+    parser.add_argument(
+        "--first", type=int, default=0, help="the batch to begin with: how many --init has seen"
+    )
     parser.add_argument("--compile", action="store_true", help="1.5 times as fast; needs g++")
     args = parser.parse_args()
 
-    training = Training(args.init)
+    training = Training(args.init, args.rate, args.first)
     if args.state.exists():
         training.load(args.state)
     diffusion = create_diffusion("squaredcos_cap_v2")
