@@ -355,11 +355,25 @@ def test_weights_of_a_kind_that_would_load_wrong_are_refused_by_name(
     assert f"{name} {says}" in refusal(tiny_model(), path)
 
 
-def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
+@pytest.mark.parametrize("numbers", [[torch.nan], [-torch.inf], [torch.inf, -torch.inf]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_numbers_that_are_not_finite(tmp_path: Path, numbers: list[float], dtype: torch.dtype) -> None:
     state = tiny_model().state_dict()
-    state["out.2.bias"] = torch.full_like(state["out.2.bias"], torch.nan)
-    write_state(tmp_path / "x.pt", state)
+    bias = torch.zeros_like(state["out.2.bias"])
+    bias[: len(numbers)] = torch.tensor(numbers)
+    torch.save(state | {"out.2.bias": bias.to(dtype)}, tmp_path / "x.pt")
     assert "not finite (first in out.2.bias)" in refusal(tiny_model(), tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_numbers_whose_sum_overflows_are_finite(tmp_path: Path, dtype: torch.dtype) -> None:
+    state = tiny_model().state_dict()
+    bias = torch.full_like(state["out.2.bias"], torch.finfo(dtype).max).to(dtype)
+    assert not bias.sum().isfinite()
+    torch.save(state | {"out.2.bias": bias}, tmp_path / "x.pt")
+    model = tiny_model()
+    load_weights(model, tmp_path / "x.pt")
+    assert torch.equal(model.state_dict()["out.2.bias"], bias.float())
 
 
 def test_sources_that_do_not_exist(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
