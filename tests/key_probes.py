@@ -64,6 +64,9 @@ def make_material(folder: Path) -> None:
     write_shard(folder / "bad.tar", [*(_sample(n) for n in range(SAMPLES)), half])
     write_shard(folder / "cut.tar", [_sample(n) for n in range(SAMPLES)])
     os.truncate(folder / "cut.tar", (folder / "cut.tar").stat().st_size // 2)
+    for name in "ab":
+        lines = (json_bytes(key=f"{n:06d}", caption=f"{name} {n}") for n in range(SAMPLES))
+        (folder / f"side-{name}.jsonl").write_bytes(b"\n".join(lines))
     _store(folder / "embeddings", str(folder / "plain.tar"))
     torch.manual_seed(1)  # others than a random start has
     write_state(folder / "start.pt", create_model(GlideConfig(**ARCHITECTURE)).state_dict())  # type: ignore[arg-type]

@@ -468,6 +468,7 @@ LEAST: dict[str, Any] = {
 }
 # Another valid value of a key, where it does not follow from the default; and what it needs beside it.
 OTHERS: dict[str, Any] = {
+    "data.captions": {"txt": 2.0},
     "train_batch_size": 6,
     "optimizer.type": "AdamW8bit",
     "optimizer.params.lr": 0.5,
@@ -501,6 +502,8 @@ OTHERS: dict[str, Any] = {
 }
 BESIDE = {
     "data.reader": ("data.shards=x.tar",),
+    "data.captions": ("data.shards=x.tar",),
+    "data.caption_file": ("data.shards=x.tar", 'data.captions={"file.caption": 1}'),
     "data.shuffle_buffer": ("data.reader=stream", "data.shards=x.tar"),
     "train.scope": ("train.phase=base",),
     "train.activation_gb": ("train.recompute=budget",),

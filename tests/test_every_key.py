@@ -28,6 +28,7 @@ SMALL = {f"model.architecture.{name}": value for name, value in ARCHITECTURE.ite
 BASE_PHASE = {"train.phase": "base"}
 NOTHING_ELSE: Values = {}
 TAR = {"data.shards": "plain.tar"}
+SIDE = {**TAR, "data.captions": {"file.caption": 1.0}, "data.caption_file": "side-a.jsonl"}
 TWO_SETS = {"data.mix.a.shards": "plain.tar", "data.mix.b.shards": "other.tar"}
 COSINE = {"train.steps": 10, "scheduler.params.warmup_num_steps": 3}
 REMOTE = {"data.shards": [f"{see.REMOTE}/plain.tar", f"{see.REMOTE}/other.tar"]}
@@ -90,6 +91,7 @@ TABLE = [
             "data.max_pixels": 100,
             "data.drop_last": False,
             "data.clip_store": "embeddings",
+            "data.captions": {"json.NSFW": 1.0},
             **{f"data.filter.{rule}": value for rule, value in FILTERS.items()},
         },
         TAR,
@@ -103,6 +105,7 @@ TABLE = [
         },
         TWO_SETS,
     ),
+    *rows(see.batches, {"data.caption_file": "side-b.jsonl"}, SIDE),
     *rows(see.batches, {"data.shapes_samples": 32}),
     *rows(see.batches, {"clip.image_share": 0.9}, {**TAR, "clip.source": "both"}),
     *rows(see.batches, {"data.reader": "stream"}, TAR),

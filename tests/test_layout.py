@@ -259,7 +259,7 @@ def write(root: Path, files: dict[str, str]) -> Path:
         ("types.py", "from glide_ds.config import Config"),
         ("errors.py", "from glide_ds.types import Batch"),
         ("types.py", "from . import config"),
-        ("tokenizer.py", "from glide_ds.data import captions"),
+        ("tokenizer.py", "from glide_ds.data.texts import captions"),
         ("diffusion/losses.py", "from glide_ds.training.loop import train"),
         ("inference/draw.py", "from glide_ds.training.loop import train"),
         ("commands/export.py", "from glide_ds.preflight.site import Site"),

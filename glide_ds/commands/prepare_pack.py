@@ -29,12 +29,12 @@ import numpy as np
 from PIL import Image
 
 from glide_ds.commands.prepare_index import index_one
-from glide_ds.data.captions import read_caption
 from glide_ds.data.intake import Intake, Pair, Passed, Row, Rows
 from glide_ds.data.pictures.decode import DecodeOptions, decode
 from glide_ds.data.tally import Cause, Unusable
 from glide_ds.data.tars.catalog import CATALOGS, Place, look
 from glide_ds.data.tars.storage import Storage
+from glide_ds.data.texts.captions import read_caption
 from glide_ds.data.workers import end_with
 from glide_ds.errors import DataError
 from glide_ds.files import replacing, user_path, write_file

@@ -234,6 +234,12 @@ class DataConfig(Section):
     max_bad_fraction: float = fixed(0.5, "a larger share of unusable samples stops the run", ge=0, le=1)
     mix: Mapping[str, MixConfig] = fixed({}, "instead of shards: several data sets, by names of your choice")
     filter: FilterConfig = fixed(FilterConfig(), "which samples are used, by their JSON records")
+    captions: Mapping[str, float] = fixed(
+        {},
+        "weights of the captions drawn, by where they are: txt, txt.lines (one a line), json.FIELD, file.FIELD; none: "
+        "a text, else the record's",
+    )
+    caption_file: UserPath | None = fixed(None, "captions by sample key, as JSON lines or parquet: file.FIELD")
     drop_last: bool = fixed(
         True, "leave an epoch's last, partial batch out; false: fill it with the epoch's first samples"
     )
@@ -263,6 +269,7 @@ class DataConfig(Section):
                 remedy="lower one of them",
             )
             yield Conflict(("drop_caption", "drop_both"), fault)
+        yield from self._among_captions()
         if self.reader == "stream":
             yield from self._against_streams()
         elif self.shuffle_buffer != type(self).model_fields["shuffle_buffer"].default:
@@ -272,6 +279,24 @@ class DataConfig(Section):
                 "set data.reader=stream, or remove it",
             )
             yield Conflict(("reader", "shuffle_buffer"), fault)
+
+    def _among_captions(self) -> Iterator[Conflict]:
+        fields, given = dict(self.captions), f"data.captions = {dict(self.captions)}"
+        keys: tuple[str, ...] = ("captions",)
+        if any(weight < 0 for weight in fields.values()):
+            yield Conflict(keys, Fault(f"{given} has weights that can't be drawn by", remedy="give 0 or more"))
+        elif fields and not any(fields.values()):
+            yield Conflict(keys, Fault(f"{given} leaves no caption to draw", remedy="give one a weight"))
+        elif fields and self.draws_shapes:
+            yield Conflict((*keys, "shards"), Fault(f"{given} would do nothing: shapes have one caption each"))
+        if any(name.split(".")[0] == "file" and fields[name] for name in fields) != (
+            self.caption_file is not None
+        ):
+            fault = Fault(
+                f"{given} and data.caption_file = {self.caption_file} do not go together",
+                remedy='name its fields as in data.captions={"file.caption": 1}, and the file by data.caption_file',
+            )
+            yield Conflict((*keys, "caption_file"), fault)
 
     def _against_streams(self) -> Iterator[Conflict]:
         """What needs samples that can be read by number."""

@@ -271,7 +271,7 @@ def type_name(hint: Any) -> str:
     if origin is tuple:
         return f"list of {type_name(arguments[0])}"
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return "section"
+        return f"mapping of names, each to a {type_name(arguments[1])}"
     if isinstance(hint, type) and issubclass(hint, int) and issubclass(hint, Enum):
         return "int"
     return "null" if hint is types.NoneType else str(hint.__name__)

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +73,7 @@ class StoreNote:
     samples: int
     dim: int
     missing: int  # samples without an embedding
+    every: bool = False  # each of a sample's captions has one, so any of them may be drawn
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=1, sort_keys=True).encode()
@@ -144,6 +145,18 @@ def stem(url: str) -> str:
 # ---- all notes of a set
 
 
+class MadeBy(NamedTuple):
+    """What many notes have in common."""
+
+    encoder: Encoder
+    weights_hash: str
+    every: bool  # as in a note
+
+    @classmethod
+    def of(cls, note: StoreNote) -> MadeBy:
+        return cls(note.encoder, note.weights_hash, note.every)
+
+
 @dataclass(frozen=True, eq=False)
 class Notes:
     """What M notes say, and which shards they are of, once that is known; sorted by shard then.
@@ -153,14 +166,14 @@ class Notes:
 
     shards: NDArray[np.int64]  # [M], the shard's number; [0] where it isn't known
     rows: NDArray[np.void]  # [M], of note_type
-    made_by: tuple[tuple[Encoder, str], ...]  # (encoder, hash of its weights)
+    made_by: tuple[MadeBy, ...]
 
     def take(self, which: NDArray[Any]) -> Notes:
         return Notes(self.shards[which] if len(self.shards) else self.shards, self.rows[which], self.made_by)
 
-    def those(self, fitting: Callable[[Encoder, str], bool]) -> NDArray[np.bool_]:
-        """[M], whether encoder and weights are fitting."""
-        return np.array([fitting(*each) for each in self.made_by], np.bool_)[self.rows["made_by"]]
+    def those(self, fitting: Callable[[MadeBy], bool]) -> NDArray[np.bool_]:
+        """[M], whether what made them is fitting."""
+        return np.array([fitting(each) for each in self.made_by], np.bool_)[self.rows["made_by"]]
 
     def of_files(self, names: Sequence[str]) -> Notes:
         """Without those whose files are gone."""
@@ -169,21 +182,21 @@ class Notes:
     @classmethod
     def of(cls, names: Sequence[str], files: Sequence[tuple[int, int]], notes: Sequence[StoreNote]) -> Notes:
         """Of files with these names, sizes and times of change, as yet of no shard."""
-        made_by = list(dict.fromkeys((note.encoder, note.weights_hash) for note in notes))
+        made_by = list(dict.fromkeys(MadeBy.of(note) for note in notes))
         encoded = [name.encode() for name in names]
         rows = np.zeros(len(names), note_type(max(map(len, encoded), default=1)))
         rows["name"] = encoded
         rows["bytes"], rows["changed"] = np.array(files, np.int64).reshape(-1, 2).T
         rows["fingerprint"] = [note.fingerprint.encode() for note in notes]
         rows["samples"], rows["dim"] = [note.samples for note in notes], [note.dim for note in notes]
-        rows["made_by"] = [made_by.index((note.encoder, note.weights_hash)) for note in notes]
+        rows["made_by"] = [made_by.index(MadeBy.of(note)) for note in notes]
         return cls(NO_SHARDS, rows, tuple(made_by))
 
     @classmethod
     def joined(cls, parts: Sequence[Notes]) -> Notes:
         """The rows of all, in their order, as yet of no shard."""
         rows = np.concatenate([part.rows for part in parts])
-        known: dict[tuple[Encoder, str], int] = {}
+        known: dict[MadeBy, int] = {}
         first = 0
         for part in parts:
             numbers = np.array([known.setdefault(each, len(known)) for each in part.made_by], np.int64)
@@ -192,7 +205,7 @@ class Notes:
         return cls(NO_SHARDS, rows, tuple(known))
 
     def to_bytes(self) -> bytes:
-        made_by = [(asdict(encoder), weights) for encoder, weights in self.made_by]
+        made_by = [(asdict(made.encoder), made.weights_hash, made.every) for made in self.made_by]
         return packed(NOTES, {"name_bytes": self.rows["name"].itemsize, "made_by": made_by}, self.rows)
 
     @classmethod
@@ -200,7 +213,7 @@ class Notes:
         """Raises ValueError, KeyError or TypeError where the bytes are no whole catalog of notes."""
         head, body = unpacked(of, data)
         rows = np.frombuffer(body, note_type(head["name_bytes"]))
-        made_by = tuple((Encoder(**encoder), weights) for encoder, weights in head["made_by"])
+        made_by = tuple(MadeBy(Encoder(**encoder), *rest) for encoder, *rest in head["made_by"])
         return cls(NO_SHARDS, rows, made_by)
 
 

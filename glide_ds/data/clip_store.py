@@ -3,8 +3,9 @@
 A store is a folder. Each shard has NAME.SHARD.MADE.npy, float16 [samples, D] in tar order, and a note with the suffix
 .json. SHARD begins the shard's fingerprint, MADE a hash of the encoder and of every caption or picture it was given: so
 data sets whose shards have the same names may share a store, and what was made of a shard before it changed stays
-apart. Behind the array, in the same file, lie the samples' hashes (uint64): an embedding is joined only to what it was
-made of, wherever shard and store lie. A sample that gave no embedding has a row of zeros and the hash 0.
+apart. Behind the array, in the same file, lie the rows' hashes (uint64): an embedding is joined only to what it was
+made of, wherever shard and store lie. A sample that gave no embedding has a row of zeros and the hash 0. Where
+every caption of a sample has a row, each sample's first row (uint32 [samples + 1]) lies behind those.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -66,14 +67,25 @@ def picture_hash(data: bytes) -> int:
 # ---- writing
 
 
-def write_store(folder: str | Path, url: str, rows: Rows, hashes: Hashes, note: StoreNote) -> Path:
-    """Write array, then note, whose presence says that the array is whole; returns the array's place."""
+def write_store(
+    folder: str | Path,
+    url: str,
+    rows: Rows,
+    hashes: Hashes,
+    note: StoreNote,
+    first: Sequence[int] | None = None,
+) -> Path:
+    """Write array, then note, whose presence says that the array is whole; returns the array's place.
+
+    Rows first[i] to first[i + 1] are of sample i; without `first`, each sample has one.
+    """
+    starts = b"" if first is None else np.array(first, np.uint32).tobytes()
     made = hashlib.sha256(json.dumps([asdict(note.encoder), note.weights_hash]).encode())
-    made.update(hashes.tobytes())
+    made.update(hashes.tobytes() + starts)
     path = Path(folder) / f"{stem(url)}.{note.fingerprint[:12]}.{made.hexdigest()[:12]}.npy"
     data = io.BytesIO()
     np.save(data, rows, allow_pickle=False)
-    data.write(hashes.tobytes())
+    data.write(hashes.tobytes() + starts)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, data.getvalue())
     write_file(path.with_suffix(".json"), note.to_json())
@@ -93,6 +105,18 @@ class Embeddings:
         notes = read_notes(folder, shards, peers)
         self.stores = {encoder.source: ClipStore(folder, shards, encoder, notes) for encoder in made_by}
         self.dim = next(iter(self.stores.values())).dim
+        # Whether any of a sample's captions may be drawn: each has an embedding, or none needs one.
+        self.every = "text" not in self.stores or self.stores["text"].every
+
+    def check_captions(self, captions: Mapping[str, float]) -> None:
+        """Raises DataError where `data.captions` may draw captions that have no embedding."""
+        if captions and not self.every:
+            raise DataError(
+                f"the store has one embedding a sample, data.captions={dict(captions)} draws of several captions",
+                "CLIP would see another caption than the text does",
+                f"run `glide-ds prepare clip --captions '{json.dumps(dict(captions))}'` into it, which keeps what is "
+                "there",
+            )
 
     def of_weights(self, weights_hash: str) -> None:
         """Keep to what the encoder with these weights made. Raises DataError where a shard has none of it."""
@@ -129,7 +153,7 @@ class ClipStore:
         self._folder = Path(folder)
         notes = notes or read_notes(folder, shards)
         # A folder may hold embeddings of captions and of pictures; where these are none of ours, the check says so.
-        ours = notes.those(lambda made_by, _: made_by.source == encoder.source)
+        ours = notes.those(lambda made: made.encoder.source == encoder.source)
         has_ours = np.bincount(notes.shards[ours], minlength=len(self._urls)) > 0
         self._notes = notes.take(ours | ~has_ours[notes.shards])
         _check(self._notes, encoder, shards, self._folder)
@@ -137,12 +161,15 @@ class ClipStore:
         if len(dims) != 1:
             raise DataError(f"the embeddings in {folder} have the widths {dims}", remedy="prepare them anew")
         self.dim = dims[0]
+        self.every = bool(
+            self._notes.those(lambda made: made.every).all()
+        )  # each of a sample's captions has a row
         self._moved: dict[int, list[tuple[Path, str]]] = {}  # of shards, where another array fitted better
         self.keep_open(OPEN_ARRAYS)
 
     def of_weights(self, weights_hash: str) -> None:
         """Keep to what the encoder with these weights made. Raises DataError where a shard has none of it."""
-        kept = self._notes.take(self._notes.those(lambda _, weights: weights == weights_hash))
+        kept = self._notes.take(self._notes.those(lambda made: made.weights_hash == weights_hash))
         without = np.flatnonzero(np.bincount(kept.shards, minlength=len(self._urls)) == 0)
         if len(without):
             shard = int(without[0])
@@ -160,7 +187,7 @@ class ClipStore:
             return self._moved[shard]
         first, end = np.searchsorted(self._notes.shards, [shard, shard + 1])
         return [
-            (self._folder / f"{row['name'].decode()}.npy", self._notes.made_by[row["made_by"]][1])
+            (self._folder / f"{row['name'].decode()}.npy", self._notes.made_by[row["made_by"]].weights_hash)
             for row in self._notes.rows[first:end]
         ]
 
@@ -181,7 +208,7 @@ class ClipStore:
         places = zip(shards.tolist(), numbers.tolist(), hashes, out.view(np.uint8), strict=True)
         for shard, row, wanted, into in places:
             try:
-                if (self._open.get(shard) or self._array(shard)).read(row, into) != wanted:
+                if not (self._open.get(shard) or self._array(shard)).read(row, wanted, into):
                     self._look_further(shard, row, wanted, into)
             except OSError as error:
                 raise fault(str(self._made(shard)[0][0]), error) from error
@@ -194,17 +221,17 @@ class ClipStore:
 
     def _look_further(self, shard: int, row: int, wanted: int, into: NDArray[np.uint8]) -> None:
         """Read it from another array: made of the shard before, or of another set's, alike in names and sizes."""
-        found = (self._open.get(shard) or self._array(shard)).read(row, into)
+        missing = (self._open.get(shard) or self._array(shard)).is_missing(row)
         made = self._made(shard)
         for number in range(1, len(made)):
             other = self._checked(made[number][0], shard)
-            if other.read(row, into) == wanted:
+            if other.read(row, wanted, into):
                 made.insert(0, made.pop(number))
                 self._moved[shard] = made
                 self._keep(shard, other)
                 return
         kept = f"sample {row} of {self._urls[shard]}"
-        if not found:
+        if missing:
             raise DataError(
                 f"{kept} has no embedding in {made[0][0]}: it could not be read when the store was made",
                 remedy="run `glide-ds prepare clip --force`",
@@ -241,9 +268,10 @@ class ClipStore:
             raise DataError(
                 f"the embeddings {path} can't be read: {error}", remedy="prepare them anew"
             ) from error
-        if array.shape != (samples, self.dim) or array.dtype != np.float16:
+        if array.shape[1] != self.dim or array.dtype != np.float16 or array.samples != samples:
             raise DataError(
-                f"the embeddings {path} are {array.dtype} {array.shape}, not float16 {(samples, self.dim)}",
+                f"the embeddings {path} are {array.dtype} {array.shape} of {array.samples} samples, not "
+                f"float16 of {samples} with {self.dim} numbers",
                 remedy="prepare them anew",
             )
         return array
@@ -271,19 +299,43 @@ class _Array:
             raise ValueError(f"it has the shape {self.shape}, not one row per sample")
         self.stride = self.shape[1] * self.dtype.itemsize
         end = self.start + self.shape[0] * self.stride  # where the hashes begin
-        if size < end + 8 * self.shape[0]:
+        starts = end + 8 * self.shape[0]
+        if size < starts or (size - starts) % 4:
             raise ValueError(
                 f"it has {size} bytes, fewer than {self.dtype} {self.shape} and as many hashes take"
             )
         self.file = LocalFile(str(path))
         self.hashes = memoryview(self.file.read(end, 8 * self.shape[0])).cast("Q")
+        # Each sample's first row; None where each has one.
+        self.first = memoryview(self.file.read(starts, size - starts)).cast("I") if size > starts else None
+        self.samples = self.shape[0] if self.first is None else len(self.first) - 1
+        if self.first is not None and not self._rises():
+            raise ValueError(f"its {self.samples} samples have other rows than the {self.shape[0]} there are")
 
-    def read(self, row: int, into: NDArray[np.uint8]) -> int:
-        """Read row number `row`, and return the hash of what it is of. Raises OSError or EOFError."""
+    def _rises(self) -> bool:
+        """Whether the samples' rows follow each other from the first to the last."""
+        first = np.asarray(self.first)
+        return first[0] == 0 and first[-1] == self.shape[0] and bool((first[1:] > first[:-1]).all())
+
+    def is_missing(self, sample: int) -> bool:
+        """Whether a sample gave no embedding when the array was made."""
+        return self.hashes[sample if self.first is None else self.first[sample]] == 0
+
+    def read(self, sample: int, wanted: int, into: NDArray[np.uint8]) -> bool:
+        """Read the sample's row whose hash is the wanted one; False where it has none. Raises OSError or EOFError."""
+        first, hashes = self.first, self.hashes
+        rows = (sample,) if first is None else range(first[sample], first[sample + 1])
+        for row in rows:
+            if hashes[row] == wanted:
+                self.read_row(row, into)
+                return True
+        return False
+
+    def read_row(self, row: int, into: NDArray[np.uint8]) -> None:
+        """Raises OSError or EOFError."""
         offset = self.start + row * self.stride
         if os.preadv(self.file.descriptor, [into.data], offset) != self.stride:
             into[:] = np.frombuffer(self.file.read(offset, self.stride), np.uint8)
-        return self.hashes[row]
 
 
 def _none_for(url: str, places: Places) -> DataError:
@@ -305,7 +357,7 @@ _KEYS = {"crop": "data.crop", "trim": "data.trim"} | {
 
 def _check(notes: Notes, encoder: Encoder, shards: ShardSet, folder: Path) -> None:
     """Raises DataError for the first shard whose notes are not the encoder's, or not of the shard as it is."""
-    others = notes.those(lambda made_by, _: made_by != encoder)
+    others = notes.those(lambda made: made.encoder != encoder)
     fingerprints = shards.heads.rows["fingerprint"][notes.shards]
     stale = (notes.rows["fingerprint"] != fingerprints) | (notes.rows["samples"] != shards.sizes[notes.shards])
     without = np.flatnonzero(np.bincount(notes.shards, minlength=len(shards.urls)) == 0)
@@ -313,7 +365,7 @@ def _check(notes: Notes, encoder: Encoder, shards: ShardSet, folder: Path) -> No
         raise _none_for(shards.urls[without[0]], Places(folder))
     for row in np.flatnonzero(others | stale)[:1].tolist():
         url = shards.urls[notes.shards[row]]
-        made_by = asdict(notes.made_by[notes.rows["made_by"][row]][0])
+        made_by = asdict(notes.made_by[notes.rows["made_by"][row]].encoder)
         for name, wanted in asdict(encoder).items():
             if made_by[name] != wanted:
                 raise DataError(
@@ -352,6 +404,9 @@ class Embedded:
             self._paths.append(path.with_suffix(".npy"))
         self._rows.pop(0, None)
 
+    def __contains__(self, wanted: int) -> bool:
+        return wanted in self._rows
+
     def take(self, wanted: int, into: NDArray[np.float16]) -> bool:
         """Put the embedding of what has that hash into a row [D]; False where there is none."""
         place = self._rows.get(wanted)
@@ -361,4 +416,7 @@ class Embedded:
         if number not in self._open:
             self._open[number] = _Array(self._paths[number])
         array = self._open[number]
-        return array.stride == into.nbytes and array.read(row, into.view(np.uint8)) == wanted
+        if array.stride != into.nbytes or array.hashes[row] != wanted:
+            return False
+        array.read_row(row, into.view(np.uint8))
+        return True

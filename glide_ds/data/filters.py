@@ -13,8 +13,8 @@ from contextlib import suppress
 from typing import Any
 
 from glide_ds.config import FilterConfig
-from glide_ds.data.captions import parse_json
 from glide_ds.data.tally import Unusable
+from glide_ds.data.texts.captions import parse_json
 
 WIDTHS = ("original_width", "width", "WIDTH")
 HEIGHTS = ("original_height", "height", "HEIGHT")

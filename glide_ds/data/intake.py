@@ -17,10 +17,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from glide_ds.data.encodings import decode_text
 from glide_ds.data.pictures.decode import IMAGE_EXTENSIONS
 from glide_ds.data.tally import Unusable
 from glide_ds.data.tars.storage import reading
+from glide_ds.data.texts.encodings import decode_text
 from glide_ds.errors import DataError
 
 IMAGE_FIELDS = (

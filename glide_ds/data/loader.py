@@ -164,8 +164,9 @@ class MicroBatches(Dataset[Made]):
         for attempt in range(1, SUBSTITUTES + 1):
             tally.read += 1
             try:
-                # A store has one embedding per sample: that of the caption its first draw gives.
-                sample = self.samples.load(candidate, 0.0 if self.clip else die, pictured=pictured)
+                # A store may have one embedding per sample: that of the caption its first draw gives.
+                draw = 0.0 if self.clip and not self.clip.every else die
+                sample = self.samples.load(candidate, draw, pictured=pictured)
             except Filtered as finding:
                 tally.filtered[finding.cause] += 1
             except Unusable as finding:
@@ -400,4 +401,6 @@ def _open_store(
         )
     samples.hashed = True
     made_by = encoders(clip, Cropping(config.crop, config.trim))
-    return Embeddings(config.clip_store, samples.shards, made_by, peers)
+    store = Embeddings(config.clip_store, samples.shards, made_by, peers)
+    store.check_captions(config.captions)
+    return store

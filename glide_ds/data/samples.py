@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from glide_ds.config import DataConfig, FilterConfig, cache_dir
-from glide_ds.data.captions import TEXT_EXTENSIONS, read_caption
 from glide_ds.data.clip_store import picture_hash, text_hash
 from glide_ds.data.filters import check as check_rules
 from glide_ds.data.pictures.decode import DecodeOptions, decode_at, image_member
@@ -22,6 +21,8 @@ from glide_ds.data.tally import Cause, Unusable
 from glide_ds.data.tars.peers import Alone, Peers
 from glide_ds.data.tars.shards import ShardSet, open_shards
 from glide_ds.data.tars.storage import CacheOptions, Storage, is_remote
+from glide_ds.data.texts.captions import TEXT_EXTENSIONS
+from glide_ds.data.texts.recaptions import Captions
 from glide_ds.errors import DataError
 
 # Where a text says nothing, the JSON record may yet have the caption.
@@ -83,12 +84,20 @@ def decoded(
 class ShardSamples:
     """Samples of tar shards."""
 
-    def __init__(self, parts: Sequence[tuple[ShardSet, FilterConfig]], options: DecodeOptions) -> None:
+    def __init__(
+        self,
+        parts: Sequence[tuple[ShardSet, FilterConfig]],
+        options: DecodeOptions,
+        captions: Captions | None = None,
+    ) -> None:
+        self.captions = captions or Captions()
         self.shards, self.options = reduce(add, (shards for shards, _ in parts)), options
         self.part_sizes = [shards.sizes for shards, _ in parts]
         self._ends = np.cumsum([len(shards) for shards, _ in parts]).tolist()
         self._filters = [filter for _, filter in parts]
-        self._unread = [unread(shards, filter) for shards, filter in parts]
+        self._unread = [
+            frozenset() if self.captions.reads_record else unread(shards, filter) for shards, filter in parts
+        ]
         self.sizes, self.fingerprint = self.shards.sizes, self.shards.fingerprint
         self.duplicates, self.name = self.shards.duplicates, self.shards.name
         self.clip_side: int | None = None
@@ -107,11 +116,11 @@ class ShardSamples:
         members = self.shards.read(sample, self._unread[part])
         check_rules(members, self._filters[part])
         try:
-            caption, notes = read_caption(members, draw)
+            caption, notes = self._caption(members, draw, sample)
         except Unusable as error:
             if not self._unread[part] or error.cause not in IN_THE_RECORD:
                 raise
-            caption, notes = read_caption(self.shards.read(sample), draw)
+            caption, notes = self._caption(self.shards.read(sample), draw, sample)
         clip_side = self.clip_side if pictured else None
         made = decoded(members, caption, notes, self.options, clip_side)
         if self.hashed:
@@ -121,7 +130,12 @@ class ShardSamples:
     def hash(self, sample: int, *, pictured: bool) -> int:
         """Of what a CLIP store has the embedding of. Raises Unusable, and GlideError where the set can't be read."""
         members = self.shards.read(sample)
-        return picture_hash(image_member(members)) if pictured else text_hash(read_caption(members, 0.0)[0])
+        if pictured:
+            return picture_hash(image_member(members))
+        return text_hash(self._caption(members, 0.0, sample)[0])
+
+    def _caption(self, members: Mapping[str, bytes], draw: float, sample: int) -> tuple[str, tuple[str, ...]]:
+        return self.captions.read(members, draw, partial(self.shards.key, sample))
 
     def keep_open(self, shards: int) -> None:
         self.shards.keep_open(shards)
@@ -186,7 +200,8 @@ def open_samples(config: DataConfig, image_size: int, peers: Peers | None = None
         )
         for part in config.mix_parts
     ]
-    return ShardSamples(parts, decode_options(config, image_size))
+    captions = Captions(config.captions, config.caption_file)
+    return ShardSamples(parts, decode_options(config, image_size), captions)
 
 
 def decode_options(config: DataConfig, image_size: int) -> DecodeOptions:

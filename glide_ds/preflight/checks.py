@@ -355,6 +355,7 @@ def clip(site: Site) -> Finding:
         )
     made_by = encoders(config.clip, Cropping(config.data.crop, config.data.trim))
     store = Embeddings(config.data.clip_store, opened.shards, made_by)
+    store.check_captions(config.data.captions)
     store.of_weights(frozen.weights_hash)
     for sample in np.unique(np.linspace(0, len(opened) - 1, site.samples).astype(np.int64)):
         for source in store.stores:

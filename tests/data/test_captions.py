@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 from data_kit import json_bytes
 
-from glide_ds.data.captions import read_caption
 from glide_ds.data.tally import Cause, Unusable
+from glide_ds.data.texts.captions import read_caption
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from data_kit import json_bytes, sample, source, take, write_tar
 
-from glide_ds.data.captions import read_caption
-from glide_ds.data.encodings import decode_text
 from glide_ds.data.tally import Cause, Unusable
+from glide_ds.data.texts.captions import read_caption
+from glide_ds.data.texts.encodings import decode_text
 
 TEXTS = {
     "English": "a dog runs along the beach",

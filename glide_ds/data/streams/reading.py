@@ -16,7 +16,6 @@ from braceexpand import braceexpand
 from torch.utils.data import IterableDataset, get_worker_info
 
 from glide_ds.config import DataConfig
-from glide_ds.data.captions import read_caption
 from glide_ds.data.filters import Filtered
 from glide_ds.data.filters import check as check_rules
 from glide_ds.data.loader import CAPTION_DRAW, PICTURE_DRAW, Layout, Made, assemble
@@ -27,6 +26,7 @@ from glide_ds.data.tars.patterns import expand
 from glide_ds.data.tars.peers import Alone, Peers
 from glide_ds.data.tars.storage import Storage
 from glide_ds.data.tars.stream import COMMAND, Damaged, Share, members, shares
+from glide_ds.data.texts.recaptions import Captions
 from glide_ds.errors import DataError, GlideError
 from glide_ds.masking import bare, masked
 from glide_ds.types import Batch
@@ -58,6 +58,7 @@ class Plan:
     config: DataConfig
     layout: Layout
     clip_side: int | None
+    captions: Captions
 
     def order(self, epoch: int) -> tuple[int, np.ndarray[Any, np.dtype[np.int64]]]:
         """(the epoch's key, its order of the shards)."""
@@ -72,7 +73,8 @@ def stream_plan(
     """What is read; the first rank's names are everyone's. Raises DataError where they can't be found."""
     urls = (peers or Alone()).first(lambda: stream_urls(config.shards))
     digest = hashlib.blake2b("\n".join(map(bare, urls)).encode(), digest_size=8).digest()
-    return Plan(tuple(urls), int.from_bytes(digest, "big"), config, layout, clip_side)
+    captions = Captions(config.captions, config.caption_file)
+    return Plan(tuple(urls), int.from_bytes(digest, "big"), config, layout, clip_side, captions)
 
 
 class Row(NamedTuple):
@@ -103,23 +105,25 @@ class Reading(IterableDataset[Made]):
         return tally
 
     def _rows(self) -> Iterator[Row]:
-        for number, name, found in self._samples():
+        for number, key, found in self._samples():
             self._tally.read += 1
             try:
-                row = self._row(number, found)
+                row = self._row(number, key, found)
             except Filtered as finding:
                 self._tally.filtered[finding.cause] += 1
             except Unusable as finding:
+                name = masked(f"{self.plan.urls[number >> SHARD_BITS]} {key}")
                 self._tally.skip(finding.cause, f"{name}: {finding.detail or finding.cause}")
             else:
                 self._tally.tolerated.update(row.sample.notes)
                 yield row
 
-    def _row(self, number: int, found: dict[str, bytes]) -> Row:
+    def _row(self, number: int, key: str, found: dict[str, bytes]) -> Row:
         plan, seed = self.plan, self.plan.layout.seed
         pictured = bool(uniform(PICTURE_DRAW, seed, self.epoch, number)[0] < plan.layout.image_share)
         check_rules(found, plan.config.filter)
-        caption, notes = read_caption(found, float(uniform(CAPTION_DRAW, seed, self.epoch, number)[0]))
+        die = float(uniform(CAPTION_DRAW, seed, self.epoch, number)[0])
+        caption, notes = plan.captions.read(found, die, lambda: key)
         options = decode_options(plan.config, plan.layout.image_size)
         return Row(
             number, pictured, decoded(found, caption, notes, options, plan.clip_side if pictured else None)
@@ -144,7 +148,7 @@ class Reading(IterableDataset[Made]):
     # ---- webdataset's stages
 
     def _samples(self) -> Iterator[tuple[int, str, dict[str, bytes]]]:
-        """(number, name, members by extension) of the share's samples, mixed."""
+        """(number, key, members by extension) of the share's samples, mixed."""
         import webdataset as wds  # here, not on top: it costs other runs time
         from webdataset.tariterators import group_by_keys
 
@@ -195,7 +199,6 @@ class Reading(IterableDataset[Made]):
             if sample["__url__"] is not share:
                 share, row = sample["__url__"], 0
             if share.has(row):
-                name = masked(f"{self.plan.urls[share.shard]} {sample['__key__']}")
                 contents = {key: value for key, value in sample.items() if not key.startswith("__")}
-                yield share.shard << SHARD_BITS | row, name, contents
+                yield share.shard << SHARD_BITS | row, sample["__key__"], contents
             row += 1

@@ -90,6 +90,24 @@ class ShardIndex:
                 found[name] = data if len(data) == size else file.read(offset, size)
         return found
 
+    def name(self, sample: int, file: LocalFile | RemoteFile) -> str:
+        """The name of a sample's first member, from the headers before its data: one is not enough for a long name.
+
+        Raises OSError or EOFError where the shard cannot give them.
+        """
+        row = self.first[sample]
+        start, data = self._end(row - 1) if row else 0, self.blocks[row] * BLOCK
+
+        def header(offset: int, size: int) -> bytes:
+            return file.read(start + offset, size) if start + offset < data else b"\1" * size
+
+        if start < data and len(names := _named(scan_tar(header, self._end(row) - start))) == 1:
+            return names[0]
+        return _named(scan_tar(file.read, self.head.tar_size))[row]  # among links, whose data lies elsewhere
+
+    def _end(self, row: int) -> int:
+        return (self.blocks[row] + -(-self.sizes[row] // BLOCK)) * BLOCK
+
     def to_bytes(self) -> bytes:
         head = json.dumps(asdict(self.head), sort_keys=True).encode() + b"\n"
         tables = (self.first, self.blocks, self.sizes, self.kinds)
@@ -118,6 +136,11 @@ class ShardIndex:
         if offset != len(data):
             raise ValueError("a cut index")
         return cls(head, *tables)
+
+
+def _named(scan: Scan) -> list[str]:
+    """The names of the members that are of samples, in their order: as an index counts them."""
+    return [member.name for member in scan.members if split_name(member.name)]
 
 
 def build_index(scan: Scan, version: str = "") -> ShardIndex:

@@ -14,7 +14,7 @@ from glide_ds.data.tars.catalog import Catalog, look
 from glide_ds.data.tars.index import ShardIndex, index_of
 from glide_ds.data.tars.patterns import expand
 from glide_ds.data.tars.peers import Alone, Peers
-from glide_ds.data.tars.scan import BLOCK, header_name
+from glide_ds.data.tars.scan import split_name
 from glide_ds.data.tars.storage import (
     LocalFile,
     RemoteFile,
@@ -101,10 +101,23 @@ class ShardSet:
         shard, row = self.locate(sample)
         try:
             index, file = self._opened.get(shard) or self._open(shard)
-            name = header_name(file.read(index.members(row)[0][1] - BLOCK, BLOCK))
+            name = index.name(row, file)
         except (OSError, EOFError, GlideError):
             name = f"sample {row}"
         return masked(f"{self.urls[shard]} {name}")
+
+    def key(self, sample: int) -> str:
+        """A sample's key.
+
+        Raises SurroundingsError where the shard can't be read, DataError where it is not what it was.
+        """
+        shard, row = self.locate(sample)
+        try:
+            index, file = self._opened.get(shard) or self._open(shard)
+            key, _ = split_name(index.name(row, file)) or ("", "")
+        except (OSError, EOFError) as error:
+            raise fault(self.urls[shard], error) from error
+        return key
 
     def _open(self, shard: int) -> tuple[ShardIndex, LocalFile | RemoteFile]:
         url, head = self.urls[shard], self.heads[shard]

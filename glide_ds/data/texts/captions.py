@@ -12,8 +12,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from glide_ds.data.encodings import decode_text
 from glide_ds.data.tally import Cause, Unusable
+from glide_ds.data.texts.encodings import decode_text
 
 TEXT_EXTENSIONS = ("txt", "text", "caption")
 CAPTION_FIELDS = ("caption", "captions", "text", "TEXT", "prompt", "alt_text", "alt", "title", "description")
@@ -49,7 +49,16 @@ def _loads(text: str) -> Any:
 def read_caption(members: Mapping[str, bytes], draw: float) -> tuple[str, tuple[str, ...]]:
     """A sample's caption, and notes on what was tolerated. `draw` in [0, 1) picks among several.
 
-    A text member goes before the JSON record, which is read where the text is missing or empty.
+    Raises Unusable where there is no caption.
+    """
+    choices, notes = read_captions(members)
+    return choose(choices, draw), notes
+
+
+def read_captions(members: Mapping[str, bytes]) -> tuple[list[tuple[str, float]], tuple[str, ...]]:
+    """A sample's captions, one or more, with weights, and notes on what was tolerated.
+
+    A text member goes before the JSON record, which is read where the text is missing, empty or no text.
     Raises Unusable where there is no caption.
     """
     notes: list[str] = []
@@ -63,7 +72,7 @@ def read_caption(members: Mapping[str, bytes], draw: float) -> tuple[str, tuple[
                 bad = bad or error  # another member may yet have a caption
                 continue
             if clean := tidy(text):
-                return clean, () if utf8 else ("caption not UTF-8",)
+                return [(clean, 1.0)], () if utf8 else ("caption not UTF-8",)
     if "json" in members:
         try:
             record, utf8 = parse_json(members["json"])
@@ -73,8 +82,8 @@ def read_caption(members: Mapping[str, bytes], draw: float) -> tuple[str, tuple[
             notes.append("caption not UTF-8")
         choices = [(tidy(text), weight) for text, weight in caption_choices(record)]
         found = found or bool(choices)
-        if clean := choose([(text, weight) for text, weight in choices if text], draw):
-            return clean, (*notes, "text not readable, the record's caption taken") if bad else tuple(notes)
+        if choices := [(text, weight) for text, weight in choices if text]:
+            return choices, (*notes, "text not readable, the record's caption taken") if bad else tuple(notes)
     if bad:
         raise bad
     if found:
@@ -90,12 +99,12 @@ def tidy(text: str) -> str:
 def caption_choices(record: Mapping[str, Any]) -> list[tuple[str, float]]:
     """Every caption a JSON record offers, with its weight, from the first field that has any."""
     for name in CAPTION_FIELDS:
-        if name in record and (choices := _choices(record[name])):
+        if name in record and (choices := choices_of(record[name])):
             return choices
     return []
 
 
-def _choices(value: Any) -> list[tuple[str, float]]:
+def choices_of(value: Any) -> list[tuple[str, float]]:
     """The captions in lists of lists, however deep they are nested, in their order."""
     found: list[tuple[str, float]] = []
     waiting = [value]

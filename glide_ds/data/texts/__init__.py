@@ -1,0 +1,1 @@
+"""From the text members of a sample to its caption."""
