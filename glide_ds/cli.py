@@ -132,6 +132,12 @@ COMMANDS = (
         "judge pictures of held-out shapes and measure what CLIP contributes",
         "glide-ds evaluate mine.pt --captions 64",
     ),
+    Command(
+        ("status",),
+        "glide_ds.commands.status",
+        "what a run directory holds, whether it runs, how far it is, and what of it can go",
+        "glide-ds status runs/mine --prune --dry_run",
+    ),
 )
 GROUPS = {
     "prepare": "make shards and what goes with them",

@@ -121,7 +121,7 @@ def compete(folder: Path, own: str, other: str, number: int) -> Counter[str]:
 
 def _try(folder: Path, turn: int, own: str) -> int:
     try:
-        file = lease._take(folder, WAIT_S)
+        file = lease.take(folder, WAIT_S)
     except ConfigError:
         return 2
     try:

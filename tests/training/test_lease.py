@@ -19,7 +19,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from glide_ds.training.faults import lease
-file = lease._take(Path(sys.argv[1]), 5)
+file = lease.take(Path(sys.argv[1]), 5)
 print("held", flush=True)
 time.sleep(600)
 """

@@ -173,8 +173,11 @@ def rewind(folder: Path, before: int, owner: Owner) -> int:
     return chosen[0]
 
 
-def verify(checkpoint: Committed, part: int = 0, parts: int = 1) -> list[str]:
-    """What is wrong with every `parts`-th file of the manifest, starting at `part`; empty when all is well."""
+def verify(checkpoint: Committed, part: int = 0, parts: int = 1, *, hashes: bool = True) -> list[str]:
+    """What is wrong with every `parts`-th file of the manifest, starting at `part`; empty when all is well.
+
+    Without `hashes` only whether it is there in its size, which takes no reading.
+    """
     problems = []
     for name, entry in sorted(checkpoint.manifest["files"].items())[part::parts]:
         path = checkpoint.path / name
@@ -182,7 +185,7 @@ def verify(checkpoint: Committed, part: int = 0, parts: int = 1) -> list[str]:
             problems.append(f"{name} is missing")
         elif path.stat().st_size != entry["size"]:
             problems.append(f"{name} has {path.stat().st_size} bytes instead of {entry['size']}")
-        elif sha256(path) != entry["sha256"]:
+        elif hashes and sha256(path) != entry["sha256"]:
             problems.append(f"{name} does not match its hash")
     return problems
 
@@ -199,7 +202,7 @@ def prepare(folder: Path, step: int, owner: Owner) -> Path:
     run's own.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(f".step-*.{owner.run}*{PARTIAL}"):
+    for left in leftovers(folder, owner):
         shutil.rmtree(left)
     target = folder / step_name(step)
     if (target.exists() or target.is_symlink()) and not owner.owns(target):
@@ -238,17 +241,32 @@ def best(found: list[Committed]) -> Committed | None:
 
 def prune(folder: Path, config: CheckpointConfig, owner: Owner) -> None:
     """Remove of the run's own what `config` does not keep: all but the newest, every `keep_every`-th, the best."""
-    own = [made for made in committed(folder) if owner.owns(made.path)]
-    kept = own[: config.keep or None]
-    if config.best and (lowest := best(own)):
-        kept.append(lowest)
+    kept, others = sorted_out(folder, config, owner)
+    if config.best and (lowest := best(kept)):
         show(folder / BEST, lowest.path)
+    for path in others:
+        remove(path, owner)
+
+
+def sorted_out(folder: Path, config: CheckpointConfig, owner: Owner) -> tuple[list[Committed], list[Path]]:
+    """The run's own checkpoints that `config` keeps, the newest first, and the folders that it does not."""
+    own = [made for made in committed(folder) if owner.owns(made.path)]
+    places = {made.path for made in own[: config.keep or None]}
+    if config.best and (lowest := best(own)):
+        places.add(lowest.path)
     if config.keep_every:
-        kept += [made for made in own if made.step % config.keep_every == 0]
-    places = {made.path for made in kept}
-    for step, path in _steps(folder):
-        if path not in places and own and step <= own[0].step and owner.owns(path):
-            remove(path, owner)
+        places |= {made.path for made in own if made.step % config.keep_every == 0}
+    others = [
+        path
+        for step, path in _steps(folder)
+        if path not in places and own and step <= own[0].step and owner.owns(path)
+    ]
+    return [made for made in own if made.path in places], others
+
+
+def leftovers(folder: Path, owner: Owner) -> list[Path]:
+    """Folders of the run's own saves and removals that were cut short."""
+    return sorted(folder.glob(f".step-*.{owner.run}*{PARTIAL}"))
 
 
 def remove(path: Path, owner: Owner) -> None:

@@ -181,7 +181,7 @@ def banner(config: Config, start: Start) -> str | None:
 def record(config: Config, start: Start) -> None:
     """Write the phase's resolved configuration, the versions and its parent into run.json. Rank 0 only."""
     path = Path(config.run.dir) / RUN_FILE
-    whole = _read(path)
+    whole = read_run(path.parent)
     if "run" not in whole:
         whole = {"run": uuid.uuid4().hex, "older": "phases" in whole, **whole}
     whole["versions"] = {
@@ -204,7 +204,7 @@ def owner(config: Config) -> Owner:
     """Whose checkpoints the run directory's own are, once `record` has written its run.json. Collective."""
     own: list[Any] = [None]
     if dist.get_rank() == 0:  # another host may not see yet what has just been recorded
-        whole = _read(Path(config.run.dir) / RUN_FILE)
+        whole = read_run(Path(config.run.dir))
         own = [Owner(whole["run"], whole["older"])]
     dist.broadcast_object_list(own)
     return own[0]
@@ -212,10 +212,12 @@ def owner(config: Config) -> Owner:
 
 def lineage(config: Config) -> dict[str, Any]:
     """What every phase of the run started from."""
-    return dict(_read(Path(config.run.dir) / RUN_FILE).get("lineage", {}))
+    return dict(read_run(Path(config.run.dir)).get("lineage", {}))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_run(folder: Path) -> dict[str, Any]:
+    """The run directory's run.json; empty where there is none. Raises ConfigError where it can't be read."""
+    path = folder / RUN_FILE
     if not path.exists():
         return {}
     try:
@@ -230,7 +232,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _check_recorded(config: Config, phase: str) -> Config | None:
     """The configuration that `phase` was last started with; an error where its checkpoints are another run's."""
-    before = _read(Path(config.run.dir) / RUN_FILE).get("phases", {}).get(phase)
+    before = read_run(Path(config.run.dir)).get("phases", {}).get(phase)
     if before is None:
         return None
     last = recorded(str(Path(config.run.dir) / RUN_FILE), before)

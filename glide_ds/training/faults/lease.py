@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ def leased(folder: Path, patience_s: float) -> Iterator[None]:
 
     Waits for the lock of a host that may be gone at most `patience_s`.
     """
-    file = agreed(lambda: _take(folder, patience_s) if dist.get_rank() == 0 else None)
+    file = agreed(lambda: take(folder, patience_s) if dist.get_rank() == 0 else None)
     try:
         yield
     finally:
@@ -44,7 +45,8 @@ def leased(folder: Path, patience_s: float) -> Iterator[None]:
             file.close()  # a lock of fcntl's belongs to the process: forked workers don't hold it
 
 
-def _take(folder: Path, patience_s: float) -> IO[str]:
+def take(folder: Path, patience_s: float) -> IO[str]:
+    """The lock of the run directory, until the file is closed. Raises ConfigError where another process has it."""
     # Opened once: closing any other handle on the file would give the lock back.
     file = (folder / LOCK_FILE).open("a+", encoding="utf-8")
     started = time.monotonic()
@@ -77,6 +79,21 @@ def _take(folder: Path, patience_s: float) -> IO[str]:
     file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}))
     file.flush()
     return file
+
+
+def holder(folder: Path) -> dict[str, Any] | None:
+    """Host, process id and since when of the run that holds the directory; None where none does. Takes no lock."""
+    try:
+        with (folder / LOCK_FILE).open(encoding="utf-8") as file:
+            asked = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            kind = struct.unpack("hhqqi", fcntl.fcntl(file, fcntl.F_GETLK, asked))[0]
+            return None if kind == fcntl.F_UNLCK else _holder(file)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return None
 
 
 def _holder(file: IO[str]) -> dict[str, Any]:
