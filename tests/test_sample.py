@@ -291,6 +291,10 @@ def test_an_encoder_beside_the_export_is_moved_with_it_and_another_place_can_be_
         here.rename(there)
         words = ["--prompt", "x", "--steps", "2", *options, "--out", str(tmp_path / "x.png")]
         assert main(["sample", str(there / "x.pt"), *words]) == 0
+        if options:
+            figures = ["--captions", "0", "--samples", "1"]
+            assert main(["evaluate", str(there / "x.pt"), *figures, *options]) == 0
+            assert main(["evaluate", str(there / "x.pt"), *figures]) == 2
         (tmp_path / "x.png").unlink()
         there.rename(here)
     assert (

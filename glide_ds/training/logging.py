@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from glide_ds.config import Config
+from glide_ds.errors import DataError
 from glide_ds.files import write_file
 from glide_ds.inference.draw import Row, grid, rows_grid, write_picture
 from glide_ds.progress import Progress, duration
@@ -33,7 +34,14 @@ class JsonLines:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            kept = [line for line in _complete_lines(path) if not _is_later(line, phase, done, rollbacks)]
+            try:
+                kept = [line for line in _complete_lines(path) if not _is_later(line, phase, done, rollbacks)]
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(
+                    f"{path} has a line that can't be read ({type(error).__name__}: {error})",
+                    "it is unknown which of its lines this start will write again",
+                    "take that line out, or move the file away: the run goes on without it",
+                ) from error
             write_file(path, "".join(kept))
         self.file: IO[str] = path.open("a", encoding="utf-8", buffering=1)
 

@@ -299,6 +299,20 @@ def test_a_run_without_home_and_account(tmp_path: Path):
 
 
 @pytest.mark.slow
+def test_a_run_that_can_only_be_read(tmp_path: Path):
+    config = write_config(tmp_path, train={"steps": 1})
+    assert unshared(":", tmp_path, "train", "--ds_config", str(config)).startswith("0")
+    run = tmp_path / "run"
+    script = f"mount --bind {run} {run}; mount -o remount,bind,ro {run}"
+    assert unshared(script, tmp_path, "export", str(run), "--out", "x.pt").startswith("0")
+    command = ["sample", str(run), "--prompt", "x", "--steps", "2", "--out"]
+    assert unshared(script, tmp_path, *command, "x.png").startswith("0")
+    again = unshared(script, tmp_path, "train", "--ds_config", str(config), "--set", "train.steps=2")
+    assert again.startswith("2")
+    assert "can't be written" in again
+
+
+@pytest.mark.slow
 def test_a_run_with_few_open_files(tmp_path: Path):
     shards = write_shards(tmp_path, [4] * 70)
     config = write_config(tmp_path, train={"steps": 3}, data={"workers": 2, "shards": shards})

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import pytest
 from train_kit import make_config, metrics, train_phase
 
+from glide_ds.cli import main
 from glide_ds.commands.load import find_checkpoint
 from glide_ds.config import Config
 from glide_ds.errors import CheckpointError
+from glide_ds.preflight.checks import resume
+from glide_ds.preflight.site import Site
 from glide_ds.training.checkpoint.commit import BEST, LAST, MANIFEST, committed
 from glide_ds.training.checkpoint.start import find_start
 
@@ -30,6 +35,33 @@ def dropped(run: Path, copy: Path) -> None:
 
 def zipped(run: Path, copy: Path) -> None:
     shutil.unpack_archive(shutil.make_archive(str(copy), "zip", run), copy)
+
+
+def by_scp(run: Path, copy: Path) -> None:
+    subprocess.run(["scp", "-qr", str(run), str(copy)], check=True)
+
+
+def by_cp(run: Path, copy: Path) -> None:
+    subprocess.run(["cp", "-rL", str(run), str(copy)], check=True)
+
+
+def by_zip(run: Path, copy: Path) -> None:
+    subprocess.run(["zip", "-qr", "../run.zip", "."], cwd=run, check=True)
+    shutil.unpack_archive(run.parent / "run.zip", copy)
+    (run.parent / "run.zip").unlink()
+
+
+def by_object_store(run: Path, copy: Path) -> None:
+    """One object per file, by the whole of its key."""
+    store = fsspec.filesystem("memory")
+    for file in run.rglob("*"):
+        if file.is_file() and not any(path.is_symlink() for path in (file, *file.parents)):
+            store.pipe(f"/bucket/run/{file.relative_to(run)}", file.read_bytes())
+    for key in store.find("/bucket/run"):
+        place = copy / key.removeprefix("/bucket/run/")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(store.cat(key))
+    store.rm("/bucket", recursive=True)
 
 
 def archived(run: Path, copy: Path) -> None:
@@ -51,7 +83,19 @@ def moved(run: Path, copy: Path) -> None:
     (copy / "phase3" / "step-00000001").symlink_to(run / "phase3" / "step-00000004")
 
 
-COPIES = [followed, dropped, zipped, archived, newest_only, moved]
+COPIES = [
+    followed,
+    dropped,
+    zipped,
+    archived,
+    newest_only,
+    moved,
+    by_object_store,
+    *(
+        pytest.param(copied, marks=pytest.mark.skipif(not shutil.which(tool), reason=f"no {tool} here"))
+        for tool, copied in {"scp": by_scp, "cp": by_cp, "zip": by_zip}.items()
+    ),
+]
 
 
 def here(folder: Path, steps: int) -> Config:
@@ -68,6 +112,12 @@ def test_a_copy_is_gone_on_with_and_read(trained: Path, tmp_path: Path, copied: 
     copied(trained / "run", tmp_path / "run")
     before = {path.name for path in (tmp_path / "run" / "phase3").iterdir()}
     assert find_checkpoint(tmp_path / "run").step == find_start(here(tmp_path, 6), verify=False).step == 5
+    found = resume(Site([here(tmp_path, 6)], 1, 1))
+    assert not found.faults
+    assert found.text == "full goes on at step 5 of 6"
+    words = ["--prompt", "a red circle", "--steps", "1", "--out", str(tmp_path / "x.png")]
+    assert main(["sample", str(tmp_path / "run"), *words]) == 0
+    assert {path.name for path in (tmp_path / "run" / "phase3").iterdir()} == before
     train_phase(here(tmp_path, 6))
     assert [line["step"] for line in metrics(tmp_path)][-1] == 6
     assert committed(tmp_path / "run" / "phase3")[0].step == 6

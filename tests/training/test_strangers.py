@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 from before import sign, write_as_before
+from ranks import Run, Warm
 from train_kit import make_config, metrics, shake, train_phase
 
+from glide_ds import cli
 from glide_ds.commands.export import export
 from glide_ds.commands.load import find_checkpoint, load_model
 from glide_ds.errors import GlideError
@@ -69,6 +72,21 @@ def drawn_from(folder: Path) -> None:
     load_model(str(folder / "run"), torch.device("cpu"), ema=True)
 
 
+def evaluated(folder: Path) -> None:
+    told(["evaluate", str(folder / "run"), "--captions", "0", "--samples", "1"])
+
+
+def sampled(folder: Path) -> None:
+    words = ["--prompt", "a red circle", "--steps", "1", "--out", str(folder / "x.png")]
+    told(["sample", str(folder / "run"), *words])
+
+
+def told(words: list[str]) -> None:
+    """Run a command line, its error not turned into an exit code."""
+    args = cli.build_parser(words).parse_args(words)
+    args.handler(args)
+
+
 def resumed(folder: Path) -> None:
     train_phase(make_config(folder, **OPTIONS))
 
@@ -120,6 +138,52 @@ def test_code_in_a_checkpoint_of_before_is_not_executed(
         reader(tmp_path)
     assert path.name in str(caught.value)
     assert not trace.exists()
+
+
+TEXTS = {  # what else there is to read, and who reads it
+    "phase3/step-*/manifest.json": (exported, sampled, evaluated, resumed, continued_by_a_phase),
+    "run.json": (resumed,),
+    "metrics.jsonl": (resumed, continued_by_a_phase),
+    "phase3/rollback.json": (resumed,),
+    "tensorboard/full/events*": (),  # TensorBoard's alone
+}
+READ = (exported, sampled, evaluated, resumed, continued_by_a_phase)
+
+
+@pytest.mark.parametrize("pattern", TEXTS)
+def test_code_in_any_other_file_of_a_run_is_not_executed(trained: Path, tmp_path: Path, pattern: str):
+    for reader in READ:
+        folder = tmp_path / reader.__name__
+        shutil.copytree(trained / "run", folder / "run", symlinks=True)
+        files = list((folder / "run").glob(pattern)) or [folder / "run" / pattern]
+        for file in files:
+            file.write_bytes(pickle.dumps(Payload(tmp_path / "executed")))
+        if reader in TEXTS[pattern]:
+            with pytest.raises(GlideError) as caught:
+                reader(folder)
+            assert files[0].name in str(caught.value)
+            assert str(folder) in str(caught.value)
+        else:
+            reader(folder)
+        assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", ["phase3/step-*/manifest.json", "run.json", "phase3/step-*/optim*-0.*"])
+def test_two_ranks_refuse_what_a_stranger_put_into_a_run(
+    warm: Warm, trained: Path, tmp_path: Path, pattern: str
+):
+    shutil.copytree(trained / "run", tmp_path / "run", symlinks=True)
+    for file in (tmp_path / "run").glob(pattern):
+        file.write_bytes(pickle.dumps(Payload(tmp_path / "executed")))
+        if file.suffix == ".safetensors":
+            signed(file)
+    run = Run(warm, tmp_path, **OPTIONS)
+    run.train(2, STEPS + 1, "train.lr_scale.gates=3.0")
+    assert run.wait() == [2, 2], run.said()
+    assert pattern.rpartition("/")[2].partition("*")[0] in run.said()
+    assert "Traceback" not in run.said()
+    assert not (tmp_path / "executed").exists()
 
 
 def test_a_checkpoint_of_before_is_read_as_the_same(trained: Path, before: Path, tmp_path: Path):
@@ -187,6 +251,17 @@ def test_a_rollback_that_can_not_be_read_is_answered(trained: Path, tmp_path: Pa
     (tmp_path / "run" / "phase3" / "rollback.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(GlideError, match=r"rollback.json can't be read .*restore it, or remove it"):
         resumed(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "1", "{}", '{"phase": "full", "step": "9"}', "\xff", "\0\0"])
+def test_a_line_of_metrics_that_can_not_be_read_is_answered(trained: Path, tmp_path: Path, text: str):
+    shutil.copytree(trained / "run", tmp_path / "run", symlinks=True)
+    with (tmp_path / "run" / "metrics.jsonl").open("ab") as file:
+        file.write(text.encode("latin-1") + b"\n")
+    with pytest.raises(GlideError, match=r"metrics.jsonl has a line that can't be read .*move the file away"):
+        resumed(tmp_path)
+    (tmp_path / "run" / "metrics.jsonl").unlink()  # what it says to do
+    resumed(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "\xff"])
