@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
-from slurm_kit import Cluster
+from slurm_kit import EVERY, Cluster, submit
+
+from glide_ds.training.checkpoint.commit import committed, verify
 
 pytestmark = pytest.mark.cluster
 RACES = 100
@@ -29,3 +34,28 @@ def test_the_lock_is_one_nodes_at_a_time_and_never_stale(cluster: Cluster):
     had = [told.get("held", 0) + told.get("killed", 0) for told in both]
     assert sum(had) == sum(told.get("refused", 0) for told in both) == RACES
     assert sum(told.get("killed", 0) for told in both) == len(range(0, RACES, 3))
+
+
+def test_of_two_jobs_for_one_directory_one_trains_and_the_other_fails_with_code_2(cluster: Cluster):
+    folder = cluster.folder / "shared"
+    folder.mkdir()
+    sets = "train.steps=100000 run.timeout_s=20 checkpoint.keep=0"
+    jobs = [submit(cluster, folder, "--nodes=1", sets=sets)[0] for _ in range(2)]
+    jobs[0].wait("one that is refused", lambda: any(job.field("JobState") == "FAILED" for job in jobs))
+    refused, training = sorted(jobs, key=lambda job: job.field("JobState") != "FAILED")
+    assert refused.field("ExitCode") == "2:0", refused.log
+    assert f"on host {training.nodes()[0]}" in " ".join(refused.log.split())
+    assert "  loss " not in refused.log
+    assert training.field("JobState") == "RUNNING"
+    training.wait_for_step(EVERY)
+    os.kill(training.rank_pids()[0], signal.SIGKILL)
+    before = _newest(training.run)
+    training.wait_for_requeue(1)
+    training.wait("more than the killed start had", lambda: _newest(training.run) > before)
+    cluster.on("ctl", "scancel", training.number)
+    training.finish()
+    assert not any(verify(made) for made in committed(training.run / "phase1"))
+
+
+def _newest(run: Path) -> int:
+    return committed(run / "phase1")[0].step
