@@ -21,6 +21,7 @@ from glide_ds import __version__
 from glide_ds.environment import is_first
 from glide_ds.errors import EXIT_LOST, GlideError, SurroundingsError
 from glide_ds.masking import masked
+from glide_ds.training.faults.last_word import last_word
 
 # Which launchers put before or behind all others, as one word or two; the variable LOCAL_RANK says it too.
 LOCAL_RANK = re.compile(r"--local[_-]rank(=.*)?")
@@ -180,7 +181,7 @@ def _told(error: GlideError, together: bool) -> int:
     """Say it, on one rank of those that all raise the same; the exit code."""
     # A rank that is left alone with its error says so itself.
     if is_first() or not together or error.exit_code == EXIT_LOST:
-        print(f"glide-ds: error: {error}", file=sys.stderr, flush=True)
+        last_word(f"glide-ds: error: {error}")
     return error.exit_code
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import pty
 import random
 import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -185,33 +188,98 @@ def kill(process: subprocess.Popen[Any]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["Ctrl-C", "kill"])
-def test_the_deepspeed_launcher_stopped_from_outside_stops_its_ranks_well(root: Path, tmp_path: Path, how: str):
-    run, log = tmp_path / "run", tmp_path / "log"
-    sets = [*SMALL, f"run.dir={run}", "train.steps=100000", "log.samples_every=0", "data.trace=true"]
-    command = launch(root, 2, "--ds_config", TINY[0], "--set", *sets, port=29615)
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command, cwd=root, env=environment(), stdout=file, stderr=file, start_new_session=True
+class Terminal:
+    """A command on a terminal of its own, which is read back."""
+
+    def __init__(self, command: list[str], root: Path) -> None:
+        self.master, slave = pty.openpty()
+        os.set_blocking(self.master, False)
+        self.text = ""
+        self.process = subprocess.Popen(
+            command,
+            cwd=root,
+            env=environment(),
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )
+        os.close(slave)
+
+    def read(self) -> str:
+        if self.master >= 0:
+            with contextlib.suppress(BlockingIOError, OSError):  # nothing new; nobody writes there any more
+                while new := os.read(self.master, 65536):
+                    self.text += new.decode(errors="replace").replace("\r\n", "\n")
+        self.process.poll()  # so that it does not stay a zombie
+        return self.text
+
+    def until(self, condition: Callable[[], bool], seconds: float) -> None:
+        give_up = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < give_up, self.read()[-5000:]
+            self.read()
+            time.sleep(0.05)
+
+    def hang_up(self) -> None:
+        os.close(self.master)
+        self.master = -1
+
+
+def started_by(launcher: str, root: Path, port: int, *arguments: str) -> list[str]:
+    if launcher == "deepspeed":
+        return launch(root, 2, *arguments, port=port)
+    train = [str(root / "launch" / "train.py"), *arguments]
+    if launcher == "torchrun":
+        return [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", str(port), *train]
+    return [sys.executable, *train]
+
+
+STOPS = [
+    ("plain", "Ctrl-C"),
+    ("plain", "hang-up"),
+    ("deepspeed", "Ctrl-C"),
+    ("deepspeed", "kill"),
+    ("deepspeed", "hang-up"),
+    ("torchrun", "Ctrl-C"),
+    ("torchrun", "kill"),
+    ("torchrun", "hang-up"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "how"), STOPS)
+def test_a_run_stopped_at_its_terminal_is_saved_and_has_the_last_word(
+    root: Path, tmp_path: Path, launcher: str, how: str
+):
+    run = tmp_path / "run"
+    sets = [*SMALL, f"run.dir={run}", "train.steps=100000", "log.samples_every=0", "data.trace=true"]
+    port = 29620 + STOPS.index((launcher, how))
+    terminal = Terminal(started_by(launcher, root, port, "--ds_config", TINY[0], "--set", *sets), root)
     try:
-        wait_until(lambda: len(traced(run)) >= 3, 300, process, log)
-        if how == "Ctrl-C":  # to the terminal's process group: command, launcher, ranks and workers
-            os.killpg(process.pid, signal.SIGINT)
+        terminal.until(lambda: len(traced(run)) >= 3, 300)
+        if how == "Ctrl-C":  # to all that run there: command, launcher, ranks and workers
+            os.write(terminal.master, b"\x03")
+        elif how == "kill":
+            terminal.process.terminate()
         else:
-            process.terminate()
-        wait_until(lambda: not working_in(run), 120, process, log)
+            terminal.hang_up()
+        terminal.until(lambda: not working_in(run), 120)
     finally:
         for pid in working_in(run):  # a launcher that is gone has left them to nobody
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        process.wait(30)
+        terminal.process.wait(30)
     marker = json.loads((run / "STOPPED.json").read_text())
     # Of two signals at once either may be heard first.
-    assert marker["reason"] in (("SIGINT", "SIGTERM") if how == "Ctrl-C" else ("SIGTERM",))
+    heard = {"Ctrl-C": ("SIGINT", "SIGTERM"), "kill": ("SIGTERM",), "hang-up": ("SIGHUP", "SIGTERM")}
+    assert marker["reason"] in heard[how]
     assert marker["step"] == len(traced(run)) < 100000
     assert (run / "phase1" / "LAST").readlink().name == f"step-{marker['step']:08d}"
+    if how != "hang-up":
+        told = f"stopped at step {marker['step']:,} of phase adapter_only ({marker['reason']}), saved in {run}"
+        terminal.until(lambda: told in terminal.read().rstrip().rpartition("\n")[2], 20)
 
 
 def traced(run: Path) -> list[str]:
@@ -228,16 +296,6 @@ def working_in(run: Path) -> list[int]:
             if f"run.dir={run}".encode() in path.read_bytes().split(b"\0"):
                 found.append(int(path.parent.name))
     return found
-
-
-def wait_until(
-    condition: Callable[[], bool], seconds: float, process: subprocess.Popen[Any], log: Path
-) -> None:
-    give_up = time.monotonic() + seconds
-    while not condition():
-        process.poll()  # so that it does not stay a zombie
-        assert time.monotonic() < give_up, log.read_text()[-5000:]
-        time.sleep(0.05)
 
 
 @pytest.mark.slow

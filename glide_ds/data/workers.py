@@ -21,7 +21,7 @@ _STACKS = "glide_ds-stacks"  # the name of the file in memory that a worker writ
 
 def heed_the_trainer(worker: int) -> None:
     """A DataLoader's worker_init_fn: ignore the job's signals, end with the trainer, tell the stacks on SIGUSR2."""
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform != "linux":
         return  # what follows has no counterpart elsewhere; torch's own checks end the workers within seconds

@@ -14,11 +14,13 @@ from glide_ds.environment import read_environment
 from glide_ds.errors import ConfigError
 from glide_ds.model.glide import Glide
 from glide_ds.training import preview
-from glide_ds.training.checkpoint.start import find_start
+from glide_ds.training.checkpoint.commit import committed
+from glide_ds.training.checkpoint.start import find_start, folder_of
 from glide_ds.training.faults.failures import explained
+from glide_ds.training.faults.last_word import last_word
 from glide_ds.training.faults.lease import leased
 from glide_ds.training.faults.ranks import agreed
-from glide_ds.training.faults.stopping import Stop, mark_stopped, start_again
+from glide_ds.training.faults.stopping import Stop, mark_stopped, start_again, told_stop
 from glide_ds.training.faults.watchdog import Watch, guarded
 from glide_ds.training.loop import train
 from glide_ds.training.setup import check_writable, glide_config, open_source, phase_run
@@ -42,16 +44,38 @@ def main(paths: Sequence[str], overlay: str | None, sets: Sequence[str], dry_run
             dry_run_report(configs, world_size)
         return
     device = start_process_group(configs[0].run.timeout_s)
-    watch = Watch()
+    watch, finished = Watch(), rank == 0 and all(map(is_finished, configs))
     try:
         with guarded(watch, configs[0].run):
-            run_phases(configs, device, watch)
+            stop = run_phases(configs, device, watch)
     finally:
         dist.destroy_process_group()
+    if rank == 0:
+        last_word(told_stop(stop, configs[0].run.dir) if stop else told_end(configs, finished))
 
 
-def run_phases(configs: Sequence[Config], device: torch.device, watch: Watch) -> None:
-    """Train one phase after the other, until the last is done or all ranks agree to stop."""
+def is_finished(config: Config) -> bool:
+    """Whether the phase's last step is in a checkpoint."""
+    return any(made.step >= config.train.steps for made in committed(folder_of(config, config.train.phase))[:1])
+
+
+def told_end(configs: Sequence[Config], before: bool) -> str:
+    """What a person is told last where a run has come to its end, now or `before` this start, and what comes next."""
+    run, train = configs[0].run.dir, configs[-1].train
+    draw = f'glide-ds sample {run} --prompt "…" --out picture.png'
+    if before:
+        return (
+            f"glide_ds: finished before this start: all {train.steps:,} steps of phase {train.phase} are done in "
+            f"{run}. For more, --set train.steps=N or another phase's --ds_config; to see pictures: {draw}"
+        )
+    return (
+        f"glide_ds: finished: step {train.steps:,} of phase {train.phase} is in {run}. Next: {draw}, "
+        f"glide-ds evaluate {run}, or glide-ds export {run} --out model.pt"
+    )
+
+
+def run_phases(configs: Sequence[Config], device: torch.device, watch: Watch) -> Stop | None:
+    """Train one phase after the other, until the last is done or all ranks agree to stop: then the stop."""
     folder, model = Path(configs[0].run.dir), None
     agreed(lambda: check_writable(folder))
     with leased(folder, configs[0].run.timeout_s / 2):
@@ -63,7 +87,8 @@ def run_phases(configs: Sequence[Config], device: torch.device, watch: Watch) ->
                 finished = config is configs[-1] and stop.step == config.train.steps
                 if dist.get_rank() == 0:
                     mark_stopped(folder, stop, finished=finished)
-                return
+                return None if finished else stop
+    return None
 
 
 def dry_run_report(configs: Sequence[Config], world_size: int) -> None:

@@ -118,6 +118,10 @@ def test_a_run_stopped_in_every_way_is_the_uninterrupted_one(warm: Warm, tmp_pat
         fourth,
         lambda: [os.killpg(pid, number) for number in (signal.SIGINT, signal.SIGTERM) for pid in fourth.pids],
     )
+    fifth = start(warm, folder, steps=steps)
+    stopped("SIGHUP", fifth, lambda: [os.killpg(pid, signal.SIGHUP) for pid in fifth.pids])
+    sixth = start(warm, folder, steps=steps)
+    stopped("SIGUSR2", sixth, lambda: os.kill(sixth.pids[0], signal.SIGUSR2))
     assert asked == sorted(set(asked))
     last = start(warm, folder, steps=steps)
     assert last.wait() == [0, 0], last.said()

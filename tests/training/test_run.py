@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -50,7 +51,7 @@ from glide_ds.training.checkpoint.commit import committed
 from glide_ds.training.logging import JsonLines, RunLog
 from glide_ds.training.loop import train
 from glide_ds.training.objective import Objective
-from glide_ds.training.run import check_pipeline, main
+from glide_ds.training.run import check_pipeline, is_finished, main, told_end
 from glide_ds.training.zero.stored import model_state
 
 pytestmark = pytest.mark.usefixtures("group")
@@ -846,3 +847,10 @@ def test_options_reach_the_cache_of_remote_shards(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(samples, "Storage", lambda cache: (given.append(cache), storage(cache))[1])
     what_is_read(tmp_path, photos, cache_dir=str(tmp_path / "blocks"), cache_gb=2.0)
     assert given == [samples.CacheOptions(str(tmp_path / "blocks"), 2 * 2**30)]
+
+
+def test_a_finished_run_says_so_and_what_comes_next(trained: Path):
+    short, longer = (make_config(trained, train={"steps": steps}) for steps in (5, 6))
+    assert (is_finished(short), is_finished(longer)) == (True, False)
+    assert re.search(r"finished before this start: all 5 steps .*glide-ds sample", told_end([short], True))
+    assert re.search(r"finished: step 5 .*Next: glide-ds sample .*glide-ds export", told_end([short], False))

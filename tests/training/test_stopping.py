@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from train_kit import make_config, metrics
 
-from glide_ds.training.faults.signals import REPEAT_S, StopSignals
+from glide_ds.training.faults.signals import REPEAT_S, STOP_SIGNALS, StopSignals
 from glide_ds.training.faults.stopping import REASONS, Deadline, Stop, mark_stopped
 from glide_ds.training.faults.watchdog import Watch
 from glide_ds.training.run import run_phases
@@ -26,6 +28,35 @@ def test_only_the_same_signal_again_after_a_while_means_at_once():
     assert not signals.heard(signal.SIGCHLD, 30.0)
     assert signals.asked is signal.SIGINT
     assert signals.heard(signal.SIGINT, 10.0 + REPEAT_S)
+    for number in (signal.SIGXCPU, signal.SIGHUP):  # every second; from the shell, then from the terminal
+        assert not any(signals.heard(number, now) for now in (20.0, 30.0))
+
+
+def test_every_signal_that_asks_for_a_stop_has_its_reason():
+    assert {number.name for number in STOP_SIGNALS} < set(REASONS)
+
+
+LOSES_ITS_READER = """
+import os, sys, time
+from glide_ds.training.faults.signals import SIGNALS
+SIGNALS.install()
+while SIGNALS.asked is None:
+    print("a line")
+    print("another", file=sys.stderr)
+    time.sleep(0.01)
+"""
+
+
+def test_a_reader_that_is_gone_ends_nothing():
+    # `train.py | tee log`: Ctrl-C ends tee too, maybe first.
+    command = [sys.executable, "-c", LOSES_ITS_READER]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout
+    assert process.stdout.readline() in ("a line\n", "another\n")
+    process.stdout.close()
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
 
 
 def test_the_time_limit_leaves_room_for_the_longest_step_twice():

@@ -1,9 +1,11 @@
 """The signals that ask a run to stop, caught before anything slow is imported (no torch in here).
 
-SIGINT (Ctrl-C), SIGTERM and SIGUSR1 ask for a stop at the next step (stopping.py). The same signal again,
-REPEAT_S or more later, ends the process at once with code 128 + number; the last commit stands. What comes
-sooner, or is another signal, is the same request: torchrun hands a Ctrl-C on to ranks that the terminal has
-told already, and the deepspeed launcher follows it with SIGTERM.
+SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal is closed), SIGUSR1, SIGUSR2 and SIGXCPU (a limit of processor time)
+ask for a stop at the next step (stopping.py). The same signal again, REPEAT_S or more later, ends the process at once
+with code 128 + number; the last commit stands. What comes sooner, or is another signal, is the same request: torchrun
+hands a Ctrl-C on to ranks that the terminal has told already, and the deepspeed launcher follows it with SIGTERM; and
+so is what nobody insists by: the kernel sends SIGXCPU every second, a shell and a terminal each a SIGHUP. Under nohup
+a SIGHUP stays ignored.
 
 Python runs a signal's handler in the main thread, between two bytecodes: not while it waits in a collective.
 So a thread of its own reads the numbers from a pipe that Python fills the moment a signal comes.
@@ -12,6 +14,8 @@ So a thread of its own reads the numbers from a pipe that Python fills the momen
 from __future__ import annotations
 
 import ctypes
+import errno
+import io
 import os
 import select
 import signal
@@ -19,14 +23,24 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 from glide_ds.environment import is_first
+from glide_ds.training.faults.last_word import parent
 
 REPEAT_S = 2.0
 PR_SET_PDEATHSIG = 1
 LAUNCHED = {"deepspeed": "CROSS_RANK", "torchrun": "TORCHELASTIC_RUN_ID"}  # variables that they give to ranks
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+)
+ONCE = (signal.SIGHUP, signal.SIGXCPU)  # not a person's wish that it be at once, however often they come
+NOBODY = (errno.EIO, errno.EPIPE)  # what writing to a closed terminal or pipe gives
 
 
 class StopSignals:
@@ -45,7 +59,9 @@ class StopSignals:
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in STOP_SIGNALS:
-            signal.signal(number, _caught)
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, _caught)
+        sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
         orphaned = follow_launcher()
         threading.Thread(target=self._listen, args=(reader, orphaned), daemon=True, name="signals").start()
 
@@ -54,7 +70,7 @@ class StopSignals:
         if number not in STOP_SIGNALS:
             return False
         if number in self._first:
-            return now - self._first[number] >= REPEAT_S
+            return number not in ONCE and now - self._first[number] >= REPEAT_S
         self._first[number] = now
         self.asked = self.asked or signal.Signals(number)
         return False
@@ -83,16 +99,29 @@ def follow_launcher() -> Callable[[], bool]:
         return lambda: False
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     launcher = os.getppid()
-    runner = _parent(launcher)
-    return lambda: LAUNCHED["deepspeed"] in os.environ and _parent(launcher) != runner
+    runner = parent(launcher)
+    return lambda: LAUNCHED["deepspeed"] in os.environ and parent(launcher) != runner
 
 
-def _parent(pid: int) -> int:
-    """The parent's process id; 0 where the process is gone."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
-    except OSError:
-        return 0
+class _Outlet(io.FileIO):
+    """A stream that may lose its reader: a closed terminal, or the `tee` that Ctrl-C ends too. The run goes on."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            if error.errno not in NOBODY:
+                raise
+            return len(data)
+
+
+def _lasting(stream: Any) -> Any:
+    """This process's own stream as one that outlives its reader; another, such as a test's, as it is."""
+    if not isinstance(stream, io.TextIOWrapper) or stream.fileno() not in (1, 2):
+        return stream
+    stream.flush()
+    outlet = io.BufferedWriter(_Outlet(stream.fileno(), "w", closefd=False))
+    return io.TextIOWrapper(outlet, stream.encoding, stream.errors, line_buffering=True)
 
 
 def _caught(number: int, frame: object) -> None:

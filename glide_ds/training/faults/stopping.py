@@ -16,7 +16,8 @@ What reaches the ranks, and how long they have, by launcher:
 - torchrun: Ctrl-C or `kill` is handed on to all ranks, SIGKILL after --shutdown_timeout (30 s); its own exit
   code is not 0 even where all ranks end with 0.
 - srun: signals reach all ranks; SIGKILL comes after KillWait (30 s) or the partition's GraceTime.
-- Both launchers die of SIGUSR1: start them with it ignored (`trap '' USR1; exec deepspeed …`); the ranks catch it.
+- Both launchers die of SIGUSR1 and SIGUSR2: start them with it ignored (`trap '' USR1; exec deepspeed …`); the
+  ranks catch it.
 
 Where a save takes longer than those limits, use RUN/STOP, which has none.
 """
@@ -38,7 +39,17 @@ from glide_ds.training.faults.signals import SIGNALS
 
 STOP_FILE, MARKER = "STOP", "STOPPED.json"
 # By rising weight, where ranks have different ones: a person's own stop file goes before all others.
-REASONS = ("", "max_hours", "SIGUSR1", "SIGTERM", "SIGINT", "stop_file")
+REASONS = (
+    "",
+    "max_hours",
+    "SIGXCPU",
+    "SIGUSR2",
+    "SIGUSR1",
+    "SIGHUP",
+    "SIGTERM",
+    "SIGINT",
+    "stop_file",
+)
 POLL_S = 1.0  # between two looks for the stop file
 
 
@@ -135,6 +146,15 @@ class Deadline:
 def start_again(folder: Path) -> None:
     """The run goes on: its marker is no longer true."""
     (folder / MARKER).unlink(missing_ok=True)
+
+
+def told_stop(stop: Stop, folder: str) -> str:
+    """What a person is told last where a run was stopped."""
+    saved = f"saved in {folder}" if stop.step else "nothing was to be saved yet"
+    return (
+        f"glide_ds: stopped at step {stop.step:,} of phase {stop.phase} ({stop.reason}), {saved}; the same command "
+        "goes on there"
+    )
 
 
 def mark_stopped(folder: Path, stop: Stop, *, finished: bool) -> None:

@@ -46,6 +46,7 @@ from glide_ds.data.workers import stacks_of
 from glide_ds.errors import EXIT_LOST, GlideError
 from glide_ds.masking import masked
 from glide_ds.training.faults.failures import brief, is_lost_peer
+from glide_ds.training.faults.last_word import last_word
 
 T = TypeVar("T")
 
@@ -399,4 +400,4 @@ def _kill(pid: int) -> None:
 
 
 def _say(text: str) -> None:
-    print(f"glide_ds: {text}", file=sys.stderr, flush=True)
+    last_word(f"glide_ds: {text}")
