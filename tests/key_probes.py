@@ -387,7 +387,8 @@ def validated(config: Config) -> Any:
         for done in (1, 2):
             when = run.validation.after(done)
             latest = run.validation.latest or {}
-            measured.append((when, latest.get("loss"), latest.get("score_off", {}).get("count")))
+            drawn = latest.get("score_off", {}).get("count")
+            measured.append((when, latest.get("loss"), drawn, run.validation.exhausted))
         with torch.no_grad():
             for parameter in run.model.parameters():
                 parameter.mul_(3)

@@ -506,6 +506,8 @@ BESIDE = {
     "data.caption_file": ("data.shards=x.tar", 'data.captions={"file.caption": 1}'),
     "data.shuffle_buffer": ("data.reader=stream", "data.shards=x.tar"),
     "train.scope": ("train.phase=base",),
+    "train.min_snr_gamma": ("train.weighting=min-snr",),
+    "validation.patience": ("validation.every=5",),
     "train.activation_gb": ("train.recompute=budget",),
     "clip.image_share": ("clip.source=both",),
     "log.sample_images": ("clip.source=image",),

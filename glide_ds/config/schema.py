@@ -390,7 +390,25 @@ class TrainConfig(Section):
     loss: Literal["mse", "hybrid"] = fixed(
         "mse", "hybrid adds the variational bound, which trains the variance channels"
     )
-    weighting: Literal["eps", "v"] = fixed("eps", "v weighs noisy timesteps more, where conditioning decides")
+    weighting: Literal["eps", "v", "min-snr"] = fixed(
+        "eps",
+        "of the timesteps in the loss: v weighs noisy ones more, where conditioning decides; min-snr the clean ones "
+        "less, down to what the squared error of the picture would give them",
+    )
+    min_snr_gamma: float = fixed(5.0, "signal-to-noise ratio above which weighting=min-snr weighs less", gt=0)
+    timesteps: Literal["uniform", "stratified"] = fixed(
+        "uniform",
+        "stratified: of every global batch one timestep in each of as many equal parts of the schedule, for a loss "
+        "that varies less; uniform: each for itself",
+    )
+    offset_noise: float = fixed(
+        0.0, "standard deviation of noise that all of a channel's pixels share: dark and bright pictures", ge=0
+    )
+    input_perturbation: float = fixed(
+        0.0,
+        "standard deviation of noise that the model sees and is not asked for: 0.1 as in arXiv 2301.11706",
+        ge=0,
+    )
     vb_weight: float = fixed(0.001, "of the variational bound (bits per dimension) in the hybrid loss", ge=0)
     lr_scale: LrScale = fixed(LrScale(), "each role's learning rate as a multiple of the optimizer's lr")
     adapter_clipping: float = fixed(
@@ -442,6 +460,16 @@ class TrainConfig(Section):
                 "train.cuda_graph=false",
             )
             yield Conflict(("cuda_graph", "recompute"), fault)
+        if (
+            self.weighting != "min-snr"
+            and self.min_snr_gamma != type(self).model_fields["min_snr_gamma"].default
+        ):
+            fault = Fault(
+                f"train.min_snr_gamma = {self.min_snr_gamma:g} with train.weighting = {self.weighting!r}",
+                "it would do nothing",
+                "set train.weighting=min-snr, or remove it",
+            )
+            yield Conflict(("weighting", "min_snr_gamma"), fault)
         if not PHASES[self.phase].scoped and self.scope != "all":
             fault = Fault(
                 f"train.scope = {self.scope!r} belongs to phase base; phase {self.phase!r} fixes what trains",
@@ -502,11 +530,26 @@ class ValidationConfig(Section):
         "held-out shapes drawn in each way by rank 0, as the sample grids are, and judged; built-in data",
         ge=0,
     )
+    patience: int = free(
+        0,
+        "validations in which neither the loss nor a conditioning gain betters its best, after which the phase ends; "
+        "0: it goes on",
+        ge=0,
+    )
     max_degradation: float = free(
         0.1,
         "by what share the loss with CLIP off may exceed that before training; then the run stops; 0: any",
         ge=0,
     )
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.patience and not self.every:
+            fault = Fault(
+                f"validation.patience = {self.patience} with validation.every = 0",
+                "it would do nothing: there are no validations to count",
+                "set validation.every, or remove it",
+            )
+            yield Conflict(("patience", "every"), fault)
 
 
 class LogConfig(Section):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 QUARTILES = 4  # of the timesteps, in which losses are told apart
+MAX_INVERSE_SNR = 20.0
 
 
 class Gaussian(NamedTuple):
@@ -21,6 +22,23 @@ class Gaussian(NamedTuple):
 def mean_per_sample(values: Tensor) -> Tensor:
     """[B, ...] -> [B]."""
     return values.flatten(1).mean(dim=1)
+
+
+def v_weight(alpha_bar: Tensor) -> Tensor:
+    """The weight [B] that makes an eps-MSE the MSE of v-prediction: 1 + 1/SNR.
+
+    Salimans & Ho 2022, arXiv 2202.00512, section 4; 1/SNR is capped so that single samples don't dominate.
+    """
+    return 1 + ((1 - alpha_bar) / alpha_bar).clamp(max=MAX_INVERSE_SNR)
+
+
+def min_snr_weight(alpha_bar: Tensor, gamma: float) -> Tensor:
+    """The weight [B] of an eps-MSE under the min-SNR-γ strategy: min(SNR, γ) / SNR.
+
+    Hang et al. 2023, arXiv 2303.09556, section 3.4: min(SNR, γ) is the weight of the squared error of x_0, which is
+    1/SNR times that of eps.
+    """
+    return (gamma * (1 - alpha_bar) / alpha_bar).clamp(max=1.0)
 
 
 def gaussian_kl(p: Gaussian, q: Gaussian) -> Tensor:

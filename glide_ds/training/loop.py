@@ -24,6 +24,8 @@ def train(run: PhaseRun) -> None:
     run.validation.begin()
     batches = run.source.batches(run.start.step + run.guard.data_offset)
     for step in range(run.start.step, steps):
+        if run.validation.exhausted:
+            break
         if run.stopper.agreed(step):
             if step > run.start.step and step % config.checkpoint.every:  # else it is saved, or as it was found
                 save(run, step, first_offset)
@@ -57,7 +59,7 @@ def train(run: PhaseRun) -> None:
         recorded = done % config.log.every == 0 or last or done == 1 or skipped or measured
         shown = recorded or step == run.start.step  # a resumed run says at once that it goes on
         run.log.step(done, run.readings.read(done, meter, clock) if shown else None, recorded)
-        if done % config.checkpoint.every == 0 or last or run.validation.degraded:
+        if done % config.checkpoint.every == 0 or last or run.validation.ends:
             with clock.paused():
                 save(run, done, first_offset)
             run.validation.check(done, run.guard.stop)

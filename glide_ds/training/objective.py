@@ -14,22 +14,21 @@ from torch import Tensor
 
 from glide_ds.config import Config
 from glide_ds.diffusion import Diffusion
-from glide_ds.diffusion.losses import reverse_kl
+from glide_ds.diffusion.losses import min_snr_weight, reverse_kl, v_weight
 from glide_ds.diffusion.pixels import to_signed
 from glide_ds.model.clip import FrozenClip
 from glide_ds.tokenizer import encode
 from glide_ds.training.phases import hash64, phase_seed
 from glide_ds.types import Batch, send
 
-MAX_INVERSE_SNR = 20.0
-
 
 class Draws(NamedTuple):
     """The random numbers of one micro-batch."""
 
-    timesteps: Tensor  # int64 [B], uniform over all T
+    timesteps: Tensor  # int64 [B], each uniform over all T
     noise: Tensor  # [B, 3, S, S]
     drop_clip: Tensor  # bool [B]
+    added: Tensor | None = None  # [B, 3, S, S], in the input alone
 
 
 class Losses(NamedTuple):
@@ -44,24 +43,51 @@ class Losses(NamedTuple):
 
 
 def draw(
-    seed: int, step: int, slots: Sequence[int], side: int, timesteps: int, drop: float, device: Any
+    seed: int,
+    step: int,
+    slots: Sequence[int],
+    side: int,
+    timesteps: int,
+    drop: float,
+    device: Any,
+    *,
+    strata: int = 0,
+    offset: float = 0.0,
+    perturbation: float = 0.0,
 ) -> Draws:
     """Timesteps, noise and CLIP dropout for these slots of global batch `step`.
 
     Every slot has its own generator, seeded by (seed, step, slot): the numbers depend neither on the
     number of ranks nor on the micro-batch, and a rank draws only its own. They are drawn on the host, so that
-    every kind of device trains on the same ones.
+    every kind of device trains on the same ones. What is asked for beside them is drawn after them.
+
+    With `strata`, the global batch's size, the timesteps of its slots lie in as many equal parts of 0 … T-1, one in
+    each, in a random order. `offset` is the standard deviation of noise that a channel's pixels share, `perturbation`
+    that of `added` (Ning et al. 2023, arXiv 2301.11706).
     """
     generator = torch.Generator()
+    # Slots are numbered from 0, so -1 seeds what all of them share.
+    shared = torch.Generator().manual_seed(hash64(seed, step, -1))
+    order = torch.randperm(strata, generator=shared).tolist() if strata else []
     t = torch.empty(len(slots), dtype=torch.int64)
     noise = torch.empty(len(slots), 3, side, side)
     dropped = torch.empty(len(slots))
+    added = torch.empty_like(noise) if perturbation else None
     for row, slot in enumerate(slots):
         generator.manual_seed(hash64(seed, step, slot))
-        torch.randint(timesteps, (1,), generator=generator, out=t[row : row + 1])
+        if strata:
+            within = float(torch.rand(1, generator=generator, dtype=torch.float64))
+            t[row] = min(int((order[slot] + within) / strata * timesteps), timesteps - 1)
+        else:
+            torch.randint(timesteps, (1,), generator=generator, out=t[row : row + 1])
         torch.rand(1, generator=generator, out=dropped[row : row + 1])
         torch.randn(3, side, side, generator=generator, out=noise[row])
-    return Draws(*(send(part, device) for part in (t, noise, dropped < drop)))
+        if offset:
+            noise[row] += offset * torch.randn(3, 1, 1, generator=generator)
+        if added is not None:
+            torch.randn(3, side, side, generator=generator, out=added[row]).mul_(perturbation)
+    drop_clip, extra = send(dropped < drop, device), None if added is None else send(added, device)
+    return Draws(send(t, device), send(noise, device), drop_clip, extra)
 
 
 class Randomness:
@@ -101,7 +127,8 @@ class Objective:
         slots = tuple(batch.slots.tolist())
         draws = self._drawn(step, slots, batch)
         x0 = to_signed(batch.images)
-        x_t = diffusion.q_sample(x0, draws.timesteps, draws.noise)
+        seen = draws.noise if draws.added is None else draws.noise + draws.added
+        x_t = diffusion.q_sample(x0, draws.timesteps, seen)
         # Said either way: pictures come as [B, S, S, 3], so their layout is NHWC already.
         x_t = x_t.contiguous(
             memory_format=torch.channels_last if train.channels_last else torch.contiguous_format
@@ -174,18 +201,27 @@ class Objective:
 
     def _draw(self, step: int, slots: Sequence[int], batch: Batch) -> Draws:
         side, device = batch.images.shape[1], batch.images.device
-        return draw(self.seed, step, slots, side, self.diffusion.num_timesteps, self.config.clip.drop, device)
+        train = self.config.train
+        return draw(
+            self.seed,
+            step,
+            slots,
+            side,
+            self.diffusion.num_timesteps,
+            self.config.clip.drop,
+            device,
+            strata=self.config.deepspeed["train_batch_size"] if train.timesteps == "stratified" else 0,
+            offset=train.offset_noise,
+            perturbation=train.input_perturbation,
+        )
 
     def weight(self, timesteps: Tensor) -> Tensor:
-        """Each sample's weight [B] in the eps-MSE; the logged loss is not weighted.
-
-        eps: 1. v: 1 + 1/SNR, which makes it the MSE of v-prediction (Salimans & Ho 2022, arXiv
-        2202.00512, section 4), with 1/SNR capped so that single samples don't dominate.
-        """
-        if self.config.train.weighting == "eps":
+        """Each sample's weight [B] in the eps-MSE; the logged loss is not weighted."""
+        train = self.config.train
+        if train.weighting == "eps":
             return torch.ones_like(timesteps, dtype=torch.float32)
         alpha_bar = self.diffusion.table("alphas_cumprod", timesteps).flatten()
-        return 1 + ((1 - alpha_bar) / alpha_bar).clamp(max=MAX_INVERSE_SNR)
+        return v_weight(alpha_bar) if train.weighting == "v" else min_snr_weight(alpha_bar, train.min_snr_gamma)
 
     def embed(self, batch: Batch) -> Tensor:
         """CLIP embeddings [B, D] of the batch: from its store, or encoded now."""

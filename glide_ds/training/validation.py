@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -29,6 +29,29 @@ from glide_ds.training.faults.ranks import Ranks, agreed
 from glide_ds.training.faults.watchdog import Watch
 from glide_ds.training.logging import RunLog, finite
 from glide_ds.training.zero.ema import Ema, averaged
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best of each figure so far, and how many validations ago one was last bettered."""
+
+    loss: float = math.inf
+    gain_with_caption: float = -math.inf  # over shuffled embeddings, like the next one
+    gain_without_caption: float = -math.inf
+    since: int = 0
+
+    def after(self, figures: Figures) -> Best:
+        """With one more validation counted. A figure that is not finite betters nothing."""
+        gains = {name: getattr(figures, name) for name in ("gain_with_caption", "gain_without_caption")}
+        new = {name: gain.over_shuffled for name, gain in gains.items() if gain is not None}
+        better = {name: value for name, value in new.items() if value > getattr(self, name)}
+        if figures.loss < self.loss:
+            better["loss"] = figures.loss
+        return replace(self, **better, since=0 if better else self.since + 1)
+
+    def facts(self) -> dict[str, Any]:
+        """What the manifest keeps: JSON has no infinity."""
+        return {name: value for name, value in asdict(self).items() if math.isfinite(value)}
 
 
 class Validation:
@@ -57,6 +80,7 @@ class Validation:
         # The pretrained model's loss with CLIP off, measured at the beginning of the run's first phase.
         self.baseline: float | None = None
         self.identity: dict[str, Any] = {}
+        self.best = Best()
         shards = held_out_shards(config)
         if shards is None:
             return
@@ -70,11 +94,14 @@ class Validation:
         told = before.manifest.get("validation") if before else None
         if told and told["identity"] == self.identity:
             self.baseline = told["baseline"]
+            if start.resumed:
+                self.best = Best(**told.get("best", {}))
 
     def begin(self) -> None:
         """Measure the baseline where no phase before has done it. Collective."""
         if self.held_out is None and self.options.every:
             self.log.line("validation is off: data.shards is not built in; name some in validation.shards")
+        self._say_exhausted(self.start.step)
         if self.held_out is None or self.baseline is not None:
             return
         self.watch.at("validate", self.start.step)
@@ -94,7 +121,10 @@ class Validation:
             figures = self.held_out.measure(self.model)
             scores = dict(self._judged())
         drawn = {name: asdict(score) for name, score in scores.items()}
-        self.latest = asdict(figures) | drawn | {"loss_clip_off_start": self.baseline}
+        self.best = self.best.after(figures)
+        self.latest = (
+            asdict(figures) | drawn | {"loss_clip_off_start": self.baseline, "since_best": self.best.since}
+        )
         self.log.line(f"validation at step {done}: {self._describe(figures)}")
         for name, score in scores.items():
             self.log.line(f"  {score.count} drawn, {TOLD[name]}: {score}")
@@ -108,8 +138,19 @@ class Validation:
             return False
         return not self.latest["loss_clip_off"] <= self.baseline * (1 + limit)  # NaN is worse, too
 
+    @property
+    def ends(self) -> bool:
+        """Whether the update just validated is the phase's last."""
+        return self.degraded or (self.exhausted and self.latest is not None)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether nothing has improved for as many validations as `validation.patience` allows."""
+        return 0 < self.options.patience <= self.best.since
+
     def check(self, done: int, stop: Callable[..., NoReturn]) -> None:
-        """Have `stop` (see Guard.stop) end the run where the pretrained ability is lost."""
+        """Have `stop` (see Guard.stop) end the run where the pretrained ability is lost; say where patience is."""
+        self._say_exhausted(done)
         if not self.degraded:
             return
         assert self.latest is not None
@@ -129,13 +170,25 @@ class Validation:
         """What the manifest keeps: the baseline for later phases, and the figures of this very update."""
         if self.held_out is None:
             return {}
-        told = {"identity": self.identity, "baseline": self.baseline, "latest": finite(self.latest)}
+        told = {
+            "identity": self.identity,
+            "baseline": self.baseline,
+            "latest": finite(self.latest),
+            "best": self.best.facts(),
+        }
         loss = self.latest["loss"] if self.latest else math.nan
         return {"validation": told} | ({"validation_loss": loss} if math.isfinite(loss) else {})
 
     def metrics(self) -> dict[str, Any]:
         """What a line of metrics.jsonl says of it."""
         return {"validation": self.latest} if self.latest else {}
+
+    def _say_exhausted(self, done: int) -> None:
+        if self.exhausted:
+            self.log.line(
+                f"the phase ends at step {done}: the last {self.best.since} validations bettered nothing "
+                f"(validation.patience = {self.options.patience})"
+            )
 
     def _judged(self) -> Iterator[tuple[str, Score]]:
         """What the judge reads in rank 0's pictures of held-out shapes, in every way they can be asked for."""

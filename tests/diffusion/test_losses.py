@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from glide_ds.diffusion.losses import Gaussian, discretized_nll, gaussian_kl, reverse_kl, vb_bits
+from glide_ds.diffusion.losses import (
+    Gaussian,
+    discretized_nll,
+    gaussian_kl,
+    min_snr_weight,
+    reverse_kl,
+    vb_bits,
+)
 
 
 def normal(mean: float, std: float, shape: tuple[int, ...] = (1, 1, 1, 1)) -> Gaussian:
@@ -52,3 +59,13 @@ def test_reverse_kl_averages_elements_and_leaves_the_reference_alone() -> None:
     kl.sum().backward()
     assert all(value.grad is not None and value.grad.all() for value in values[:2])
     assert all(value.grad is None for value in values[2:])
+
+
+def test_min_snr_weighs_the_error_of_x0_by_the_lesser_of_snr_and_gamma() -> None:
+    """arXiv 2303.09556: the loss is min(SNR, γ) times the squared error of x_0, here reckoned from that of eps."""
+    alpha_bar = torch.tensor([0.999, 0.9, 0.5, 0.01], dtype=torch.float64)
+    x0, noise, predicted = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x_t = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
+    predicted_x0 = (x_t - (1 - alpha_bar).sqrt() * predicted) / alpha_bar.sqrt()
+    expected = (alpha_bar / (1 - alpha_bar)).clamp(max=5) * (predicted_x0 - x0) ** 2
+    torch.testing.assert_close(min_snr_weight(alpha_bar, 5.0) * (predicted - noise) ** 2, expected)

@@ -100,7 +100,7 @@ def test_a_slots_numbers_do_not_depend_on_who_draws_them():
     whole = draw(7, 3, list(range(8)), SIDE, 1000, 0.5, "cpu")
     for slots in ([0, 1], [6, 2, 7], [5]):
         part = draw(7, 3, slots, SIDE, 1000, 0.5, "cpu")
-        for one, all_ in zip(part, whole, strict=True):
+        for one, all_ in zip(part[:3], whole[:3], strict=True):
             assert torch.equal(one, all_[slots])
 
 
@@ -129,6 +129,82 @@ def test_timesteps_are_uniform_and_noise_is_normal():
     assert drawn.timesteps.max() < 1000
     assert drawn.noise.mean().abs() < 0.01
     assert drawn.noise.std() == pytest.approx(1, abs=0.01)
+
+
+# --- stratified timesteps, offset noise, perturbed inputs ---
+
+
+def stratified(step: int, slots: list[int], strata: int, timesteps: int = 1000) -> Tensor:
+    return draw(7, step, slots, 1, timesteps, 0.5, "cpu", strata=strata).timesteps
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 1500])
+def test_each_part_of_the_schedule_has_one_timestep_of_the_global_batch(count: int):
+    drawn = stratified(3, list(range(count)), count).sort().values.tolist()
+    for number, timestep in enumerate(drawn):
+        low, high = number * 1000 / count, (number + 1) * 1000 / count
+        assert int(low) <= timestep <= min(high, 999), (number, timestep)
+
+
+def test_a_stratified_timestep_is_uniform_for_every_slot_and_does_not_depend_on_who_draws_it():
+    whole = torch.stack([stratified(step, list(range(4)), 4) for step in range(2000)])
+    for slot in range(4):
+        counts = torch.bincount(whole[:, slot] // 100, minlength=10)
+        assert counts.min() > 150
+        assert counts.max() < 250
+    for slots in ([0, 1], [3], [2, 0]):
+        assert torch.equal(stratified(5, slots, 4), whole[5][slots])
+
+
+def test_stratified_timesteps_estimate_the_same_loss_with_less_variance():
+    """Of a loss that falls with the timestep as a trained model's does, over batches of 16."""
+    alpha_bar = torch.tensor(create_diffusion("squaredcos_cap_v2").alphas_cumprod)
+    loss, slots = alpha_bar + 0.1, list(range(16))
+    each = {
+        strata: torch.stack(
+            [
+                loss[draw(1, step, slots, 1, 1000, 0.0, "cpu", strata=strata).timesteps].mean()
+                for step in range(400)
+            ]
+        )
+        for strata in (0, 16)
+    }
+    assert each[16].mean() == pytest.approx(float(loss.mean()), abs=0.01)
+    assert each[0].mean() == pytest.approx(float(loss.mean()), abs=0.02)
+    assert each[0].var() > 10 * each[16].var()
+
+
+def test_what_is_asked_for_beside_them_leaves_the_other_numbers():
+    plain = draw(7, 3, [0, 1], SIDE, 1000, 0.5, "cpu")
+    extra = draw(7, 3, [0, 1], SIDE, 1000, 0.5, "cpu", offset=0.2, perturbation=0.1)
+    assert torch.equal(plain.timesteps, extra.timesteps)
+    assert torch.equal(plain.drop_clip, extra.drop_clip)
+    assert plain.added is None
+    assert extra.added is not None
+    offset = extra.noise - plain.noise
+    torch.testing.assert_close(offset, offset[:, :, :1, :1].expand_as(offset))
+    assert offset[:, :, 0, 0].unique().numel() == 6  # of each picture and channel
+    many = draw(7, 3, list(range(300)), 4, 1000, 0.5, "cpu", offset=0.2, perturbation=0.1)
+    assert many.noise.mean((2, 3)).std() == pytest.approx((1 / 16 + 0.2**2) ** 0.5, rel=0.1)
+    assert many.added is not None
+    assert many.added.std() == pytest.approx(0.1, rel=0.03)
+
+
+def test_a_perturbed_input_is_asked_for_the_noise_without_it(tmp_path: Path):
+    """Ning et al. 2023, arXiv 2301.11706, algorithm 1."""
+    perturbed, model = objective(tmp_path, train={"input_perturbation": 0.1})
+    plain, other = objective(tmp_path)
+    losses = perturbed(batch(), 0)
+    plain(batch(), 0)
+    draws = draw(perturbed.seed, 0, list(range(B)), SIDE, 1000, 0.1, "cpu", perturbation=0.1)
+    x_t = model.calls[0]["x"]
+    assert draws.added is not None
+    spread = torch.tensor(1 - perturbed.diffusion.alphas_cumprod).sqrt().float()[draws.timesteps]
+    torch.testing.assert_close(x_t - other.calls[0]["x"], spread[:, None, None, None] * draws.added)
+    with torch.no_grad():
+        inputs = {name: model.calls[0][name] for name in ("clip_embedding", "clip_drop")}
+        predicted = model(x_t, perturbed.diffusion.model_timesteps(draws.timesteps), **inputs)[:, :3]
+    torch.testing.assert_close(losses.mse, (predicted - draws.noise).square().flatten(1).mean(1))
 
 
 def test_what_is_drawn_ahead_is_what_the_step_would_have_drawn(tmp_path: Path):
@@ -181,6 +257,12 @@ def test_the_total_is_what_its_terms_say(tmp_path: Path):
     weight = 1 + ((1 - alpha_bar) / alpha_bar).clamp(max=20)
     torch.testing.assert_close(losses.total, (weight * losses.mse).mean())
     assert losses.total > losses.mse.mean()
+
+    weighted, _ = objective(tmp_path, train={"weighting": "min-snr", "min_snr_gamma": 2.0})
+    losses = weighted(batch(), 0)
+    snr = alpha_bar / (1 - alpha_bar)
+    torch.testing.assert_close(losses.total, (snr.clamp(max=2) / snr * losses.mse).mean())
+    assert losses.total < losses.mse.mean()
 
     with_kl, _ = objective(tmp_path, train={"kl_weight": 0.5, "kl_every": 3})
     has_kl = []

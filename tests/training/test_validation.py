@@ -12,11 +12,12 @@ from train_kit import make_config, metrics, opened, shake, train_phase, write_sh
 
 from glide_ds.data import shapes
 from glide_ds.errors import ConfigError, UnstableError
+from glide_ds.inference.held_out import Figures, Gain
 from glide_ds.training import loop
 from glide_ds.training.checkpoint.commit import committed
 from glide_ds.training.loop import train
 from glide_ds.training.objective import Losses, Objective
-from glide_ds.training.validation import held_out_shards, open_held_out
+from glide_ds.training.validation import Best, held_out_shards, open_held_out
 from glide_ds.types import Batch
 
 pytestmark = pytest.mark.usefixtures("group")
@@ -119,6 +120,47 @@ def test_a_baseline_that_is_first_measured_on_a_resume_is_not_said_to_be_from_be
     out = capsys.readouterr().out
     assert "validation at step 2, first measured there, loss " in out
     assert "before training" not in out
+
+
+@pytest.mark.parametrize(
+    ("figures", "since"),
+    [
+        ([(1.0, 0.1), (0.9, 0.0), (0.8, 0.2)], [0, 0, 0]),
+        ([(1.0, 0.1), (1.0, 0.1), (1.1, 0.0)], [0, 1, 2]),
+        ([(1.0, 0.1), (1.1, 0.2), (1.1, 0.1), (0.9, 0.0)], [0, 0, 1, 0]),  # a gain alone counts
+        ([(1.0, None), (0.9, None), (0.95, None)], [0, 0, 1]),
+        ([(float("nan"), None), (float("nan"), None)], [1, 2]),
+    ],
+)
+def test_what_betters_nothing_is_counted(figures: list[Any], since: list[int]):
+    best, counted = Best(), []
+    for loss, gain in figures:
+        both = Gain(gain, 0.0) if gain is not None else None
+        best = best.after(Figures(loss, loss, {}, gain_with_caption=None, gain_without_caption=both))
+        counted.append(best.since)
+        assert Best(**json.loads(json.dumps(best.facts(), allow_nan=False))) == best  # as a manifest keeps it
+    assert counted == since
+
+
+def test_a_phase_ends_where_nothing_has_improved_and_a_resume_does_not_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    frozen: dict[str, Any] = {
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-30, "weight_decay": 0.0}},
+        "train": {"steps": 9},
+        "validation": {"every": 2, "samples": 4, "patience": 2},
+    }
+    train_phase(make_config(tmp_path, "base", **frozen))
+    told = "the phase ends at step 6: the last 2 validations bettered nothing (validation.patience = 2)"
+    assert told in capsys.readouterr().out
+    assert committed(tmp_path / "run" / "base")[0].step == 6
+    train_phase(make_config(tmp_path, "base", **frozen))
+    assert told in capsys.readouterr().out
+    assert metrics(tmp_path)[-1]["step"] == 6
+    patient = {**frozen, "validation": {"every": 2, "samples": 4, "patience": 3}}
+    train_phase(make_config(tmp_path, "base", **patient))
+    assert "the phase ends at step 8" in capsys.readouterr().out
+    assert metrics(tmp_path)[-1]["validation"]["since_best"] == 3
 
 
 @pytest.mark.slow
