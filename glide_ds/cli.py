@@ -134,8 +134,14 @@ COMMANDS = (
         "glide-ds evaluate mine.pt --captions 64",
     ),
     Command(
+        ("report",),
+        "glide_ds.commands.results.report",
+        "a page of one or several runs: configuration, curves, pictures, events, evaluations",
+        "glide-ds report runs/mine --out mine.html",
+    ),
+    Command(
         ("status",),
-        "glide_ds.commands.status",
+        "glide_ds.commands.results.status",
         "what a run directory holds, whether it runs, how far it is, and what of it can go",
         "glide-ds status runs/mine --prune --dry_run",
     ),

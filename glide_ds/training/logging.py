@@ -9,11 +9,14 @@ from __future__ import annotations
 import functools
 import json
 import math
+import socket
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from glide_ds.config import Config
@@ -23,6 +26,7 @@ from glide_ds.inference.draw import Row, grid, rows_grid, write_picture
 from glide_ds.progress import Progress, duration
 from glide_ds.types import Batch
 
+STARTS_FILE = "starts.jsonl"
 MUCH_WAITING = 0.2  # of a step's time
 MUCH_COMMUNICATION = 0.3
 
@@ -158,6 +162,8 @@ class RunLog:
         self.trace = None
         if config.data.trace:
             self.trace = JsonLines(self.folder / "trace" / f"rank{rank}.jsonl", self.phase, done)
+        if rank == 0:
+            _note_start(self.folder / STARTS_FILE, self.phase, done)
         self.done = done
         self.tensorboard_wanted = rank == 0 and config.log.tensorboard
 
@@ -215,6 +221,15 @@ class RunLog:
         for output in (self.metrics, self.trace, self.__dict__.get("tensorboard")):
             if output:
                 output.close()
+
+
+def _note_start(path: Path, phase: str, done: int) -> None:
+    """Append that a phase starts or goes on now, and on what: metrics.jsonl shows no resume."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    about = {"step": done, "phase": phase, "time": time.time(), "host": socket.gethostname(), "ranks": ranks}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(about) + "\n")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:

@@ -19,6 +19,7 @@ from glide_ds.training.checkpoint.commit import Owner
 from glide_ds.training.checkpoint.start import RUN_FILE, read_run
 from glide_ds.training.faults.lease import holder
 from glide_ds.training.faults.stopping import MARKER
+from glide_ds.training.logging import STARTS_FILE
 from glide_ds.training.stability import REPORT_FILE, SKIPPED_FILE
 
 
@@ -107,6 +108,11 @@ class RunRecord:
     def skipped(self) -> JsonRecords:
         """skipped.jsonl: updates that were skipped, and rollbacks."""
         return JsonRecords.read(self.path / SKIPPED_FILE)
+
+    @cached_property
+    def starts(self) -> JsonRecords:
+        """starts.jsonl: every start of a phase, from which step, on what."""
+        return JsonRecords.read(self.path / STARTS_FILE)
 
     def of_phase(self, phase: str) -> list[dict[str, Any]]:
         """Its lines of metrics.jsonl, in the order in which they were written."""

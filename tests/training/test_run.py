@@ -92,6 +92,7 @@ def test_a_run_leaves_what_the_design_says(trained: Path):
         "phase3",
         "run.json",
         "samples",
+        "starts.jsonl",
         "tensorboard",
         "trace",
     ]
