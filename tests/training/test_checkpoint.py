@@ -246,9 +246,9 @@ def test_a_run_of_before_there_were_ids_owns_what_has_none(tmp_path: Path):
         path.write_text(json.dumps({key: value for key, value in told.items() if key not in ("run", "sha256")}))
     (tmp_path / "step-00000003").mkdir()
     before = sorted(tmp_path.glob("step-*"))
-    prune(tmp_path, CheckpointConfig(keep=1), OWNER)
+    prune(tmp_path, CheckpointConfig(keep=1), OWNER, 4)
     assert sorted(tmp_path.glob("step-*")) == before
-    prune(tmp_path, CheckpointConfig(keep=1), Owner(OWNER.run, older=True))
+    prune(tmp_path, CheckpointConfig(keep=1), Owner(OWNER.run, older=True), 4)
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000004"]
 
 
@@ -394,6 +394,27 @@ def test_pruning_keeps_the_newest(tmp_path: Path, keep: int, left: list[int]):
     assert sorted(path.name for path in tmp_path.glob("step-*")) == [f"step-{step:08d}" for step in left]
 
 
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_damaged_ones_that_were_passed_over_are_not_kept_in_the_place_of_new_ones(tmp_path: Path, keep: int):
+    for step in (2, 4, 6, 8):
+        saved(tmp_path, step, keep=0)
+    for step in (4, 6, 8):
+        flip(tmp_path / f"step-{step:08d}" / "model.safetensors")
+    found, damaged = newest_good(tmp_path)
+    assert found is not None
+    assert (found.step, len(damaged)) == (2, 3)
+    assert saved(tmp_path, 3, keep=keep).step == 3
+    found, _ = newest_good(tmp_path)
+    assert found is not None
+    assert found.step == 3
+    left = {step for step in (2, 3) if step > 3 - keep or keep > 1}
+    assert {made.step for made in committed(tmp_path)} == {4, 6, 8} | left
+    assert saved(tmp_path, 4, keep=keep).step == 4  # in the place of the damaged one
+    found, _ = newest_good(tmp_path)
+    assert found is not None
+    assert found.step == 4
+
+
 def test_milestones_are_kept_for_good(tmp_path: Path):
     made = saver(tmp_path, keep=1, keep_every=3)
     for step in range(1, 8):
@@ -429,7 +450,7 @@ def test_a_checkpoint_that_is_half_removed_is_none(tmp_path: Path, monkeypatch: 
     good = saved(tmp_path, 6)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda path: (path / "model.safetensors").unlink())  # and is killed
-        prune(tmp_path, CheckpointConfig(keep=1), OWNER)
+        prune(tmp_path, CheckpointConfig(keep=1), OWNER, 6)
     assert committed(tmp_path) == [good]
     assert unreadable(tmp_path) == []
     saved(tmp_path, 9)

@@ -239,18 +239,24 @@ def best(found: list[Committed]) -> Committed | None:
     return min(measured, key=lambda made: float(made.manifest["validation_loss"]), default=None)
 
 
-def prune(folder: Path, config: CheckpointConfig, owner: Owner) -> None:
-    """Remove of the run's own what `config` does not keep: all but the newest, every `keep_every`-th, the best."""
-    kept, others = sorted_out(folder, config, owner)
+def prune(folder: Path, config: CheckpointConfig, owner: Owner, newest: int) -> None:
+    """Remove of the run's own what `config` does not keep: all but the newest, every `keep_every`-th, the best.
+
+    `newest` is the step committed last. What stands after it was damaged when the run went on before it: it counts for
+    nothing, or it would be kept in the place of what is whole, and it stays for people until its step is saved again.
+    """
+    kept, others = sorted_out(folder, config, owner, newest)
     if config.best and (lowest := best(kept)):
         show(folder / BEST, lowest.path)
     for path in others:
         remove(path, owner)
 
 
-def sorted_out(folder: Path, config: CheckpointConfig, owner: Owner) -> tuple[list[Committed], list[Path]]:
-    """The run's own checkpoints that `config` keeps, the newest first, and the folders that it does not."""
-    own = [made for made in committed(folder) if owner.owns(made.path)]
+def sorted_out(
+    folder: Path, config: CheckpointConfig, owner: Owner, newest: float = math.inf
+) -> tuple[list[Committed], list[Path]]:
+    """The run's own checkpoints up to step `newest` that `config` keeps, the newest first; the folders of the others."""
+    own = [made for made in committed(folder) if made.step <= newest and owner.owns(made.path)]
     places = {made.path for made in own[: config.keep or None]}
     if config.best and (lowest := best(own)):
         places.add(lowest.path)

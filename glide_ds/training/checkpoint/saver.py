@@ -161,7 +161,8 @@ class Saver:
             whole = {**manifest, "files": files}
             failure = attempt(lambda: checkpoint.commit(self.folder, whole, self.owner))
         if failure is None:
-            if trouble := attempt(lambda: checkpoint.prune(self.folder, self.config, self.owner)):
+            step = manifest["step"]
+            if trouble := attempt(lambda: checkpoint.prune(self.folder, self.config, self.owner, step)):
                 self.say(f"!! {self.folder}: {trouble}; the commit itself stands")
             return None
         free = shutil.disk_usage(self.folder).free
