@@ -422,7 +422,7 @@ class TrainConfig(Section):
     kl_every: int = fixed(100, "steps between two KL terms", ge=1)
     align_weight: float = fixed(
         0.0,
-        "of the distance of CLIP's vector to what an emptied caption would have added to the timestep",
+        "of the distance of what CLIP adds, to the timestep and in attention, to what an emptied caption would have",
         ge=0,
     )
     recompute: Recompute = free(
@@ -470,6 +470,14 @@ class TrainConfig(Section):
                 "set train.weighting=min-snr, or remove it",
             )
             yield Conflict(("weighting", "min_snr_gamma"), fault)
+        if self.cuda_graph and self.align_weight:
+            fault = Fault(
+                f"train.cuda_graph=true with train.align_weight={self.align_weight}: a recorded pass does not tell "
+                "what its attention blocks were given",
+                "CLIP's tokens would have no target",
+                "train.cuda_graph=false, or train.align_weight=0",
+            )
+            yield Conflict(("cuda_graph", "align_weight"), fault)
         if not PHASES[self.phase].scoped and self.scope != "all":
             fault = Fault(
                 f"train.scope = {self.scope!r} belongs to phase base; phase {self.phase!r} fixes what trains",

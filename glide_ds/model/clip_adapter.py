@@ -28,9 +28,13 @@ def unit_rms(embedding_bd: Tensor) -> Tensor:
 
 
 class ClipAdapter(nn.Module):
-    """Residual two-layer MLP with a gate, out = proj(x) + g * MLP(LN(x)), then a projection to K tokens."""
+    """Residual two-layer MLP with a gate, out = proj(x) + g * MLP(LN(x)), then a projection to K tokens.
 
-    def __init__(self, clip_dim: int, width: int, tokens: int) -> None:
+    Like ClipVector it sees the caption, so that the tokens can leave unsaid what is said already: blind to it they
+    cost 1.7 to 2.6 % of x0 error beside a caption, seeing it 0.1 % (docs/clip.md).
+    """
+
+    def __init__(self, clip_dim: int, width: int, tokens: int, emb_width: int) -> None:
         super().__init__()
         self.tokens = tokens
         self.clip_null_embedding = normal_parameter(clip_dim, std=0.02)
@@ -38,6 +42,8 @@ class ClipAdapter(nn.Module):
         self.norm = LayerNorm(clip_dim)
         self.mlp = nn.Sequential(nn.Linear(clip_dim, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         self.clip_gate = new_gate()
+        self.caption_norm = LayerNorm(emb_width)
+        self.from_caption = zero_init(nn.Linear(emb_width, width, bias=False))
         self.to_tokens = nn.Linear(width, tokens * width)
         self.token_norm = LayerNorm(width)
 
@@ -49,10 +55,14 @@ class ClipAdapter(nn.Module):
         x = unit_rms(embedding_bd).to(self.proj.weight.dtype)
         return torch.where(drop_b[:, None], self.clip_null_embedding, x)
 
-    def forward(self, x_bd: Tensor, gate_offset: Tensor) -> Tensor:
-        """What `read` returned -> tokens [B, K, W]."""
+    def forward(self, x_bd: Tensor, caption_be: Tensor, gate_offset: Tensor) -> Tensor:
+        """What `read` returned and the pooled caption [B, E] -> tokens [B, K, W]."""
         gate = gate_value(self.clip_gate, gate_offset).to(x_bd.dtype)
-        h = self.proj(x_bd) + gate * self.mlp(self.norm(x_bd))
+        h = (
+            self.proj(x_bd)
+            + gate * self.mlp(self.norm(x_bd))
+            + self.from_caption(self.caption_norm(caption_be))
+        )
         return self.token_norm(self.to_tokens(h).unflatten(-1, (self.tokens, -1)))
 
 

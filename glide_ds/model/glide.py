@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from glide_ds.errors import ConfigError, GlideError
 from glide_ds.model.clip_adapter import ClipAdapter, ClipVector
-from glide_ds.model.dual_attention import DualAttention
+from glide_ds.model.dual_attention import DualAttention, missed
 from glide_ds.model.layers import Block, LayerNorm, normal_parameter
 from glide_ds.model.reduced import Reducible
 from glide_ds.model.text import TextEncoding, Transformer
-from glide_ds.model.unet import AttentionBlock, ClipContext, Context, UNet, timestep_embedding
+from glide_ds.model.unet import AttentionBlock, ClipContext, Context, Seen, UNet, timestep_embedding
 from glide_ds.tokenizer import N_VOCAB
 from glide_ds.types import GlideConfig
 
@@ -51,7 +51,7 @@ class Glide(UNet):
         self.padding_embedding = normal_parameter(config.text_ctx, width, std=_EMBEDDING_STD)
         self.transformer_proj = nn.Linear(width, self.emb_width)
         if config.clip_dim is not None:
-            self.clip_adapter = ClipAdapter(config.clip_dim, width, config.clip_tokens)
+            self.clip_adapter = ClipAdapter(config.clip_dim, width, config.clip_tokens, self.emb_width)
             self.clip_vector = ClipVector(config.clip_dim, self.emb_width)
             self.clip_gate_offset: Tensor
             self.register_buffer("clip_gate_offset", torch.zeros(()))
@@ -69,6 +69,7 @@ class Glide(UNet):
         clip_drop: Tensor | None = None,
         clip_scale: float = 1.0,
         text: TextEncoding | None = None,
+        seen: Seen | None = None,
     ) -> Tensor:
         """Predict noise and variance of x_t.
 
@@ -78,6 +79,7 @@ class Glide(UNet):
         inpaint_image [B, 3, S, S] and inpaint_mask [B, 1, S, S], 1 = known; neither = nothing is known.
         clip_embedding [B, D], of any length: None leaves CLIP out, which is plain GLIDE.
         clip_drop bool [B]: rows that use the null embedding instead. clip_scale multiplies what CLIP adds.
+        seen: a list, to which is added what every attention block was given; see `clip_missed`.
 
         Returns [B, 6, S, S] in the dtype of x: epsilon, then the interpolation weights of the log variance.
         Raises GlideError if an input is missing or this kind of model has no use for it.
@@ -89,10 +91,10 @@ class Glide(UNet):
         )
         emb, clip = self.time_embed(sinusoids.to(dtype)) + text.pooled, None
         if clip_embedding is not None:
-            x_clip, offset = self._read_clip(clip_embedding, clip_drop), self.clip_gate_offset
-            emb = emb + clip_scale * self.clip_vector(x_clip, text.pooled, offset)
-            clip = ClipContext(self.clip_adapter(x_clip, offset), offset, clip_scale)
-        context = Context(text.tokens, clip)
+            x_clip = self._read_clip(clip_embedding, clip_drop)
+            vector, clip = self._clip(x_clip, text.pooled, clip_scale)
+            emb = emb + vector
+        context = Context(text.tokens, clip, seen)
         image = self._input_image(x, low_res, inpaint_image, inpaint_mask).to(dtype)
         return self.denoise(image, emb, context).to(x.dtype)
 
@@ -113,9 +115,30 @@ class Glide(UNet):
         h = self.final_ln(self.transformer(h))
         return TextEncoding(pooled=self.transformer_proj(h[:, -1]), tokens=h)
 
-    def clip_addition(self, clip_embedding: Tensor, clip_drop: Tensor | None, pooled: Tensor) -> Tensor:
-        """What CLIP adds to the timestep embedding [B, E] beside a pooled caption [B, E]; inputs as in forward."""
-        return self.clip_vector(self._read_clip(clip_embedding, clip_drop), pooled, self.clip_gate_offset)
+    def clip_missed(
+        self,
+        seen: Seen,
+        emptied_b: Tensor,
+        clip_embedding: Tensor,
+        clip_drop: Tensor,
+        empty: TextEncoding,
+        full: TextEncoding,
+    ) -> Tensor:
+        """How far CLIP is from adding what the emptied captions took away, and nothing beside the others: [B].
+
+        seen: of a pass with these embeddings [B, D] and this clip_drop bool [B], in which the captions of `emptied`
+        bool [B] were. empty and full: the empty caption and the real ones, encoded. Vector and tokens are each
+        measured relative to what the caption says there, the tokens by the mean of all attention blocks, and added
+        up: 2 where CLIP adds nothing for an emptied caption. Gradients reach what CLIP adds, and nothing else.
+        """
+        pooled = torch.where(emptied_b[:, None], empty.pooled, full.pooled)
+        vector, clip = self._clip(self._read_clip(clip_embedding, clip_drop), pooled)
+        blocks = [
+            sight.block.missed(sight.x, emptied_b, empty.tokens, full.tokens, clip)
+            for sight in seen
+            if isinstance(sight.block, DualAttention)
+        ]
+        return missed(vector, full.pooled - empty.pooled, emptied_b) + torch.stack(blocks).mean(0)
 
     def blocks(self) -> dict[str, Block]:
         """Residual, attention and transformer blocks by name."""
@@ -146,6 +169,12 @@ class Glide(UNet):
         """Choose the blocks that are computed again in the backward pass, by a name of RECOMPUTED."""
         for block in self.blocks().values():
             block.recompute = isinstance(block, RECOMPUTED[dial])
+
+    def _clip(self, x_clip: Tensor, pooled: Tensor, scale: float = 1.0) -> tuple[Tensor, ClipContext]:
+        """What CLIP adds to the timestep embedding [B, E], and what DualAttention reads of it."""
+        offset = self.clip_gate_offset
+        vector = scale * self.clip_vector(x_clip, pooled, offset)
+        return vector, ClipContext(self.clip_adapter(x_clip, pooled, offset), offset, scale)
 
     def _read_clip(self, embedding: Tensor, drop: Tensor | None) -> Tensor:
         if self.config.clip_dim is None:

@@ -32,6 +32,17 @@ class Context(NamedTuple):
 
     text: Tensor  # [B, T, W]
     clip: ClipContext | None = None  # None leaves the CLIP branch out
+    seen: Seen | None = None  # what every attention block was given is added to it
+
+
+class Sight(NamedTuple):
+    """What one attention block was given in a pass."""
+
+    block: AttentionBlock
+    x: Tensor  # [B, C, H, W], without its graph
+
+
+Seen = list[Sight]
 
 
 def timestep_embedding(timesteps: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -104,10 +115,13 @@ class AttentionBlock(Block, Attending):
         self.proj_out = zero_init(PointwiseConv1d(channels, channels))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        pixels_bnc = self.norm(x).flatten(2).transpose(1, 2)
-        q, k, v = self._split_heads(self.qkv(pixels_bnc), 3)
-        attended = self._attend(q, k, v, context).transpose(1, 2).flatten(2)
+        attended = self._attend(*self._read(x), context).transpose(1, 2).flatten(2)
         return x + self.proj_out(attended).transpose(1, 2).reshape(x.shape)
+
+    def _read(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the pixels of x [B, C, H, W], each [B, heads, N, C / heads]."""
+        q, k, v = self._split_heads(self.qkv(self.norm(x).flatten(2).transpose(1, 2)), 3)
+        return q, k, v
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """Heads [B, heads, N, C / heads] -> the same shape; what DualAttention extends."""
@@ -127,7 +141,9 @@ class Stage(nn.ModuleList):
     def forward(self, h: Tensor, emb_be: Tensor, context: Context) -> Tensor:
         for block in self:
             if isinstance(block, AttentionBlock):
-                h = block.run(h, context)
+                if context.seen is not None:
+                    context.seen.append(Sight(block, h.detach()))
+                h = block.run(h, context._replace(seen=None))
             elif isinstance(block, ResBlock):
                 h = block.run(h, emb_be)
             else:

@@ -17,6 +17,8 @@ from glide_ds.diffusion import Diffusion
 from glide_ds.diffusion.losses import min_snr_weight, reverse_kl, v_weight
 from glide_ds.diffusion.pixels import to_signed
 from glide_ds.model.clip import FrozenClip
+from glide_ds.model.text import TextEncoding
+from glide_ds.model.unet import Seen
 from glide_ds.tokenizer import encode
 from glide_ds.training.phases import hash64, phase_seed
 from glide_ds.types import Batch, send
@@ -139,6 +141,9 @@ class Objective:
         clip: dict[str, Any] = {}
         if self.clip is not None:
             clip = {"clip_embedding": self.embed(batch), "clip_drop": batch.drop_clip | draws.drop_clip}
+        sights: Seen | None = [] if self.clip is not None and train.align_weight > 0 else None
+        if sights is not None:
+            clip["seen"] = sights
         times = diffusion.model_timesteps(draws.timesteps)
         has_kl = self.clip is not None and train.kl_weight > 0 and step % train.kl_every == 0
         masks = Randomness(x_t.device) if has_kl else None
@@ -161,8 +166,8 @@ class Objective:
             kl = (kl * batch.mask.any(1)).mean()
             total = total + train.kl_weight * kl
         alignment = None
-        if self.clip is not None and train.align_weight > 0:
-            alignment = self.alignment(batch, clip["clip_embedding"], clip["clip_drop"])
+        if sights is not None:
+            alignment = self.alignment(batch, sights, clip["clip_embedding"], clip["clip_drop"])
             total = total + train.align_weight * alignment
         # A GPU is busy with the forward pass now; at the start of a step it would have to wait.
         self.ahead[slots] = step + 1, self._draw(step + 1, slots, batch)
@@ -175,25 +180,22 @@ class Objective:
             None if alignment is None else alignment.detach(),
         )
 
-    def alignment(self, batch: Batch, embedding: Tensor, drop: Tensor) -> Tensor:
-        """How far CLIP's addition to the timestep embedding is from what the caption's dropout took away: scalar.
+    def alignment(self, batch: Batch, seen: Seen, embedding: Tensor, drop: Tensor) -> Tensor:
+        """How far CLIP's additions are from what the caption's dropout took away, mean over samples: scalar.
 
-        GLIDE adds its pooled caption there. Where the caption is emptied, CLIP is to add the difference to the
-        pooled empty one; where it is kept, nothing. Relative to the square of that difference, sample by sample,
-        and 0 for samples whose CLIP is dropped. The eps-MSE alone finds the same through the whole UNet and the
-        noise, in several times the steps (docs/clip.md). Captions count as targets only: no gradient reaches the
-        text transformer.
+        GLIDE gives its caption to the timestep embedding and to every attention block. Where the caption is emptied,
+        CLIP is to give the same there, beside the same picture; where it is kept, nothing. The eps-MSE alone finds
+        that through the whole UNet and the noise, in several times the steps (docs/clip.md). 0 for samples whose CLIP
+        is dropped or that have no caption. No gradient reaches GLIDE's own parameters.
         """
         model = self.engine.module
         tokens, mask = encode([*batch.captions, ""], batch.tokens.shape[1])
         with torch.no_grad(), model.plain():
-            pooled = model.encode_text(send(tokens, batch.tokens.device), send(mask, batch.mask.device)).pooled
-        full, empty = pooled[:-1], pooled[-1:]
-        given = torch.where(batch.mask.any(1, keepdim=True), full, empty)
-        added = model.clip_addition(embedding, drop, given).float()
-        scale = (full - empty).float().square().mean(1)
-        distance = (added - (full - given).float()).square().mean(1)
-        return (distance / torch.where(scale > 0, scale, 1.0) * ~drop).mean()
+            text = model.encode_text(send(tokens, batch.tokens.device), send(mask, batch.mask.device))
+        full = TextEncoding(*(part[:-1] for part in text))
+        empty = TextEncoding(*(part[-1:].expand_as(whole) for part, whole in zip(text, full, strict=True)))
+        missed: Tensor = model.clip_missed(seen, ~batch.mask.any(1), embedding, drop, empty, full)
+        return (missed * ~drop).mean()
 
     def _drawn(self, step: int, slots: tuple[int, ...], batch: Batch) -> Draws:
         made_for, draws = self.ahead.pop(slots, (None, None))

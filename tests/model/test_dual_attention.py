@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_glide import CLIP_DIM, tiny_embeddings, tiny_inputs, tiny_model
+from torch import Tensor
 
 from glide_ds.config import Config
 from glide_ds.model.clip_adapter import ClipAdapter, ClipVector, unit_rms
@@ -128,15 +129,20 @@ def test_dropped_rows_forget_their_embedding_and_no_others() -> None:
     torch.testing.assert_close(dropped[0], given[0], rtol=1e-4, atol=1e-5)
 
 
-def test_the_adapter_is_residual_and_gated() -> None:
+def test_the_adapter_is_residual_and_gated_and_sees_the_caption() -> None:
     torch.manual_seed(0)
-    adapter = ClipAdapter(CLIP_DIM, width=16, tokens=4)
+    adapter = ClipAdapter(CLIP_DIM, width=16, tokens=4, emb_width=24)
     embedding, kept = tiny_embeddings(), torch.zeros(2, dtype=torch.bool)
-    x = unit_rms(embedding)
-    h = adapter.proj(x) + torch.sigmoid(torch.tensor(2.0)) * adapter.mlp(adapter.norm(x))
-    expected = adapter.token_norm(adapter.to_tokens(h).reshape(2, 4, 16))
-    tokens = adapter(adapter.read(embedding, kept), torch.tensor(12.0))
-    torch.testing.assert_close(tokens, expected)
+    x, caption = unit_rms(embedding), torch.randn(2, 24)
+    blind = adapter.proj(x) + torch.sigmoid(torch.tensor(2.0)) * adapter.mlp(adapter.norm(x))
+
+    def tokens() -> Tensor:
+        return adapter(adapter.read(embedding, kept), caption, torch.tensor(12.0))
+
+    torch.testing.assert_close(tokens(), adapter.token_norm(adapter.to_tokens(blind).reshape(2, 4, 16)))
+    torch.nn.init.normal_(adapter.from_caption.weight)
+    h = blind + F.layer_norm(caption, (24,)) @ adapter.from_caption.weight.T
+    torch.testing.assert_close(tokens(), adapter.token_norm(adapter.to_tokens(h).reshape(2, 4, 16)))
 
 
 def test_the_vector_is_a_gated_mlp_of_embedding_and_caption_and_nothing_at_first() -> None:
@@ -200,20 +206,23 @@ def test_a_step_without_drops_has_the_same_graph() -> None:
 def test_the_vector_costs_the_published_model_next_to_nothing() -> None:
     with torch.device("meta"):
         model = Glide(GlideConfig.published("base", clip_dim=768))
-    count = sum(parameter.numel() for parameter in model.clip_vector.parameters())
-    assert count < 2_000_000  # of 6 million allowed
+    parts = (model.clip_vector, model.clip_adapter.from_caption, model.clip_adapter.caption_norm)
+    count = sum(parameter.numel() for part in parts for parameter in part.parameters())
+    assert count < 2_500_000  # of 6 million allowed
     assert 2 * count < 0.001 * step_work(model.config, Config()) / 3  # one multiply-add each, per image
 
 
-def test_weights_from_before_the_vector_load_and_are_told() -> None:
+def test_weights_from_before_the_caption_was_seen_load_and_are_told() -> None:
     model = clip_model()
-    before = {name: value for name, value in model.state_dict().items() if "clip_vector" not in name}
+    later = ("clip_vector", "clip_adapter.from_caption", "clip_adapter.caption_norm")
+    before = {name: value for name, value in model.state_dict().items() if not name.startswith(later)}
     fresh = clip_model(trained=False)
     report = load_state(fresh, StateFile(Path("before.pt"), before), source="before.pt")
-    assert all("clip_vector" in name for name in report.kept)
+    assert all(name.startswith(later) for name in report.kept)
     assert "kept initial values" in report.paragraph()
     inputs = tiny_inputs(model) | {"clip_embedding": tiny_embeddings()}
     with torch.no_grad():
+        model.clip_adapter.from_caption.weight.zero_()
         model.clip_vector.out.weight.zero_()
         model.clip_vector.out.bias.zero_()
     assert torch.equal(fresh(**inputs), model(**inputs))

@@ -112,6 +112,8 @@ def test_a_machine_without_a_gpu_says_so(tmp_path: Path, capsys: pytest.CaptureF
 def test_recomputing_cannot_be_recorded(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"cuda_graph=true with train.recompute='blocks'.*=none"):
         make_config(tmp_path, train={"cuda_graph": True, "recompute": "blocks"})
+    with pytest.raises(ConfigError, match=r"cuda_graph=true with train.align_weight=0.1.*no target.*=0"):
+        make_config(tmp_path, train={"cuda_graph": True, "recompute": "none", "align_weight": 0.1})
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
