@@ -98,8 +98,8 @@ def test_a_metric_is_one_file(package: Copy):
 def test_a_sampler_is_one_file(package: Copy):
     package.edit(
         "diffusion/samplers.py",
-        'SAMPLERS: dict[str, Step] = {"ddpm": ddpm_step,',
-        'SAMPLERS: dict[str, Step] = {"still": ddim_step, "ddpm": ddpm_step,',
+        '    "ddpm": ddpm_step,',
+        '    "still": ddim_step,\n    "ddpm": ddpm_step,',
     )
     out = package.folder / "x.png"
     package.run(

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from glide_ds.commands.load import Loaded, load_model
 from glide_ds.diffusion import SAMPLERS
+from glide_ds.diffusion.guidance import check_clip_strength
 from glide_ds.diffusion.pixels import to_signed
-from glide_ds.diffusion.samplers import check_clip_strength
 from glide_ds.errors import ConfigError
 from glide_ds.files import user_path
 from glide_ds.inference.draw import Row, draw, picture_format, rows_grid, write_picture

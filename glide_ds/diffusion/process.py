@@ -14,14 +14,17 @@ import torch
 from torch import Tensor
 
 from glide_ds.diffusion.losses import Gaussian, mean_per_sample, vb_bits
-from glide_ds.diffusion.schedule import FloatArray, betas_of, kept_timesteps, respaced_betas
+from glide_ds.diffusion.schedule import FloatArray, betas_of, kept_timesteps, respaced_betas, spaced
 
 
-def create_diffusion(schedule: str, steps: int = 1000, respacing: str | int | None = None) -> Diffusion:
+def create_diffusion(
+    schedule: str, steps: int = 1000, respacing: str | int | None = None, spacing: str = "uniform"
+) -> Diffusion:
     """The process of `schedule` ("squaredcos_cap_v2" or "linear") over `steps` timesteps, of which `respacing`
-    keeps some (see schedule.kept_timesteps). Raises ConfigError for a name it does not know."""
-    kept = kept_timesteps(steps, respacing)
+    keeps some (see schedule.kept_timesteps), or as many as it says by another `spacing` of schedule.SPACINGS.
+    Raises ConfigError for a name it does not know, and for what does not go together."""
     betas = betas_of(schedule, steps)
+    kept = kept_timesteps(steps, respacing) if spacing == "uniform" else spaced(spacing, betas, respacing)
     return Diffusion(betas if respacing is None else respaced_betas(betas, kept), kept)
 
 
@@ -46,6 +49,9 @@ class Diffusion:
         self.num_timesteps = len(betas)
         self.alphas_cumprod = np.cumprod(1 - betas)
         self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
+        # lambda = log(alpha / sigma); a picture without noise has an infinite one.
+        self.half_log_snr = 0.5 * (np.log(self.alphas_cumprod) - np.log1p(-self.alphas_cumprod))
+        self.half_log_snr_prev = np.append(np.inf, self.half_log_snr[:-1])
         self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
         self.sqrt_one_minus_alphas_cumprod = np.sqrt(1 - self.alphas_cumprod)
         self.sqrt_recip_alphas_cumprod = np.sqrt(1 / self.alphas_cumprod)

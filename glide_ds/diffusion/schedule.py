@@ -68,6 +68,53 @@ def kept_timesteps(steps: int, respacing: str | int | None) -> list[int]:
     return _sectioned(steps, [int(count) for count in counts])
 
 
+def trailing_timesteps(betas: FloatArray, count: int) -> list[int]:
+    """`count` timesteps at equal distances that end with the noisiest (arXiv 2305.08891, table 2)."""
+    steps = len(betas)
+    return sorted({steps - 1 - round(place * steps / count) for place in range(count)})
+
+
+def karras_timesteps(betas: FloatArray, count: int) -> list[int]:
+    """`count` timesteps near the noise levels of EDM (arXiv 2206.00364, equation 5, rho = 7), dense at low noise.
+
+    The levels, sigma / alpha, go from the process' lowest to its highest or to KARRAS_MOST, above which a picture
+    can't be told from none; the noisiest timestep begins in any case. Where two levels have the same nearest timestep
+    one takes the next that is free.
+    """
+    levels = 0.5 * np.log(1 / np.cumprod(1 - betas) - 1)  # log(sigma / alpha): -half log-SNR
+    low, high = np.exp(levels[0]) ** (1 / 7), min(np.exp(levels[-1]), KARRAS_MOST) ** (1 / 7)
+    wanted = np.log(np.linspace(low, high, count) ** 7)
+    kept = np.abs(levels - wanted[:, None]).argmin(1)
+    kept[-1] = len(betas) - 1
+    for place in range(1, count):  # each above the one before it
+        kept[place] = max(kept[place], kept[place - 1] + 1)
+    ceiling = np.arange(len(betas) - count, len(betas))  # and room for those that follow
+    return [int(t) for t in np.minimum(kept, ceiling)]
+
+
+KARRAS_MOST = 80.0
+SPACINGS: dict[str, Callable[[FloatArray, int], list[int]] | None] = {
+    "uniform": None,  # kept_timesteps, which takes more than a number
+    "karras": karras_timesteps,
+    "trailing": trailing_timesteps,
+}
+
+
+def spaced(spacing: str, betas: FloatArray, count: str | int | None) -> list[int]:
+    """The timesteps of a process with these betas that a spacing of SPACINGS other than uniform keeps, ascending.
+
+    Raises ConfigError for a spacing that does not exist, and for a count that is none or can't be had.
+    """
+    if (choose := SPACINGS.get(spacing)) is None:
+        raise ConfigError(f"spacing {spacing!r} does not exist", remedy=f"choose one of {', '.join(SPACINGS)}")
+    if not str(count).isdecimal() or not 1 <= int(str(count)) <= len(betas):
+        raise ConfigError(
+            f"spacing {spacing!r} was given {count} steps",
+            remedy=f"give a number from 1 to {len(betas)}, or space them uniform",
+        )
+    return choose(betas, int(str(count)))
+
+
 def _strided(steps: int, count: int) -> list[int]:
     for stride in range(1, steps):
         kept = range(0, steps, stride)

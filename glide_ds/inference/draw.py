@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from glide_ds.diffusion import create_diffusion, sample
 from glide_ds.diffusion.pixels import to_bytes
+from glide_ds.diffusion.sampling import Options
 from glide_ds.errors import ConfigError
 from glide_ds.files import write_file
 from glide_ds.tokenizer import encode
@@ -24,38 +25,26 @@ def draw(
     captions: list[str],
     *,
     schedule: str,
-    clip_embedding: Tensor | None = None,
-    clip_scale: float = 1.0,
-    guidance: float = 3.0,
-    clip_guidance: float | None = None,
     steps: int | str = 100,
-    sampler: str = "ddpm",
-    seed: int = 0,
-    noise_scale: float = 1.0,
-    low_res: Tensor | None = None,
-    progress: Any = None,
+    spacing: str = "uniform",
+    seed: int | Sequence[int] = 0,
+    **options: Unpack[Options],
 ) -> Tensor:
     """Draw uint8 [B, S, S, 3] for captions; the same seed gives the same pictures on any device.
 
-    `steps` is a respacing: a number, or a name such as fast27. clip_embedding [B, D] conditions on CLIP (its
-    strength and guidance: diffusion.sample); low_res [B, 3, S/4, S/4] is what an upsampler enlarges.
+    Each picture has a seed of its own, by which alone its noise is drawn: seed, seed + 1, … or those given. `steps` is
+    a respacing: a number, or a name such as fast27; `spacing` one of schedule.SPACINGS. options: diffusion.sample.
     """
     device = next(model.parameters()).device
     tokens, mask = encode(captions, model.config.text_ctx)
+    seeds = range(seed, seed + len(captions)) if isinstance(seed, int) else seed
     images = sample(
         model,
-        create_diffusion(schedule, respacing=str(steps)),
+        create_diffusion(schedule, respacing=str(steps), spacing=spacing),
         tokens=tokens.to(device),
         mask=mask.to(device),
-        clip_embedding=clip_embedding,
-        clip_scale=clip_scale,
-        guidance=guidance,
-        clip_guidance=clip_guidance,
-        sampler=sampler,
-        noise_scale=noise_scale,
-        low_res=low_res,
-        generator=torch.Generator().manual_seed(seed),
-        progress=progress,
+        generator=[torch.Generator().manual_seed(own) for own in seeds],
+        **options,
     )
     return to_bytes(images)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from glide_ds.data import judge, shapes
-from glide_ds.diffusion.samplers import Progress
+from glide_ds.diffusion.sampling import Progress
 from glide_ds.inference.draw import draw
 from glide_ds.model.clip import FrozenClip
 from glide_ds.model.glide import Glide

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from glide_ds.diffusion import SAMPLERS, create_diffusion, sample
-from glide_ds.diffusion.samplers import guide, guide_apart
+from glide_ds.diffusion.guidance import guide, guide_apart
 from glide_ds.errors import ConfigError, GlideError
 from glide_ds.model.text import TextEncoding
 from glide_ds.tokenizer import encode
@@ -228,8 +228,8 @@ def test_a_sampler_is_added_by_one_entry(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_options_without_effect_are_errors() -> None:
     with pytest.raises(GlideError, match=r"eta=0.5 has no effect on sampler 'ddpm'"):
         draw(Recorder(), eta=0.5)
-    with pytest.raises(GlideError, match=r"'euler' does not exist; choose one of ddpm, ddim"):
-        draw(Recorder(), sampler="euler")
+    with pytest.raises(GlideError, match=r"'heun' does not exist; choose one of ddpm, ddim"):
+        draw(Recorder(), sampler="heun")
 
 
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
@@ -263,4 +263,34 @@ def test_an_exact_denoiser_reproduces_the_distribution(sampler: str) -> None:
         generator=torch.Generator().manual_seed(1),
     )
     assert pictures.mean().item() == pytest.approx(mean, abs=0.01)
-    assert pictures.std().item() == pytest.approx(std, abs=0.01)
+    # Its noise has the least variance that fits, not the best one.
+    assert pictures.std().item() == pytest.approx(std, abs=0.02 if sampler == "euler-a" else 0.01)
+
+
+def test_outside_of_the_interval_nothing_is_guided_and_one_pass_is_taken() -> None:
+    model = Recorder()
+    draw(model, guidance_interval=(0.3, 5.0))  # of levels 0.006, 0.6, 1.7 and 20,000
+    assert [len(call["x"]) for call in model.calls] == [1, 2, 2, 1]
+    assert not torch.equal(draw(model, guidance_interval=(0.3, 5.0)), draw(model))
+    torch.testing.assert_close(draw(model, guidance_interval=(0.0, float("inf"))), draw(model))
+
+
+def test_rescaling_changes_the_picture() -> None:
+    class Louder(Recorder):
+        def forward(self, x: Tensor, timesteps: Tensor, **conditions: Any) -> Tensor:
+            return super().forward(x, timesteps, **conditions) * (
+                1 + conditions["text"].pooled[:, :, None, None]
+            )
+
+    assert not torch.equal(draw(Louder(), guidance_rescale=0.7), draw(Louder()))
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_a_generator_for_each_picture_makes_it_independent_of_the_others(sampler: str) -> None:
+    def seeded(*seeds: int) -> Tensor:
+        own = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return draw(Recorder(), captions=("a",) * len(seeds), sampler=sampler, generator=own)
+
+    three = seeded(5, 6, 7)
+    torch.testing.assert_close(three[1:2], seeded(6))
+    torch.testing.assert_close(three.flip(0), seeded(7, 6, 5))

@@ -9,7 +9,9 @@ from golden_kit import GOLDEN, captions, check, golden_inputs, golden_model, raw
 from torch import Tensor
 
 from glide_ds.diffusion import Diffusion, create_diffusion, sample
-from glide_ds.diffusion.samplers import ddim_step, ddpm_step, guide, run_steps
+from glide_ds.diffusion.guidance import guide
+from glide_ds.diffusion.samplers import ddim_step, ddpm_step
+from glide_ds.diffusion.sampling import run_steps
 from glide_ds.model.text import TextEncoding
 from glide_ds.model.unet import timestep_embedding
 
