@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import socket
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from ranks import Ranks, Warm
+from ranks import Ranks, Run, Warm
 from test_bf16 import check_close_to_start
 from train_kit import IN_BF16, PARITY, make_config, metrics, rewound, shake, trace, train_phase
 
+from glide_ds import cli
 from glide_ds.training.checkpoint.commit import committed
 from glide_ds.training.zero.elastic import weights
 from glide_ds.training.zero.stored import model_state
@@ -154,3 +158,22 @@ def test_in_bf16_no_weight_is_rounded_on_two_ranks_nor_on_the_way_to_one(two_ran
         assert (checkpoint.step, checkpoint.world_size) == (updates, 3 - updates)
         check_close_to_start(weights(checkpoint), config, updates)
         train_phase(config)
+
+
+def with_its_port_taken(words: list[str]) -> int:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", int(os.environ["MASTER_PORT"])))
+        other.listen()
+        return cli.main(words)
+
+
+def test_a_port_that_is_taken_is_named_and_no_reason_to_try_again(warm_process: Warm, tmp_path: Path):
+    run = Run(warm_process, tmp_path)
+    run.start(1, "test_ranks:with_its_port_taken", run.words(1))
+    assert run.wait() == [2]
+    said = run.said()
+    assert re.search(r"error: port \d+ of 127.0.0.1 is in use by another program.* --master_port \d+", said), (
+        said
+    )
+    assert "Traceback" not in said
+    assert "start again" not in said

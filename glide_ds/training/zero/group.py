@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from glide_ds.environment import ranks_here
-from glide_ds.errors import LostError
+from glide_ds.errors import ConfigError, LostError
 
 
 def _import_muon() -> None:
@@ -50,6 +50,8 @@ def start_process_group(timeout_s: float) -> torch.device:
             verbose=False,
         )
     except dist.DistError as error:
+        if "EADDRINUSE" in str(error):
+            raise _port_taken() from error
         raise LostError(
             f"the {os.environ['WORLD_SIZE']} ranks did not all meet at "
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within run.timeout_s={timeout_s:g} "
@@ -57,6 +59,15 @@ def start_process_group(timeout_s: float) -> torch.device:
             remedy="look for a rank that ended before, then start the same command again",
         ) from error
     return torch.device("cuda", local) if on_gpu else torch.device("cpu")
+
+
+def _port_taken() -> ConfigError:
+    port = os.environ["MASTER_PORT"]
+    return ConfigError(
+        f"port {port} of {os.environ['MASTER_ADDR']} is in use by another program, maybe another run",
+        "the ranks can't meet there",
+        f"choose another: deepspeed --master_port {(int(port) + 1) % 2**16} …, torchrun --master-port, or MASTER_PORT",
+    )
 
 
 def limit_waiting(timeout_s: float) -> None:
