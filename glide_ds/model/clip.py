@@ -206,9 +206,10 @@ def _find(model: str, weights: str) -> _Found:
     about: Mapping[str, Any] = {}  # what open_clip knows of a tag: quick_gelu, mean, std
     if path is None:
         about = _tag(name, weights)
-        path = _download(name, weights, about)
-    file = read_state_file(path)
-    digest = sha256(path)
+        file = _downloaded(name, weights, about)
+    else:
+        file = read_state_file(path)
+    path, digest = file.path, sha256(file.path)
     _check_width(file.tensors, architecture, name, path)
     quick = architecture.get("quick_gelu", False) or about.get("quick_gelu", False)
     if name != BUILTIN:  # of which nobody else's file is known
@@ -334,6 +335,18 @@ def _download(name: str, weights: str, about: Mapping[str, Any]) -> Path:
             f"{source} ({str(error)[:300]})",
             remedy="run once where there is a network, or give a local file by clip.weights=/path/to/weights.pt",
         ) from error
+
+
+def _downloaded(name: str, weights: str, about: Mapping[str, Any]) -> StateFile:
+    """The file of the cache; where it can't be read, anew: the Hugging Face hub's client looks at no hash of it."""
+    path = _download(name, weights, about)
+    try:
+        return read_state_file(path)
+    except WeightsError as damage:
+        logger.warning("%s: removed and fetched again", damage.faults[0].fact)
+        path.resolve().unlink(missing_ok=True)  # the hub's cache has links to files by their hash
+        path.unlink(missing_ok=True)
+        return read_state_file(_download(name, weights, about))
 
 
 def _from_openai(file: StateFile, digest: str) -> bool:

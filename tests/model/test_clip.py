@@ -285,6 +285,29 @@ def test_the_tag_says_so(
         assert is_quick(FrozenClip("ViT-L/14", tag)) == quick
 
 
+def test_a_download_that_was_cut_is_removed_and_fetched_again(
+    tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the Hugging Face hub's cache has it: a link to a file named by its hash."""
+    blob, link = tmp_path / "blob", tmp_path / "open_clip_model.safetensors"
+    asked = []
+
+    def download(_: object) -> str:
+        asked.append(blob.exists())
+        if not blob.exists():
+            link.unlink(missing_ok=True)
+            blob.write_bytes(Path(weights).read_bytes())
+            link.symlink_to(blob)
+        return str(link)
+
+    link.symlink_to(blob)
+    blob.write_bytes(Path(weights).read_bytes()[:-1000])
+    monkeypatch.setattr(clip_module._part("pretrained"), "download_pretrained", download)
+    monkeypatch.setattr(clip_module, "_architecture", lambda _: ("ViT-L-14", MINI))
+    assert FrozenClip("ViT-L/14", "openai").weights_hash == FrozenClip("ViT-L/14", "openai").weights_hash
+    assert asked == [True, False, True]
+
+
 def test_name_description_and_hash_say_so(
     tmp_path: Path, description: str, weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
