@@ -5,6 +5,8 @@ On a terminal tqdm draws a bar; elsewhere there is a line every few seconds. Wha
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -132,7 +134,8 @@ class Status:
         if not self.shown or now - self.told < (IN_PLACE_S if self.in_place else LINE_S):
             return
         self.told = now
-        self.stream.write(f"\r  …    {text:<90.90}" if self.in_place else f"  …    {text}\n")
+        room = columns() - 10
+        self.stream.write(f"\r  …    {text:<{room}.{room}}" if self.in_place else f"  …    {text}\n")
         self.stream.flush()
 
 
@@ -146,11 +149,26 @@ def told(what: str, unit: str = "", **options: Any) -> Callable[[Iterable[T]], I
     return over
 
 
+def columns(least: int = 60, most: int = 100) -> int:
+    """How wide what is printed may be: the terminal, within these bounds; `most` where there is none."""
+    return min(most, max(least, shutil.get_terminal_size((most, 24)).columns)) if sys.stdout.isatty() else most
+
+
+def coloured(text: str, code: int = 33) -> str:
+    """In that colour (ANSI; yellow: a warning) where stdout is a terminal that has colours and none are refused."""
+    refused = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if refused or not sys.stdout.isatty() else f"\033[{code}m{text}\033[0m"
+
+
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 42 s, 3 min 20 s, 5 h 12 min."""
+    """Seconds as people say them: 0.02 s, 42 s, 3 min 20 s, 5 h 12 min, 12 days 3 h."""
     whole = round(seconds)
+    if 0 < seconds < 1:
+        return f"{seconds:.1g} s"
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    if whole < 100 * 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400:,} days {whole % 86400 // 3600} h"

@@ -48,7 +48,7 @@ preflight() {
     --nodes="${#hosts[@]}" --gpus="$per_node" --hostfile="$folder/hostfile") || code=$?
   case $code in
     0) ;;
-    1 | 2) die 2 "preflight found what would stop the run: see above; GLIDE_PREFLIGHT=0 starts without it" ;;
+    2) die 2 "preflight found what would stop the run: see above; GLIDE_PREFLIGHT=0 starts without it" ;;
     *) conclude ;; # it was ended from outside
   esac
 }

@@ -130,3 +130,43 @@ def test_the_command_plans_each_phase_and_sums_the_pipeline(tmp_path: Path, caps
         assert word in out
     assert cli.main(["plan", "--ds_config", *paths, "--gpus", "3"]) == 2
     assert "use 3 or 6" in capsys.readouterr().err
+
+
+def test_a_batch_larger_than_the_data_is_the_run_s_mistake_and_the_plan_s(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = str(write_config(tmp_path, "full", data={"shapes_samples": 3}))
+    assert cli.main(["plan", "--ds_config", path, "--gpu", "h100"]) == 2
+    told = capsys.readouterr()
+    assert "fewer than one global batch of 4" in told.err
+    assert "can't be opened" not in told.out
+    elsewhere = f"data.shards={tmp_path}/elsewhere-{{000..003}}.tar"
+    assert cli.main(["plan", "--ds_config", path, "--gpu", "h100", "--set", elsewhere]) == 0
+    told = capsys.readouterr()
+    assert "matches no file" in told.out
+
+
+def test_the_device_is_this_machine_s_unless_one_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["plan", "--ds_config", str(write_config(tmp_path))]) == 0
+    here = plan.gpu_here()
+    out = capsys.readouterr().out
+    assert f"on 1 x {max(1, torch.cuda.device_count())} {here}" in out
+    assert "0.000" not in out.partition("disk ")[2]  # seconds, not 0.0003 minutes
+    assert "Next, where it will run: glide-ds preflight --ds_config" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "key"),
+    [
+        ("NVIDIA H100 80GB HBM3", 79.6, "h100"),
+        ("NVIDIA H200", 139.8, "h200"),
+        ("NVIDIA A100-SXM4-40GB", 39.4, "a100-40"),
+        ("NVIDIA A100 80GB PCIe", 79.2, "a100-80"),
+        ("NVIDIA GeForce RTX 4090", 23.6, "4090"),
+        ("NVIDIA RTX A6000", 47.5, "a6000"),
+        ("NVIDIA L40S", 44.4, "l40s"),
+        ("Tesla T4", 14.6, None),
+    ],
+)
+def test_a_device_is_known_by_what_it_calls_itself(name: str, gib: float, key: str | None):
+    assert plan.gpu_named(name, gib * 2**30) == key

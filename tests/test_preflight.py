@@ -374,7 +374,7 @@ def test_two_ranks_name_all_faults_together_and_find_what_differs_between_them(t
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(worker))
     arguments = (str(tmp_path / "elsewhere"), "--ds_config", str(tmp_path / "adapter_only.json"), "--no_step")
     done = command(*arguments, "--set", "clip.model=ViT-Q", cwd=tmp_path, launcher=launcher)
-    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.returncode == 2, done.stdout + done.stderr
     assert done.stdout.index("glide_ds: preflight of") < done.stdout.index("phases")
     assert "5 of 15 checks failed: batch, clip, shards, shared, clocks," in done.stdout, (
         done.stdout + done.stderr
@@ -401,6 +401,7 @@ def test_a_good_setup_on_two_ranks_takes_a_step_together(tmp_path: Path, root: P
     config = str(root / "ds_configs" / "tiny" / "phase1.json")
     done = command("--ds_config", config, "--set", f"run.dir={tmp_path}/run", cwd=root, launcher=launcher)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "Next: deepspeed --num_gpus 2 launch/train.py --ds_config " in done.stdout.splitlines()[-1]
     assert re.search(r"ok   step .*loss", done.stdout)
     assert "all is well" in done.stdout
     assert list(tmp_path.iterdir()) == []

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
+import os
+import pty
+import re
+import struct
+import termios
 
 import pytest
 
 from glide_ds import progress as module
-from glide_ds.progress import Progress, Status, duration, told
+from glide_ds.progress import Progress, Status, coloured, columns, duration, told
 
 
 class Terminal(io.StringIO):
@@ -78,10 +84,54 @@ def test_items_are_counted_once_they_are_done(clock):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(42.4, "42 s"), (200, "3 min 20 s"), (3600 * 5 + 720, "5 h 12 min")]
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (0.0184, "0.02 s"),
+        (42.4, "42 s"),
+        (200, "3 min 20 s"),
+        (3600 * 5 + 720, "5 h 12 min"),
+        (3600 * (24 * 41 + 16), "41 days 16 h"),
+    ],
 )
 def test_durations_read_as_people_say_them(seconds, text):
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(("wide", "shown"), [(20, 60), (60, 60), (80, 80), (200, 100)])
+def test_what_is_printed_fits_the_terminal(monkeypatch, wide, shown):
+    monkeypatch.setenv("COLUMNS", str(wide))
+    assert columns() == 100  # no terminal
+    monkeypatch.setattr(module.sys, "stdout", Terminal())
+    assert columns() == shown
+    master, slave = pty.openpty()  # tqdm asks the kernel
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, wide, 0, 0))
+    with open(slave, "w", encoding="utf-8") as place:
+        bar, status = (
+            Progress("adapter_gates", 100_000, "step", stream=place),
+            Status(in_place=True, stream=place),
+        )
+        bar.advance(note="loss 0.1234, 1234.5 images/s, MFU 33%")
+        status.told = -1e9
+        status.say("x" * 300)
+        bar.close()
+        lines = re.split("[\r\n]", os.read(master, 65536).decode())
+    os.close(master)
+    assert any("adapter_gates" in line for line in lines)
+    assert max(len(line) for line in lines) <= max(wide, 60)
+
+
+def test_colour_is_for_terminals_that_have_it(monkeypatch):
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    assert coloured("!!") == "!!"
+    monkeypatch.setattr(module.sys, "stdout", Terminal())
+    assert coloured("!!") == "\033[33m!!\033[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert coloured("!!") == "!!"
+    monkeypatch.setenv("NO_COLOR", "")
+    monkeypatch.setenv("TERM", "dumb")
+    assert coloured("!!") == "!!"
 
 
 def test_what_is_being_done_is_said_now_and_then(clock):

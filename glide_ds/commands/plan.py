@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 import torch
 
 from glide_ds.commands.train import add_config_arguments
-from glide_ds.config import BatchArithmetic, Config, load_configs
-from glide_ds.errors import ConfigError, GlideError
+from glide_ds.config import BatchArithmetic, Config, is_built_in, load_configs
+from glide_ds.data.tars.patterns import existing
+from glide_ds.errors import ConfigError, DataError, GlideError
 from glide_ds.files import user_path
 from glide_ds.model.glide import RECOMPUTED, Glide
+from glide_ds.progress import duration
 from glide_ds.training.preview import describe_batch
 from glide_ds.training.run import check_pipeline
 from glide_ds.training.setup import glide_config, open_source
@@ -93,8 +95,8 @@ class Plan:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus", type=int, default=1, help="per node")
-    parser.add_argument("--gpu", choices=GPUS, default="h100")
+    parser.add_argument("--gpus", type=int, help="per node; default: as many as this machine has, or one")
+    parser.add_argument("--gpu", choices=GPUS, help="default: what this machine has")
     parser.add_argument("--network", type=float, default=12.5, help="GB/s per GPU between nodes, one way")
     parser.add_argument(
         "--results",
@@ -109,14 +111,38 @@ def run(args: argparse.Namespace) -> None:
     """Print every phase's plan and the pipeline's sum. Raises GlideError where the configuration is wrong."""
     configs = load_configs(args.ds_config, args.config, args.set)
     check_pipeline(configs)
+    gpu, gpus = args.gpu or gpu_here(), args.gpus or max(1, torch.cuda.device_count())
     plans = []
     for config in configs:
         print(f"counting phase {config.train.phase} …", flush=True)
-        plans.append(make_plan(config, args.nodes, args.gpus, args.gpu, args.network, args.results))
+        plans.append(make_plan(config, args.nodes, gpus, gpu, args.network, args.results))
         print("\n".join(describe(plans[-1], args.nodes)), flush=True)
     hours = sum(plan.hours for plan in plans)
-    ranks = args.nodes * args.gpus
-    print(f"in all    {hours:,.1f} hours, {hours * ranks:,.0f} GPU-hours on {ranks} x {args.gpu}")
+    ranks = args.nodes * gpus
+    print(
+        f"in all    {duration(3600 * hours)}, {hours * ranks:,.0f} GPU-hours on {ranks} x {gpu}. Next, where it will "
+        f"run: glide-ds preflight --ds_config {' '.join(args.ds_config)}"
+    )
+
+
+def gpu_here() -> str:
+    """This machine's device by its name in GPUS; the one of most memory that its name fits."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    name = torch.cuda.get_device_name()
+    if (found := gpu_named(name, torch.cuda.get_device_properties(0).total_memory)) is None:
+        raise ConfigError(
+            f"this machine's {name} is none of those whose figures are known ({', '.join(GPUS)})",
+            remedy="name the one that comes closest with --gpu",
+        )
+    return found
+
+
+def gpu_named(name: str, memory: float) -> str | None:
+    """The key in GPUS of a device that calls itself `name` and has so many bytes; None for an unknown one."""
+    words = name.lower().replace("rtx", " ").split()
+    fitting = [key for key in GPUS if any(word.startswith(key.split("-")[0]) for word in words)]
+    return min(fitting, key=lambda key: abs(GPUS[key].memory_gib - memory / 2**30), default=None)
 
 
 def make_plan(
@@ -269,13 +295,13 @@ def describe(plan: Plan, nodes: int) -> list[str]:
         f"{plan.images_per_s:,.1f} images/s",
         "network   per GPU and step: "
         + ", ".join(f"{name} {gib(size)}" for name, size in plan.communication.items()),
-        f"time      {config.train.steps:,} steps: {plan.hours:,.1f} hours, "
+        f"time      {config.train.steps:,} steps: {duration(3600 * plan.hours)}, "
         f"{plan.hours * arithmetic.world_size:,.0f} GPU-hours",
         f"loader    {plan.images_per_s / nodes * LOADER_S:.1f} cores per node decode that fast; "
         f"data.workers={config.data.workers} gives {config.data.workers * gpus} processes",
         f"data      {_data(plan)}",
         f"disk      {checkpoints_kept(config)} x {gib(plan.checkpoint)} of checkpoints at most, "
-        f"written every {config.checkpoint.every * plan.step_s / 60:.3g} minutes",
+        f"written every {duration(config.checkpoint.every * plan.step_s)}",
     ]
     if not plan.largest[dial]:
         lines.append(f"!!        no picture fits with train.recompute as it is ({dial})")
@@ -297,8 +323,15 @@ def _data(plan: Plan) -> str:
     text = f"{wanted:,} pictures in all"
     try:
         facts = open_source(config, arithmetic, 0).facts()
-    except GlideError:
-        return f"{text}, some {wanted * PICTURE_BYTES / 1e12:.2f} TB to read; the shards can't be opened here"
+    except GlideError as error:
+        sets = [part.shards for part in config.data.mix_parts]
+        here = any(is_built_in(shards) or existing(shards)[0] for shards in sets)
+        if isinstance(error, DataError) and here:
+            raise  # they are here, and the run would end with this
+        return (
+            f"{text}, some {wanted * PICTURE_BYTES / 1e12:.2f} TB to read; the shards can't be opened here "
+            f"({error.faults[0].fact})"
+        )
     if facts["samples"] is None:
         return f"{text}, of {facts['shards']:,} streams; how many samples they hold shows as they are read"
     return f"{text}: {wanted / facts['samples']:.2f} epochs of {facts['samples']:,}"

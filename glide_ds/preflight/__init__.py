@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run every check; 0 where all pass, 1 where one fails. Raises GlideError for an unreadable config."""
+    """Run every check; 0 where all pass, 2 where one fails. Raises GlideError for an unreadable config."""
     if is_first():
         print(f"glide_ds: preflight of {', '.join(args.ds_config)}", flush=True)
     from glide_ds.preflight.runner import main  # torch and DeepSpeed take seconds to import

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import textwrap
 import time
@@ -16,13 +17,13 @@ import torch.distributed as dist
 
 from glide_ds.config import load_configs
 from glide_ds.environment import is_launched, ranks_here, read_environment
-from glide_ds.errors import Fault, GlideError
+from glide_ds.errors import EXIT_MISTAKE, Fault, GlideError
 from glide_ds.masking import masked
 from glide_ds.preflight.checks import CHECKS, Check, hosts, read_hostfile
 from glide_ds.preflight.site import BlockedError, Finding, Site, faults_of
+from glide_ds.progress import columns
 from glide_ds.training.zero.group import start_process_group
 
-WIDTH = 110
 MARKS = {"ok": "\033[32mok\033[0m  ", "FAIL": "\033[31mFAIL\033[0m", "skip": "skip"}
 
 
@@ -52,7 +53,17 @@ def main(args: argparse.Namespace) -> int:
             f"{len(failed)} of {len(CHECKS)} checks failed: {', '.join(failed)}" if failed else "all is well"
         )
         print(f"{verdict}, {time.monotonic() - started:.0f} s", flush=True)
-    return 1 if failed else 0
+        if not failed:
+            print(f"Next: deepspeed --num_gpus {site.gpus} launch/train.py {_asked(args)}", flush=True)
+    return EXIT_MISTAKE if failed else 0
+
+
+def _asked(args: argparse.Namespace) -> str:
+    """The arguments by which training is asked for the same."""
+    words = ["--ds_config", *args.ds_config]
+    words += ["--config", args.config] if args.config else []
+    words += ["--set", *args.set] if args.set else []
+    return masked(shlex.join(words))
 
 
 def missing_folders(folder: Path) -> list[Path]:
@@ -116,18 +127,18 @@ def merge(findings: list[Finding]) -> Finding:
 def describe(name: str, finding: Finding, seconds: float, terminal: bool) -> str:
     """A line for the check, and below it each fault with its remedy."""
     state = "FAIL" if finding.faults else "skip" if finding.skipped else "ok"
-    mark = MARKS[state] if terminal else f"{state:<4}"
+    mark, width = MARKS[state] if terminal else f"{state:<4}", columns(most=110) - 7
     texts = [masked(str(fault._replace(remedy=""))) for fault in finding.faults] or [masked(finding.text)]
     lines = []
     for number, text in enumerate(texts):
         first = f"{name:<8}{seconds:5.1f} s  " if number == 0 else " " * 17
         lines += textwrap.wrap(
-            text, WIDTH - 6, initial_indent=first, subsequent_indent=" " * 17, break_long_words=False
+            text, width, initial_indent=first, subsequent_indent=" " * 17, break_long_words=False
         )
         if finding.faults:
             lines += textwrap.wrap(
                 f"→ {masked(finding.faults[number].remedy)}",
-                WIDTH - 6,
+                width,
                 initial_indent=" " * 17,
                 subsequent_indent=" " * 19,
                 break_long_words=False,
