@@ -94,12 +94,12 @@ class StepProgress:
         progress.advance()
         if metrics and progress.bar is not None:
             progress.note = (
-                f"loss {metrics['loss']:.4f}, {metrics['images_per_s']:.1f} images/s, MFU {metrics['mfu']:.0%}"
+                f"loss {metrics['loss']:.4f}, {metrics['images_per_s']:.1f} images/s, {_mfu(metrics['mfu'])}"
             )
         elif metrics:
             progress.line(
                 f"{progress.what} step {step}/{progress.total}  loss {metrics['loss']:.4f}  "
-                f"{metrics['images_per_s']:.1f} images/s  MFU {metrics['mfu']:.0%}  "
+                f"{metrics['images_per_s']:.1f} images/s  {_mfu(metrics['mfu'])}  "
                 f"data wait {metrics['data_wait_share']:.0%}  communication {metrics['communication_share']:.0%}  "
                 f"{metrics['memory_gib']:.1f} GiB  {duration(progress.left_s())} left"
             )
@@ -119,6 +119,11 @@ class StepProgress:
 
     def close(self) -> None:
         self.progress.close()
+
+
+def _mfu(share: float) -> str:
+    """The share of the device's rate; more than all of it means that the rate was measured too low."""
+    return f"MFU {share:.0%}" if share <= 1 else "MFU unknown"
 
 
 def diagnosis(metrics: Mapping[str, Any]) -> str | None:

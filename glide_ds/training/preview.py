@@ -11,15 +11,15 @@ import torch
 from glide_ds.config import BatchArithmetic, Config
 from glide_ds.masking import masked
 from glide_ds.model.glide import RECOMPUTED, Glide
-from glide_ds.training.checkpoint.start import Start, banner, folder_of
+from glide_ds.progress import coloured, columns
+from glide_ds.training.cautions import cautions
+from glide_ds.training.checkpoint.start import Start, folder_of
 from glide_ds.training.phases import count_by_role, trained_roles
 from glide_ds.training.speed.fitting import USABLE, Fit, rank_memory
 from glide_ds.training.speed.memory import frozen_masters, gib, memory_estimate, snapshot_bytes
 from glide_ds.training.speed.meta import meta_model, weight_bytes
 from glide_ds.training.zero.engine import cosine_end, lr_ratio
 from glide_ds.types import GlideConfig
-
-WIDTH = 100
 
 
 def block(
@@ -65,16 +65,30 @@ def block(
         on_gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
         faster = describe_faster(model, config, arithmetic, on_gpu.total_memory)
         rows += [("faster", faster)] if faster else []
-    lines = [f"── glide_ds: phase {train.phase} ".ljust(WIDTH, "─")]
+    width = columns()
+    lines = [f"── glide_ds: phase {train.phase} ".ljust(width, "─")]
     for name, text in rows:
-        lines += textwrap.wrap(
-            text, WIDTH, initial_indent=f"{name:<8}", subsequent_indent=" " * 8, break_long_words=False
-        )
-    warning = banner(config, start)
+        lines += _wrapped(text, width, f"{name:<8}", " " * 8)
     damaged = [f"DAMAGED CHECKPOINT, not used: {text}; {start.describe()} instead" for text in start.damaged]
-    for text in (*damaged, *describe_curve(config, start), *((warning,) if warning else ())):
-        lines += textwrap.wrap(text, WIDTH, initial_indent="!!      ", subsequent_indent="!!      ")
-    return masked("\n".join([*lines, "─" * WIDTH]))
+    for text in (
+        *damaged,
+        *describe_curve(config, start),
+        *cautions(config, arithmetic, start, data, sum(counts.values())),
+    ):
+        lines += [coloured(line) for line in _wrapped(text, width, "!!      ", "!!      ")]
+    return masked("\n".join([*lines, "─" * width]))
+
+
+def _wrapped(text: str, width: int, first: str, others: str) -> list[str]:
+    """Its lines; a path or key that is longer than one stays whole, so that it can be copied."""
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=first,
+        subsequent_indent=others,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _epochs(steps: int, data: Mapping[str, Any]) -> tuple[str, str]:

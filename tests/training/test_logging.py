@@ -31,3 +31,11 @@ def test_a_diagnosis_is_said_once_and_not_while_loaders_start(capsys: pytest.Cap
         progress.step(step, reading(0.5))
         said.append("raise data.workers" in capsys.readouterr().out)
     assert said == [False, False, True, False, False]
+
+
+def test_a_rate_that_was_measured_too_low_is_not_shown_as_a_fact(capsys: pytest.CaptureFixture[str]):
+    progress = StepProgress("full", 0, 10, shown=True)
+    progress.step(1, reading(0.0) | {"mfu": 1.7})
+    progress.step(2, reading(0.0))
+    out = capsys.readouterr().out
+    assert ("MFU unknown" in out, "MFU 40%" in out, "170%" in out) == (True, True, False)

@@ -255,7 +255,7 @@ def prune(folder: Path, config: CheckpointConfig, owner: Owner, newest: int) -> 
 def sorted_out(
     folder: Path, config: CheckpointConfig, owner: Owner, newest: float = math.inf
 ) -> tuple[list[Committed], list[Path]]:
-    """The run's own checkpoints up to step `newest` that `config` keeps, the newest first; the folders of the others."""
+    """The run's own checkpoints up to step `newest` that `config` keeps, the newest first, and the other folders."""
     own = [made for made in committed(folder) if made.step <= newest and owner.owns(made.path)]
     places = {made.path for made in own[: config.keep or None]}
     if config.best and (lowest := best(own)):

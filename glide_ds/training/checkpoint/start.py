@@ -158,23 +158,6 @@ def load_start(model: nn.Module, config: Config, start: Start) -> list[str]:
     return [report.paragraph()]
 
 
-def banner(config: Config, start: Start) -> str | None:
-    """A warning where the start is fit for trying things out only."""
-    if start.resumed or start.parent or start.weights.endswith("'s"):
-        return None
-    if start.weights == "random":
-        return (
-            "RANDOM START: no weights were given, so this trains from nothing on the built-in shapes: fine for "
-            "trying the machinery, useless for pictures. Give model.weights=openai or a file."
-        )
-    if PHASES[config.train.phase].needs_adapter and start.weights in NAMED_WEIGHTS:
-        return (
-            f"NO PARENT: phase {config.train.phase!r} starts with an untrained adapter, for "
-            f"{config.run.dir} holds no earlier phase. Fine for trying things out; otherwise run phases 1 and 2 first."
-        )
-    return None
-
-
 # ---- run.json
 
 
