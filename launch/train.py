@@ -9,7 +9,15 @@ The same command again continues where the run was left.
 
 import sys
 
-from glide_ds.cli import main
+try:
+    from glide_ds.cli import main
+except ModuleNotFoundError as error:
+    if error.name != "glide_ds":
+        raise
+    sys.exit(
+        f"glide_ds is not installed for {sys.executable} (Python {sys.version.split()[0]}); bash launch/env.sh makes "
+        "an environment with it: .venv/bin/python launch/train.py …, or source .venv/bin/activate"
+    )
 
 if __name__ == "__main__":
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -17,7 +17,7 @@ import glide_ds
 from glide_ds.commands.load import find_checkpoint, trained
 from glide_ds.config.phases import PHASES
 from glide_ds.errors import WeightsError
-from glide_ds.files import sha256, user_path
+from glide_ds.files import probe, sha256, user_path
 from glide_ds.model.tensor_files import State, beside, write_sidecar, write_state
 from glide_ds.training.checkpoint.commit import Committed
 from glide_ds.training.zero.stored import model_state
@@ -44,13 +44,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     started = time.monotonic()
+    check_out(args.out)
     checkpoint = find_checkpoint(args.run, args.phase)
     print(f"exporting {checkpoint.path} ({checkpoint.manifest['phase']}, step {checkpoint.step})", flush=True)
     for path, part in export(checkpoint, args.out, split_adapter=args.split_adapter, ema=args.ema).items():
         print(
             f"wrote {path}: {len(part.names)} tensors, {part.values:,} values, verified against the checkpoint"
         )
-    print(f"done in {time.monotonic() - started:.1f} s")
+    print(
+        f'done in {time.monotonic() - started:.1f} s. Next: glide-ds sample {args.out} --prompt "…" --out picture.png, '
+        f"or glide-ds evaluate {args.out}"
+    )
+
+
+def check_out(out: Path) -> None:
+    """Raises WeightsError before anything is read where that file could not be written."""
+    if out.suffix not in FORMATS:
+        raise WeightsError(f"--out {out} names no format", remedy=f"end it in {' or '.join(FORMATS)}")
+    try:
+        probe(out.parent)
+    except OSError as error:
+        raise WeightsError(
+            f"--out {out}: {out.parent} can't be written ({error.strerror})",
+            remedy="name another place, or mend its permissions",
+        ) from error
 
 
 def export(
@@ -61,8 +78,7 @@ def export(
     Takes twice the weights' memory. Returns what was written by path. Raises WeightsError where a file differs from
     the checkpoint.
     """
-    if out.suffix not in FORMATS:
-        raise WeightsError(f"--out {out} names no format", remedy=f"end it in {' or '.join(FORMATS)}")
+    check_out(out)
     written: dict[Path, Written] = {}
     try:
         for path, part in _write(out, assembled(checkpoint, ema=ema), split_adapter):

@@ -169,13 +169,31 @@ def _fault(name: str, kind: str, reason: Exception | None, spot: Spot, value: An
     return Fault(f"{name} = {value!r} has the wrong type", remedy=f"give a value of type {wanted}")
 
 
+# Where other trainers have a key of another name or place: by its last word, how to write it here.
+ELSEWHERE = {
+    **dict.fromkeys(("lr", "learning_rate"), "optimizer.params.lr=…"),
+    **{name: f"optimizer.params.{name}=…" for name in ("betas", "eps", "weight_decay")},
+    **dict.fromkeys(("warmup", "warmup_steps"), "scheduler.params.warmup_num_steps=…"),
+    **dict.fromkeys(("batch_size", "global_batch_size"), "train_batch_size=…, of all ranks together"),
+    **dict.fromkeys(("epochs", "num_epochs"), "train.steps=…: epochs x pictures / train_batch_size"),
+    **dict.fromkeys(("steps", "max_steps", "num_steps"), "train.steps=…"),
+    **dict.fromkeys(("path", "data_dir", "dataset", "train_data"), "data.shards=…"),
+    **dict.fromkeys(("output_dir", "out_dir", "logdir"), "run.dir=…"),
+    **dict.fromkeys(("num_gpus", "gpus", "world_size"), "deepspeed --num_gpus N …: the launcher decides that"),
+    **dict.fromkeys(("num_workers", "workers"), "data.workers=…"),
+    "seed": "train.seed=…",
+    "image_size": "model.architecture.image_size=…",
+}
+
+
 def no_such_key(name: str, told: str, known: Sequence[str], why: str | None) -> Fault:
     """A key that does not exist, or on purpose, for the reason `why`."""
     if why:
         return Fault(f"{told} can't be set: {why}")
-    return Fault(
-        f"unknown key {name!r}{nearest(name.rpartition('.')[2], known)}", remedy="correct or remove it"
-    )
+    word = name.rpartition(".")[2]
+    if meant := ELSEWHERE.get(word):
+        return Fault(f"unknown key {name!r}", remedy=f"write {meant}")
+    return Fault(f"unknown key {name!r}{nearest(word, known)}", remedy="correct or remove it")
 
 
 def no_auto(name: str) -> Fault:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch.distributed as dist
 
 from glide_ds.config import Config, load_configs
 from glide_ds.config.phases import PHASES
-from glide_ds.environment import read_environment
+from glide_ds.environment import ranks_here, read_environment
 from glide_ds.errors import ConfigError
 from glide_ds.model.glide import Glide
 from glide_ds.training import preview
@@ -43,6 +45,8 @@ def main(paths: Sequence[str], overlay: str | None, sets: Sequence[str], dry_run
         if rank == 0:
             dry_run_report(configs, world_size)
         return
+    if crowded := check_ranks_here(rank == 0):
+        print(f"!! {crowded}", flush=True)
     device = start_process_group(configs[0].run.timeout_s)
     watch, finished = Watch(), rank == 0 and all(map(is_finished, configs))
     try:
@@ -52,6 +56,23 @@ def main(paths: Sequence[str], overlay: str | None, sets: Sequence[str], dry_run
         dist.destroy_process_group()
     if rank == 0:
         last_word(told_stop(stop, configs[0].run.dir) if stop else told_end(configs, finished))
+
+
+def check_ranks_here(told: bool = True) -> str | None:
+    """What to say, if `told`, of more ranks here than cores. Raises ConfigError where they are more than the GPUs."""
+    ranks, gpus, cores = ranks_here(), torch.cuda.device_count(), len(os.sched_getaffinity(0))
+    if gpus and ranks > gpus:
+        raise ConfigError(
+            f"{ranks} ranks were started on {socket.gethostname()}, which has {gpus} GPU{'s' * (gpus > 1)}",
+            "some would have none",
+            f"start at most {gpus} here: deepspeed --num_gpus {gpus} …",
+        )
+    if gpus or ranks <= cores or not told:
+        return None
+    return (
+        f"{ranks} ranks on {cores} core{'s' * (cores > 1)} take turns: the start and each step take "
+        f"{ranks / cores:.0f} times as long; deepspeed --num_gpus {cores} … is as fast"
+    )
 
 
 def is_finished(config: Config) -> bool:

@@ -21,6 +21,7 @@ PEEK = 1000  # names of a pattern that are all missing: the rest need not be loo
 NEAR = 200  # names that are compared with a missing one
 # All of most patterns. braceexpand takes 20 times as long.
 ONE_RANGE = re.compile(r"([^{}\\]*)\{(\d+)\.\.(\d+)\}([^{}\\]*)")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".heic", ".gif", ".bmp", ".tif", ".tiff")
 VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
 
 
@@ -121,7 +122,11 @@ def _find(pattern: str) -> tuple[list[str], DataError | None]:
     if not is_remote(pattern) and os.path.isfile(
         local_path(pattern)
     ):  # brackets and braces in a name among them
-        return [pattern], None
+        return (
+            ([], _no_shards(pattern, os.path.dirname(pattern))) if _is_picture(pattern) else ([pattern], None)
+        )
+    if not is_remote(pattern) and (place := _pictures_of(pattern)):
+        return [], _no_shards(pattern, place)
     try:
         names = _names(pattern)
         first = list(islice(names, PEEK))
@@ -231,6 +236,27 @@ def _missing(pattern: str, missing: list[str], found: int, total: int) -> DataEr
         hint = "no tar file lies in or near that folder"
     remedy = "correct the pattern, or use data.shards=builtin:shapes to try without data"
     return DataError(f"{fact}; {hint}", remedy=remedy)
+
+
+def _no_shards(pattern: str, folder: str) -> DataError:
+    return DataError(
+        f"data.shards {pattern!r} names pictures, and training reads shards: tar files of pictures and captions",
+        remedy=f"make them: glide-ds prepare pack {folder or '.'} --out shards/, then data.shards='shards/*.tar'",
+    )
+
+
+def _pictures_of(pattern: str) -> str | None:
+    """The folder of the pictures that a local pattern names instead of shards; None where it names none."""
+    if _is_picture(pattern):
+        return os.path.dirname(re.split(r"[*?\[{]", pattern)[0]) or "."
+    path = local_path(pattern)
+    seen = list(islice((name for _, _, names in os.walk(path) for name in names), PEEK))
+    tars = any(name.lower().endswith(".tar") for name in seen)
+    return path if not tars and any(map(_is_picture, seen)) else None
+
+
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(PICTURES)
 
 
 def nearest_files(path: str, count: int = 3) -> list[str]:

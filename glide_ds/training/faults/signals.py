@@ -117,7 +117,11 @@ class _Outlet(io.FileIO):
 
 def _lasting(stream: Any) -> Any:
     """This process's own stream as one that outlives its reader; another, such as a test's, as it is."""
-    if not isinstance(stream, io.TextIOWrapper) or stream.fileno() not in (1, 2):
+    try:
+        own = isinstance(stream, io.TextIOWrapper) and stream.fileno() in (1, 2)
+    except io.UnsupportedOperation:
+        own = False
+    if not own:
         return stream
     stream.flush()
     outlet = io.BufferedWriter(_Outlet(stream.fileno(), "w", closefd=False))

@@ -1,0 +1,136 @@
+"""Mistakes that people make, as a table: each is answered by what is the case and what to do, with code 2, at once.
+
+In this process, so that a row costs milliseconds; nothing of a row's folder may change but by what it says.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from train_kit import write_config
+
+from glide_ds import cli
+
+TINY = "ds_configs/tiny/phase1.json"
+TRAIN = f"train --dry_run --ds_config {TINY} --set run.dir=DIR/run"
+# A command line, DIR being a folder of its own, and what the answer has to hold: its fact, its remedy.
+MISTAKES: list[tuple[str, str, str]] = [
+    # keys
+    (f"{TRAIN} lr=1e-4", "unknown key 'lr'", r"write optimizer\.params\.lr="),
+    (f"{TRAIN} learning_rate=1e-4", "unknown key", r"write optimizer\.params\.lr="),
+    (f"{TRAIN} train.lr=1e-4", r"unknown key 'train\.lr'", r"write optimizer\.params\.lr="),
+    (f"{TRAIN} train.learning_rate=1e-4", "unknown key", r"write optimizer\.params\.lr="),
+    (f"{TRAIN} optimizer.lr=1e-4", "unknown key", r"write optimizer\.params\.lr="),
+    (f"{TRAIN} optimizer.weight_decay=0", "unknown key", r"write optimizer\.params\.weight_decay="),
+    (f"{TRAIN} batch_size=8", "unknown key", r"write train_batch_size="),
+    (f"{TRAIN} train.batch_size=8", "unknown key", r"write train_batch_size="),
+    (f"{TRAIN} train.epochs=3", "unknown key", r"write train\.steps=.*epochs x pictures"),
+    (f"{TRAIN} epochs=3", "unknown key", r"write train\.steps="),
+    (f"{TRAIN} steps=3", "unknown key", r"write train\.steps="),
+    (f"{TRAIN} warmup_steps=3", "unknown key", r"write scheduler\.params\.warmup_num_steps="),
+    (f"{TRAIN} data.path=x", "unknown key", r"write data\.shards="),
+    (f"{TRAIN} output_dir=x", "unknown key", r"write run\.dir="),
+    (f"{TRAIN} gpus=2", "unknown key", r"deepspeed --num_gpus"),
+    (f"{TRAIN} num_workers=2", "unknown key", r"write data\.workers="),
+    (f"{TRAIN} seed=2", "unknown key", r"write train\.seed="),
+    (f"{TRAIN} train.stepz=2", "unknown key", "nearest known: 'steps'"),
+    (f"{TRAIN} trian.steps=2", "unknown key 'trian'", "nearest known: 'train'"),
+    # values
+    (f"{TRAIN} train.steps=many", r"train\.steps", "int"),
+    (f"{TRAIN} train.steps=-3", r"train\.steps = -3", "at least"),
+    (f"{TRAIN} train.steps", "train.steps", "="),
+    (f"{TRAIN} train.phase=fuul", r"train\.phase", "full"),
+    (f"{TRAIN} optimizer.type=Adamw", r"optimizer\.type", "AdamW"),
+    (f"{TRAIN} optimizer.params.lr=auto", "auto", "give a value"),
+    (f"{TRAIN} fp16.enabled=true", "fp16", "bf16"),
+    (f"{TRAIN} zero_optimization.stage=3", r"zero_optimization\.stage = 3", "2"),
+    # files and data
+    ("train --dry_run --ds_config DIR/none.json", r"none\.json can't be read", "correct it"),
+    (f"{TRAIN} data.shards=DIR/photos", "names pictures", r"glide-ds prepare pack \S+photos --out shards/"),
+    (f"{TRAIN} data.shards=DIR/photos/*.png", "names pictures", r"prepare pack \S+photos --out"),
+    (f"{TRAIN} data.shards=DIR/photos/one.png", "names pictures", r"prepare pack \S+photos --out"),
+    (f"{TRAIN} data.shards=DIR/none-*.tar", "matches no file", "correct the pattern"),
+    (f"{TRAIN} data.shards=", r"data\.shards = None has the wrong type", "give a value of type str"),
+    (f"{TRAIN} data.shapes_samples=3", "fewer than one global batch", "lower train_batch_size to 3"),
+    (f"{TRAIN} model.weights=DIR/none.pt", "neither a file nor one of", "correct the path"),
+    # other commands
+    ("plan --ds_config DIR/none.json", r"none\.json can't be read", "correct it"),
+    (f"plan --ds_config {TINY} --gpu cpu --set data.shapes_samples=3", "fewer than one global", "lower"),
+    (f"plan --ds_config {TINY} --gpu cpu --gpus 7", "train_batch_size", "use"),
+    ("export DIR/none --out DIR/x.pt", "no committed checkpoint", "give a run directory"),
+    ("export DIR/none --out DIR/x", "names no format", r"\.pt or \.safetensors"),
+    ("export DIR/none --out /proc/x.pt", "/proc can't be written", "another place"),
+    ("sample DIR/none.pt --prompt x --out DIR/x.png", "neither a file, a folder", "correct the path"),
+    ("sample builtin:tiny --prompt x --out DIR/x", "names no format", r"\.png or \.jpg"),
+    ("sample builtin:tiny --out DIR/x.png", "nothing to draw", "give --prompt"),
+    ("evaluate DIR/none.pt", "neither a file, a folder", "correct the path"),
+    ("prepare pack DIR/none --out DIR/shards", "none", ""),
+    ("prepare index DIR/none-*.tar", "matches no file", "correct the pattern"),
+]
+
+
+@pytest.mark.parametrize(("line", "fact", "remedy"), MISTAKES, ids=[row[0] for row in MISTAKES])
+def test_a_mistake_is_answered(
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    line: str,
+    fact: str,
+    remedy: str,
+):
+    monkeypatch.chdir(root)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.png").touch()
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(line.replace("DIR", str(tmp_path)).split()) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("glide-ds: error: ")
+    assert re.search(fact, told), told
+    assert re.search(remedy, told), told
+    assert "Traceback" not in told
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_more_ranks_than_gpus_are_refused_and_than_cores_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    from glide_ds.training import run
+
+    monkeypatch.setattr(run, "start_process_group", lambda _: sys.exit("the process group was started"))
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "64", "LOCAL_WORLD_SIZE": "64"}
+    for name, value in (variables | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(run.os, "sched_getaffinity", lambda _: {0, 1})
+    words = ["train", "--ds_config", str(write_config(tmp_path)), "--set", "train_batch_size=64"]
+    monkeypatch.setattr(run.torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SystemExit):
+        cli.main(words)
+    assert re.search(
+        r"!! 64 ranks on 2 cores .* 32 times as long; deepspeed --num_gpus 2", capsys.readouterr().out
+    )
+    monkeypatch.setattr(run.torch.cuda, "device_count", lambda: 8)
+    assert cli.main(words) == 2
+    assert re.search(r"64 ranks were started .* 8 GPUs.*--num_gpus 8", capsys.readouterr().err)
+
+
+def test_an_environment_without_glide_ds_is_told(root: Path):
+    command = [sys.executable, "-S", "-I", str(root / "launch" / "train.py"), "--ds_config", "x"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "glide_ds is not installed for" in done.stderr
+    assert "launch/env.sh" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_old_python_gets_a_sentence(root: Path):
+    code = "import sys; sys.version_info = (3, 10, 13); import glide_ds"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "glide_ds needs Python 3.11 or newer" in done.stderr
+    assert "launch/env.sh" in done.stderr
+    assert "Traceback" not in done.stderr
