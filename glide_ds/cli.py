@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
+import platform
 import re
 import sys
 import traceback
@@ -145,6 +147,12 @@ COMMANDS = (
         "what a run directory holds, whether it runs, how far it is, and what of it can go",
         "glide-ds status runs/mine --prune --dry_run",
     ),
+    Command(
+        ("doctor",),
+        "glide_ds.commands.doctor",
+        "what is installed and what it runs on, on one screen for a bug report",
+        "glide-ds doctor",
+    ),
 )
 GROUPS = {
     "prepare": "make shards and what goes with them",
@@ -155,6 +163,8 @@ GROUPS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: this process's). The exit code is 0, or what the error stands for (errors.py)."""
     sys.excepthook = _crash
+    if "_ARGCOMPLETE" in os.environ:
+        _complete()
     arguments = without_local_rank(sys.argv[1:] if argv is None else argv)
     together = False
     try:
@@ -205,9 +215,11 @@ def without_local_rank(words: Sequence[str]) -> list[str]:
 def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     """The parser for these arguments: of the subcommands only the one that they call is imported."""
     parser = argparse.ArgumentParser(
-        "glide-ds", description="Fine-tune GLIDE with CLIP conditioning on DeepSpeed."
+        "glide-ds",
+        description="Fine-tune GLIDE with CLIP conditioning on DeepSpeed.",
+        epilog='TAB completes in bash and zsh after: eval "$(register-python-argcomplete glide-ds)"',
     )
-    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--version", action=_Version, nargs=0, help="with those of torch and DeepSpeed")
     menu = parser.add_subparsers(metavar="COMMAND", required=True)
     groups = {name: _add_group(menu, name) for name in GROUPS}
     for command in COMMANDS:
@@ -221,6 +233,25 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
             # No argument is named so.
             subparser.set_defaults(handler=module.run, together=command.together)
     return parser
+
+
+class _Version(argparse.Action):
+    """Looked up only where it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        others = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed"))
+        print(f"glide_ds {__version__}, {others}, Python {platform.python_version()}")
+        parser.exit()
+
+
+def _complete() -> None:
+    """Answer a shell that asks how the line goes on: eval "$(register-python-argcomplete glide-ds)"."""
+    import argcomplete
+
+    line = os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])]
+    argcomplete.autocomplete(build_parser(line.split()[1:]))
 
 
 def _add_group(menu: Any, name: str) -> Any:

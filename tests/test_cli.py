@@ -1,8 +1,11 @@
 """The command line: quick help, examples that parse, clean errors, and the command that needs no model."""
 
+import os
+import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -24,7 +27,49 @@ def test_version(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["--version"])
     assert stop.value.code == 0
-    assert capsys.readouterr().out.strip() == __version__
+    told = capsys.readouterr().out
+    assert re.fullmatch(
+        rf"glide_ds {re.escape(__version__)}, torch 2\.\S+, deepspeed 0\.\S+, Python 3\.\S+\n", told
+    )
+
+
+def completions(line: str) -> list[str]:
+    """What a shell is told, as argcomplete's own script asks for it."""
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "IFS": "\n"}
+    command = [sys.executable, "-m", "glide_ds"]
+    out = ["bash", "-c", 'exec 8>&1 9>/dev/null; exec "$@" >/dev/null', "bash", *command]
+    done = subprocess.run(
+        out, env=os.environ | asked | {"_ARGCOMPLETE_IFS": "\n"}, capture_output=True, text=True
+    )
+    return [word.strip() for word in done.stdout.splitlines()]
+
+
+def test_a_shell_completes_commands_and_options():
+    assert "preflight" in completions("glide-ds pre")
+    assert {"shapes", "pack", "index", "clip"} <= set(completions("glide-ds prepare "))
+    assert "--split_adapter" in completions("glide-ds export --spl")
+
+
+def test_the_doctor_tells_on_one_screen_what_a_bug_report_needs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    monkeypatch.setenv("GLIDE_DS_CACHE", str(tmp_path))
+    (tmp_path / "base.pt").write_bytes(bytes(2**20))
+    assert cli.main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 24
+    told = "\n".join(lines)
+    for part in (
+        __version__,
+        "torch 2.",
+        "deepspeed 0.",
+        "GiB free",
+        "base.pt (1 MiB)",
+        "NCCL_DEBUG=INFO",
+        "cores",
+    ):
+        assert part in told, part
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS, ids=lambda c: "-".join(c.words))
