@@ -18,7 +18,8 @@ export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 say "training phases 1 to 3 on two processes, into $run"
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 processes=$((gpus == 1 ? 1 : 2)) # NCCL takes one process per GPU
-deepspeed --num_gpus $processes launch/train.py \
+[ "$gpus" != 0 ] || export DS_ACCELERATOR=cpu # else every command of DeepSpeed's warns that it sees no GPU
+deepspeed --quiet --num_gpus $processes launch/train.py \
   --ds_config ds_configs/tiny/phase1.json ds_configs/tiny/phase2.json ds_configs/tiny/phase3.json \
   --set run.dir="$run"
 

@@ -10,6 +10,7 @@ import pty
 import random
 import re
 import signal
+import struct
 import subprocess
 import sys
 import termios
@@ -194,6 +195,7 @@ class Terminal:
     def __init__(self, command: list[str], root: Path) -> None:
         self.master, slave = pty.openpty()
         os.set_blocking(self.master, False)
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         self.text = ""
         self.process = subprocess.Popen(
             command,
@@ -280,6 +282,10 @@ def test_a_run_stopped_at_its_terminal_is_saved_and_has_the_last_word(
     if how != "hang-up":
         told = f"stopped at step {marker['step']:,} of phase adapter_only ({marker['reason']}), saved in {run}"
         terminal.until(lambda: told in terminal.read().rstrip().rpartition("\n")[2], 20)
+        block = terminal.text.partition("── glide_ds: phase")[2].partition("\n──────")[0]
+        wide = [line for line in block.splitlines()[1:] if len(line) > 80 and str(tmp_path) not in line]
+        assert block
+        assert not wide
 
 
 def traced(run: Path) -> list[str]:
