@@ -374,7 +374,8 @@ def test_two_ranks_name_all_faults_together_and_find_what_differs_between_them(t
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(worker))
     arguments = (str(tmp_path / "elsewhere"), "--ds_config", str(tmp_path / "adapter_only.json"), "--no_step")
     done = command(*arguments, "--set", "clip.model=ViT-Q", cwd=tmp_path, launcher=launcher)
-    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.returncode == 1, done.stdout + done.stderr  # torchrun's own
+    assert "(exitcode: 2)" in done.stderr
     assert done.stdout.index("glide_ds: preflight of") < done.stdout.index("phases")
     assert "5 of 15 checks failed: batch, clip, shards, shared, clocks," in done.stdout, (
         done.stdout + done.stderr
