@@ -125,7 +125,7 @@ COMMANDS = (
     ),
     Command(
         ("sample",),
-        "glide_ds.commands.sample",
+        "glide_ds.commands.drawing.sample",
         "draw pictures for prompts",
         'glide-ds sample mine.pt --prompt "a corgi in a top hat" --out corgi.png',
     ),

@@ -16,10 +16,12 @@ from PIL import Image
 from train_kit import ARCHITECTURE
 
 from glide_ds.cli import main
-from glide_ds.commands import load, sample
+from glide_ds.commands import load
+from glide_ds.commands.drawing import drawer
+from glide_ds.commands.drawing.drawer import Drawer
+from glide_ds.commands.drawing.sample import add_arguments, run
 from glide_ds.commands.export import _moved, export
 from glide_ds.commands.load import Loaded, find_checkpoint, load_model
-from glide_ds.commands.sample import add_arguments, load_upsampler, run
 from glide_ds.data import shapes
 from glide_ds.data.pictures.decode import Cropping, DecodeOptions, decode_at
 from glide_ds.errors import ConfigError, DataError, WeightsError
@@ -206,7 +208,8 @@ def test_openai_is_the_published_model_of_the_kind_asked_for(monkeypatch: pytest
     fetched = []
     monkeypatch.setattr(load, "load_weights", lambda model, source: fetched.append((source, model.config.kind)))
     assert load_model("openai", CPU).model.config == sizes["base"]
-    upsampler = load_upsampler("openai", load_model("openai", CPU), CPU)
+    upsampler = drawer.load("openai", "openai", CPU).upsampler
+    assert upsampler is not None
     assert (upsampler.model.config, upsampler.schedule) == (sizes["upsample"], "linear")
     assert fetched == [("openai", "base"), ("openai", "base"), ("openai", "upsample")]
 
@@ -222,12 +225,12 @@ def test_the_upsampler_is_loaded_once_for_both_rows(
         loads.append(source)
         return load_model(source, *args, **options)
 
-    def as_it_is(images: torch.Tensor, *args: Any) -> torch.Tensor:
+    def as_it_is(self: Drawer, images: torch.Tensor, *args: Any) -> torch.Tensor:
         enlarged.append(images.shape)
         return images
 
-    monkeypatch.setattr(sample, "load_model", counted)
-    monkeypatch.setattr(sample, "enlarge", as_it_is)
+    monkeypatch.setattr(drawer, "load_model", counted)
+    monkeypatch.setattr(Drawer, "enlarge", as_it_is)
     draw(exported, tmp_path / "a.png", "--clip", "both", "--upsampler", str(tmp_path / "up.pt"))
     assert loads == [str(exported), str(tmp_path / "up.pt")]
     assert len(enlarged) == 2
@@ -236,7 +239,7 @@ def test_the_upsampler_is_loaded_once_for_both_rows(
 def test_an_upsampler_that_does_not_fit_is_told_before_anything_is_drawn(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(sample, "draw", None)
+    monkeypatch.setattr(drawer, "draw", None)
     with pytest.raises(ConfigError, match="reads 4 px"):
         draw(exported, tmp_path / "a.png", "--upsampler", str(exported))
 

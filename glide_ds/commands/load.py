@@ -41,6 +41,7 @@ class Loaded(NamedTuple):
     schedule: str
     clip: ClipConfig | None
     pictures: Cropping = Cropping()  # how those it was trained on were made square
+    origin: Path | None = None  # the file or the checkpoint's folder
 
     def encoder(self, device: torch.device, source: str) -> FrozenClip | None:
         """The CLIP encoder whose embeddings the model reads, with the towers for `source`; None for plain GLIDE."""
@@ -59,6 +60,7 @@ def load_model(
     path = user_path(source)
     if path.is_dir():
         checkpoint = find_checkpoint(path)
+        path = checkpoint.path
         about = checkpoint.manifest
         model = create_model(GlideConfig(**about["model"]))
         state = weights(checkpoint) | (dict(trained(checkpoint, ema=True)) if ema else {})
@@ -78,7 +80,8 @@ def load_model(
     clip = _clip_of(about, path, clip_model) if model.config.clip_dim else None
     if clip_model and clip is None:
         raise ConfigError(f"--clip_model {clip_model}: {source} has no CLIP adapter", remedy="leave it out")
-    return Loaded(model.to(device).eval(), schedule, clip, Cropping(**about.get("pictures", {})))
+    cropping = Cropping(**about.get("pictures", {}))
+    return Loaded(model.to(device).eval(), schedule, clip, cropping, path if path.exists() else None)
 
 
 def _architecture(source: str, path: Path, kind: str) -> GlideConfig:

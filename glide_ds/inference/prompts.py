@@ -28,14 +28,21 @@ def read_picture(path: PathLike, side: int, cropping: Cropping) -> Tensor:
     """
     place = user_path(path)
     try:
-        pixels = decode(place.read_bytes(), DecodeOptions(side, *cropping))
+        data = place.read_bytes()
     except OSError as error:
         raise DataError(
             f"the image prompt {place} can't be read ({error.strerror})", remedy="give the path of a picture"
         ) from error
+    return decode_picture(data, side, cropping, str(place))
+
+
+def decode_picture(data: bytes, side: int, cropping: Cropping, name: str) -> Tensor:
+    """The same of an image file's bytes; `name` is what an error calls it."""
+    try:
+        pixels = decode(data, DecodeOptions(side, *cropping))
     except Unusable as error:
         raise DataError(
-            f"the image prompt {place} is no picture that can be used ({error.cause}: {error.detail})",
+            f"the image prompt {name} is no picture that can be used ({error.cause}: {error.detail})",
             remedy="give a JPEG, PNG, WebP, GIF, BMP or TIFF file",
         ) from None
     return torch.from_numpy(pixels)

@@ -36,28 +36,44 @@ def set_compilation(model: Glide, config: Config, micro_batch: int, device: torc
         block.compiled = None
     if not config.train.compile:
         return
-    import torch._dynamo
-
-    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = FORMS
     progress = Progress("compiling", len(blocks), "blocks", shown=dist.get_rank() == 0)
     progress.line(
         f"compiling {len(blocks)} blocks (train.compile); those of the last run are found again in seconds"
     )
-    compiled = [torch.compile(block.forward, dynamic=False, fullgraph=True) for block in blocks]
+    compile_blocks(model)
+    compiled = [block.compiled for block in blocks]
     for block, call in zip(blocks, compiled, strict=True):
-        block.compiled = _counted(call, progress)
-    try:
+        block.compiled = _counted(call, progress) if call else None
+    with compiler_told("train.compile=true", "set train.compile=false"):
         _one_step(model, config, micro_batch, device)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        raise ConfigError(
-            f"train.compile=true, and this machine can't compile ({str(error).strip().splitlines()[0]}); "
-            "it takes Triton on a GPU and a C++ compiler on a CPU",
-            remedy="install that, or set train.compile=false",
-        ) from error
     for block, call in zip(blocks, compiled, strict=True):
         block.compiled = call
     progress.close()
     progress.line(f"compiled {len(blocks)} blocks in {duration(time.monotonic() - progress.started)}")
+
+
+def compile_blocks(model: Glide) -> None:
+    """Have every block compiled when it is first called with inputs of a shape (see `compiler_told`)."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = FORMS
+    for block in model.blocks().values():
+        block.compiled = torch.compile(block.forward, dynamic=False, fullgraph=True)
+
+
+@contextmanager
+def compiler_told(asked: str = "--compile", remedy: str = "leave it out") -> Iterator[None]:
+    """Raises ConfigError where a block within is the first to be compiled, and this machine can't."""
+    import torch._dynamo
+
+    try:
+        yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise ConfigError(
+            f"{asked}, and this machine can't compile ({str(error).strip().splitlines()[0]}); "
+            "it takes Triton on a GPU and a C++ compiler on a CPU",
+            remedy=f"install that, or {remedy}",
+        ) from error
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""Pictures drawn: in Python, by `glide-ds sample`, on a page."""
