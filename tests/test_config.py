@@ -153,7 +153,10 @@ def test_a_yaml_mistake_is_told(tmp_path: Path):
         ("model.architecture.channels=3", ("'model.architecture.channels'", "'model_channels'")),
         ("train_batch_sise=3", ("'train_batch_sise'", "nearest known: 'train_batch_size'")),
         ("optimizer.params.learning_rate=3", ("optimizer.params.learning_rate", "write optimizer.params.lr=")),
-        ("scheduler.params.warmup_steps=3", ("scheduler.params.warmup_steps", "write scheduler.params.warmup_num")),
+        (
+            "scheduler.params.warmup_steps=3",
+            ("scheduler.params.warmup_steps", "write scheduler.params.warmup_num"),
+        ),
         ("train.steps=many", ("train.steps = 'many'", "int")),
         ("train.steps=3.5", ("train.steps = 3.5", "int")),
         ("train.steps=true", ("train.steps = True", "int")),

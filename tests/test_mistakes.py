@@ -6,6 +6,7 @@ In this process, so that a row costs milliseconds; nothing of a row's folder may
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 from train_kit import write_config
 
 from glide_ds import cli
+from glide_ds.config import load_configs
+from glide_ds.data import open_shards
 
 TINY = "ds_configs/tiny/phase1.json"
 TRAIN = f"train --dry_run --ds_config {TINY} --set run.dir=DIR/run"
@@ -134,3 +137,13 @@ def test_an_old_python_gets_a_sentence(root: Path):
     assert "glide_ds needs Python 3.11 or newer" in done.stderr
     assert "launch/env.sh" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_was_packed_is_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Each command names the next one, and that one takes it."""
+    assert cli.main(["prepare", "shapes", "--count", "8", "--out", str(tmp_path / "shards")]) == 0
+    told = capsys.readouterr().out.splitlines()[-1]
+    words = shlex.split(told.removeprefix("Next: glide-ds "))
+    args = cli.build_parser(words).parse_args(words)
+    (config,) = load_configs(args.ds_config, None, args.set)
+    assert open_shards(config.data.shards).urls

@@ -83,6 +83,11 @@ def run(args: argparse.Namespace) -> None:
     for encoder in encoders(config, Cropping(args.crop, args.trim)):
         every = encoder.source == "text" and bool(args.captions or args.every_caption)
         clip = embed_shards(args, place, shards, Task(encoder, captions, every, args.batch), clip)
+    if place.rank == 0:
+        print(
+            f"Next: glide-ds preflight --ds_config ds_configs/phase1.json --set clip.model={args.model} "
+            f"data.clip_store={args.out} data.shards=…"
+        )
 
 
 def embed_shards(

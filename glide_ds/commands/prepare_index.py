@@ -64,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
         print(masked(f"the catalog of these {len(urls):,} shards: {stored or 'not written'}"))
     else:
         print("no catalog of these shards, for not all of them can be read")
+    if not faulty:
+        print("Next: glide-ds preflight --ds_config ds_configs/base.json --set data.shards=… with these shards")
     return 1 if faulty else 0
 
 

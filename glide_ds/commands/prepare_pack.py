@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"skipped {line}")
     for line in summary["foreign"][:20]:
         print(f"left as it is, for it was not packed here, yet would be trained on: {line}")
+    print(f"Next: glide-ds preflight --ds_config ds_configs/base.json --set data.shards='{args.out}/*.tar'")
 
 
 def pack(source: Path, out: Path, per_shard: int = 1000, workers: int = 1) -> dict[str, Any]:

@@ -28,3 +28,6 @@ def run(args: argparse.Namespace) -> None:
     paths = write_shards(args.out, args.count, args.per_shard, args.size, args.seed, start)
     size = sum(path.stat().st_size for path in paths)
     print(f"{args.count} samples in {len(paths)} shards, {size / 1e6:.1f} MB: {paths[0]} ... {paths[-1].name}")
+    print(
+        f"Next: glide-ds preflight --ds_config ds_configs/tiny/phase1.json --set data.shards='{args.out}/*.tar'"
+    )
