@@ -69,6 +69,8 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("export DIR/none --out /proc/x.pt", "/proc can't be written", "another place"),
     ("sample DIR/none.pt --prompt x --out DIR/x.png", "neither a file, a folder", "correct the path"),
     ("sample builtin:tiny --prompt x --out DIR/x", "names no format", r"\.png or \.jpg"),
+    ("sample builtin:tiny --prompt x --out /proc/x.png", "/proc can't be written", "another place"),
+    ("sample builtin:tiny --prompt x --out_dir /proc/x", "/proc/x can't be written", "another place"),
     ("sample builtin:tiny --out DIR/x.png", "nothing to draw", "give --prompt"),
     ("evaluate DIR/none.pt", "neither a file, a folder", "correct the path"),
     ("prepare pack DIR/none --out DIR/shards", "none", ""),
@@ -147,3 +149,13 @@ def test_what_was_packed_is_gone_on_with(tmp_path: Path, capsys: pytest.CaptureF
     args = cli.build_parser(words).parse_args(words)
     (config,) = load_configs(args.ds_config, None, args.set)
     assert open_shards(config.data.shards).urls
+
+
+def test_a_long_prompt_and_a_negative_guidance_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["--steps", "1", "--guidance", "-3", "--out", str(tmp_path / "x.png")]
+    assert cli.main(["sample", "builtin:tiny", "--prompt", "a red circle " * 80, *words]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"!! of 'a red circle .* the model reads \d+ tokens of \d{3}: the end is cut off", told), (
+        told
+    )
+    assert "is 3 meant?" in told

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 import torch
 
@@ -16,12 +17,13 @@ from glide_ds.diffusion.samplers import make_step
 from glide_ds.diffusion.sampling import Options
 from glide_ds.environment import rank_of_environment
 from glide_ds.errors import ConfigError
-from glide_ds.files import user_path
+from glide_ds.files import probe, user_path
 from glide_ds.inference.draw import Row, picture_format, rows_grid, write_picture
 from glide_ds.inference.prompts import check_weights, weighted
 from glide_ds.inference.requests import Request, read_requests
 from glide_ds.model.clip import FrozenClip
 from glide_ds.progress import told
+from glide_ds.tokenizer import lengths
 
 TEXT_ONLY = (
     "a picture's embedding lies elsewhere in CLIP's space; clip.source=both trains a model that takes either"
@@ -270,6 +272,11 @@ def check_words(args: argparse.Namespace) -> None:
     """Raises ConfigError for what can't be drawn whatever the model is, before one is loaded."""
     if args.out:
         picture_format(args.out)
+    check_place(args.out.parent if args.out else args.out_dir)
+    if args.guidance < 0:
+        print(
+            f"!! --guidance {args.guidance:g} draws away from what is asked for: is {-args.guidance:g} meant?"
+        )
     alone = [f"--{name}" for name in ("prompt", "image", "clip_prompt") if getattr(args, name)]
     for wrong, fact, remedy in (
         (args.prompts and alone, f"--prompts and {' '.join(alone)}", "write all of it in the file"),
@@ -291,6 +298,18 @@ def check_words(args: argparse.Namespace) -> None:
     how = Guidance(options["guidance"], options["guidance_rescale"], options["guidance_interval"])
     check_guidance(how, args.clip_guidance)
     check_weights([*weighted(args.image, files=True), *weighted(args.clip_prompt)])
+
+
+def check_place(folder: Path) -> None:
+    """Raises ConfigError before anything is drawn where no picture could be written there."""
+    try:
+        probe(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} can't be written ({error.strerror})",
+            "what is drawn would be lost",
+            "name another place, or mend its permissions",
+        ) from error
 
 
 def check_prompts(args: argparse.Namespace, requests: list[Request], loaded: Loaded, modes: list[str]) -> None:
@@ -317,6 +336,12 @@ def check_prompts(args: argparse.Namespace, requests: list[Request], loaded: Loa
             remedy="name one: --rerank_by ViT-L/14",
         )
     check_clip_strength(args.clip_scale, args.clip_guidance, given=loaded.clip is not None)
+    context = loaded.model.config.text_ctx
+    for request, tokens in zip(requests, lengths([request.prompt for request in requests]), strict=True):
+        if tokens > context:
+            print(
+                f"!! of {request.prompt[:40]!r} … the model reads {context} tokens of {tokens}: the end is cut off"
+            )
     pictured = any(request.images for request in requests)
     if pictured and loaded.clip and loaded.clip.source == "text":
         print(f"!! {args.model} was trained on text embeddings alone: {TEXT_ONLY}")
