@@ -139,7 +139,8 @@ def describe_curve(config: Config, start: Start) -> Iterator[str]:
     if config.deepspeed["scheduler"]["type"] != "WarmupCosineLR":
         return
     end, step = cosine_end(config), start.step
-    if start.before is not None and (before := cosine_end(start.before)) != end:
+    left = step + 2 <= config.train.steps  # updates whose rate is another
+    if left and start.before is not None and (before := cosine_end(start.before)) != end:
         # The rate of the very next update is in the checkpoint already.
         then, now = lr_ratio(step + 1, start.before), lr_ratio(step + 1, config)
         times = f"{now / then:.2g} times as high" if then else "higher"
