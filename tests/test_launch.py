@@ -282,7 +282,8 @@ def test_a_run_stopped_at_its_terminal_is_saved_and_has_the_last_word(
     if how != "hang-up":
         told = f"stopped at step {marker['step']:,} of phase adapter_only ({marker['reason']}), saved in {run}"
         terminal.until(lambda: told in terminal.read().rstrip().rpartition("\n")[2], 20)
-        block = terminal.text.partition("── glide_ds: phase")[2].partition("\n──────")[0]
+        plain = re.sub(r"\033\[\d*m", "", terminal.text)
+        block = plain.partition("── glide_ds: phase")[2].partition("\n──────")[0]
         wide = [line for line in block.splitlines()[1:] if len(line) > 80 and str(tmp_path) not in line]
         assert block
         assert not wide
