@@ -130,6 +130,12 @@ COMMANDS = (
         'glide-ds sample mine.pt --prompt "a corgi in a top hat" --out corgi.png',
     ),
     Command(
+        ("demo",),
+        "glide_ds.commands.drawing.demo",
+        "a page to draw on, in a browser on this machine",
+        "glide-ds demo mine.pt",
+    ),
+    Command(
         ("evaluate",),
         "glide_ds.commands.evaluate",
         "judge pictures of held-out shapes and measure what CLIP contributes",
