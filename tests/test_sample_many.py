@@ -267,13 +267,13 @@ def test_a_file_without_a_prompt_is_refused(tmp_path: Path, text: str):
         ([], "there is nothing to draw"),
     ],
 )
-def test_what_does_not_go_together_is_refused_before_the_folder_is_made(
+def test_what_does_not_go_together_is_refused_before_anything_is_written(
     tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str], options: list[object], part: str
 ):
     words = [prompts if word == "FILE" else word for word in options]
     assert many(tmp_path / "out", *words) == 2
     assert part in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.glob("out/*")) == []
 
 
 def test_a_tasks_pictures_are_the_same_in_any_world(drawer: Drawer):
@@ -357,3 +357,11 @@ def test_the_best_by_clip_are_kept_best_first(tmp_path: Path, prompts: Path):
     assert [line["seed"] for line in lines] == [
         prompt * 4 + place for prompt in range(3) for place in places[prompt, :2].tolist()
     ]
+
+
+def test_prompts_that_are_cut_are_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "p.txt").write_text(f"{'a red circle ' * 80}\n" * 3)
+    assert many(tmp_path / "out", "--prompts", tmp_path / "p.txt") == 0
+    told = capsys.readouterr().out
+    assert told.count("cut off") == 1
+    assert "so it is with 2 more prompts" in told

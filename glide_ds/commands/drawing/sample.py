@@ -272,7 +272,6 @@ def check_words(args: argparse.Namespace) -> None:
     """Raises ConfigError for what can't be drawn whatever the model is, before one is loaded."""
     if args.out:
         picture_format(args.out)
-    check_place(args.out.parent if args.out else args.out_dir)
     if args.guidance < 0:
         print(
             f"!! --guidance {args.guidance:g} draws away from what is asked for: is {-args.guidance:g} meant?"
@@ -298,6 +297,7 @@ def check_words(args: argparse.Namespace) -> None:
     how = Guidance(options["guidance"], options["guidance_rescale"], options["guidance_interval"])
     check_guidance(how, args.clip_guidance)
     check_weights([*weighted(args.image, files=True), *weighted(args.clip_prompt)])
+    check_place(args.out.parent if args.out else args.out_dir)
 
 
 def check_place(folder: Path) -> None:
@@ -336,12 +336,19 @@ def check_prompts(args: argparse.Namespace, requests: list[Request], loaded: Loa
             remedy="name one: --rerank_by ViT-L/14",
         )
     check_clip_strength(args.clip_scale, args.clip_guidance, given=loaded.clip is not None)
-    context = loaded.model.config.text_ctx
-    for request, tokens in zip(requests, lengths([request.prompt for request in requests]), strict=True):
-        if tokens > context:
-            print(
-                f"!! of {request.prompt[:40]!r} … the model reads {context} tokens of {tokens}: the end is cut off"
-            )
+    tell_cut(requests, loaded.model.config.text_ctx)
     pictured = any(request.images for request in requests)
     if pictured and loaded.clip and loaded.clip.source == "text":
         print(f"!! {args.model} was trained on text embeddings alone: {TEXT_ONLY}")
+
+
+def tell_cut(requests: list[Request], context: int) -> None:
+    """Say which prompts the model does not read whole: the first, and how many more."""
+    counted = zip(requests, lengths([request.prompt for request in requests]), strict=True)
+    cut = [(request, tokens) for request, tokens in counted if tokens > context]
+    if cut:
+        request, tokens = cut[0]
+        others = f"; so it is with {len(cut) - 1} more prompts" if len(cut) > 1 else ""
+        print(
+            f"!! of {request.prompt[:40]!r} … the model reads {context} tokens of {tokens}: the end is cut off{others}"
+        )
