@@ -263,5 +263,5 @@ def test_the_command_says_what_it_wrote(
     out = capsys.readouterr().out
     assert "step 5" in out
     assert f"wrote {tmp_path / 'x.pt'}: 171 tensors, 2,471,238 values, verified" in out
-    assert "x-clip.pt: 35 tensors" in out
+    assert "x-clip.pt: 38 tensors" in out
     assert io.StringIO(out).readline().startswith("exporting ")

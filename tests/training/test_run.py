@@ -386,7 +386,7 @@ def test_the_opening_block_says_what_will_happen(
     for part in (
         "phase adapter_only",
         "phase full",
-        "trains adapter 69,056 parameters",
+        "trains adapter 73,408 parameters",
         "frozen gates 6, unet 845,254, text 1,625,984 parameters",
         "builtin:tiny text embeddings, 64-d",
         "builtin:shapes: 64 samples, 16 batches per epoch",
