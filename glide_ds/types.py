@@ -70,6 +70,11 @@ class GlideConfig:
     def inpaints(self) -> bool:
         return self.kind.endswith("inpaint")
 
+    @property
+    def inpaint_channels(self) -> slice | None:
+        """Where known pixels and their mask lie among the input channels; None where there are none."""
+        return slice(3, 7) if self.inpaints else None
+
 
 def send(host: Tensor, device: torch.device | str) -> Tensor:
     """A host tensor's copy on the device, which neither waits for what the device is doing nor is waited for."""
@@ -97,6 +102,7 @@ class Batch:
     captions: tuple[str, ...]  # as read, before dropout
     clip: Tensor | None = None  # float16 [B, D], from a store of embeddings
     low_res: Tensor | None = None  # uint8 [B, S/4, S/4, 3], for the upsampler
+    known: Tensor | None = None  # uint8 [B, S, S], 1 where an inpainting model is shown the picture
     # Where CLIP reads pictures: bool [B], the rows whose embedding is the picture's; stays on the host.
     pictured: Tensor | None = None
     clip_images: Tensor | None = (

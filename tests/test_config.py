@@ -93,9 +93,10 @@ def test_set_reads_values_as_people_write_them(tmp_path: Path, item: str, value:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_shipped_config_loads_and_divides_over_one_two_and_eight_ranks(path: Path):
     (config,) = load_config(path)
-    assert config.train.phase == {"base": "base", "phase1": "adapter_only", "phase2": "adapter_gates"}.get(
-        path.stem, "full"
-    )
+    clip = {"phase1": "adapter_only", "phase2": "adapter_gates", "phase3": "full"}
+    assert config.train.phase == clip.get(path.stem, "base")
+    upsamples, inpaints = config.model.architecture.upsamples, config.model.architecture.inpaints
+    assert (upsamples, inpaints) == (path.stem.startswith("upsample"), path.stem.endswith("inpaint"))
     for ranks in (1, 2, 8):
         total, micro, accumulation, world = config.batch_arithmetic(ranks)
         assert micro * accumulation * world == total == config.deepspeed["train_batch_size"]
@@ -267,7 +268,9 @@ def test_conflicts_are_told_with_both_values(tmp_path: Path):
     path = write_config(tmp_path, train={"steps": 30})
     assert "train.scope" in refused(path, "train.scope=unet")
     assert "drop_caption=0.6" in refused(path, "data.drop_caption=0.6", "data.drop_both=0.6")
-    assert "inpaint" in refused(path, "model.preset=base-inpaint", "model.architecture.kind=base-inpaint")
+    assert "train base-inpaint" in refused(path, "data.mask.boxes=1")
+    nothing = [f"data.mask.{kind}=0" for kind in ("boxes", "strokes", "halves", "everything", "nothing")]
+    assert "no mask could be drawn" in refused(path, "model.architecture.kind=base-inpaint", *nothing)
     assert "clip.source" in refused(path, "model.architecture.kind=base-inpaint", "clip.source=image")
 
 
@@ -513,6 +516,10 @@ BESIDE = {
     "validation.patience": ("validation.every=5",),
     "train.activation_gb": ("train.recompute=budget",),
     "clip.image_share": ("clip.source=both",),
+    **{
+        f"data.mask.{kind}": ("model.architecture.kind=base-inpaint",)
+        for kind in ("boxes", "strokes", "halves", "everything", "nothing")
+    },
     "log.sample_images": ("clip.source=image",),
     "train.cuda_graph": ("train.recompute=none",),
     "prescale_gradients": ("zero_optimization.reduce_scatter=false",),

@@ -106,6 +106,11 @@ TABLE = [
         TWO_SETS,
     ),
     *rows(see.batches, {"data.caption_file": "side-b.jsonl"}, SIDE),
+    *rows(
+        see.batches,
+        {f"data.mask.{kind}": 9.0 for kind in ("boxes", "strokes", "halves", "everything", "nothing")},
+        {"model.architecture.kind": "base-inpaint"},
+    ),
     *rows(see.batches, {"data.shapes_samples": 32}),
     *rows(see.batches, {"clip.image_share": 0.9}, {**TAR, "clip.source": "both"}),
     *rows(see.batches, {"data.reader": "stream"}, TAR),

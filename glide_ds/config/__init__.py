@@ -13,6 +13,7 @@ from glide_ds.config.schema import (
     FilterConfig,
     LogConfig,
     LrScale,
+    MaskConfig,
     MixConfig,
     MixPart,
     ModelConfig,

@@ -13,7 +13,7 @@ import os
 import re
 import tempfile
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,10 +24,11 @@ import yaml
 from glide_ds.config.deepspeed import THEIRS, DeepSpeedPart, check_theirs
 from glide_ds.config.refused import why_refused
 from glide_ds.config.renamed import RENAMED, upgraded
-from glide_ds.config.schema import BLOCK, PRESETS, SECTIONS, Config
+from glide_ds.config.schema import BLOCK, PRESETS, SECTIONS, Config, DataConfig, MaskConfig
 from glide_ds.config.section import Mistake, Place, checked, follow, no_such_key
 from glide_ds.errors import ConfigError, Fault
 from glide_ds.files import user_path
+from glide_ds.types import GlideConfig
 
 SCHEMA = "$schema"  # names schema.json for editors
 DEEPSPEED_KEYS = tuple(DeepSpeedPart.model_fields)
@@ -221,22 +222,22 @@ def _conflicts(made: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> list[Fa
             f"log.sample_images = {list(images)} with an upsampler, which enlarges pictures of the run's data"
         )
         faults.append(Fault(fault, remedy="remove log.sample_images"))
-    if model and model.architecture.inpaints:
-        if clip and clip.pictured:
-            faults.append(
-                Fault(
-                    f"clip.source = {clip.source!r} shows an inpaint model what it should fill in",
-                    remedy="use clip.source=text",
-                )
-            )
-        faults.append(
-            Fault(
-                f"model.preset = {model.preset!r}: inpaint models can be loaded and sampled but not yet trained (no "
-                "masks are drawn)",
-                remedy="use base or upsample",
-            )
-        )
+    if model and clip and clip.pictured and model.architecture.inpaints:
+        fault = f"clip.source = {clip.source!r} shows an inpaint model what it should fill in"
+        faults.append(Fault(fault, remedy="use clip.source=text"))
+    if model and data:
+        faults += _unused_by(model.architecture, data)
     return faults
+
+
+def _unused_by(architecture: GlideConfig, data: DataConfig) -> Iterator[Fault]:
+    """What only some kinds of models are given."""
+    if data.mask != MaskConfig() and not architecture.inpaints:
+        yield Fault(
+            f"data.mask is given, and a model of kind {architecture.kind!r} is shown no masked picture",
+            "it would do nothing",
+            f"remove it, or train {architecture.kind}-inpaint",
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -203,6 +203,22 @@ class MixPart(NamedTuple):
     filter: FilterConfig
 
 
+class MaskConfig(Section):
+    """How an inpainting model's pictures are masked: relative shares of the kinds of masks."""
+
+    boxes: float = fixed(0.5, "up to three boxes are hidden", ge=0)
+    strokes: float = fixed(0.2, "a stroke of a round brush is hidden", ge=0)
+    halves: float = fixed(0.1, "all beyond a line is hidden, as where a picture is to be continued", ge=0)
+    everything: float = fixed(0.15, "all is hidden, which keeps what the plain model can draw", ge=0)
+    nothing: float = fixed(0.05, "nothing is hidden", ge=0)
+
+    def conflicts(self) -> Iterator[Conflict]:
+        names = tuple(type(self).model_fields)
+        if not any(getattr(self, name) for name in names):
+            fault = Fault("every share of data.mask is 0", "no mask could be drawn", "give one of them more")
+            yield Conflict(names, fault)
+
+
 class DataConfig(Section):
     """Which samples, and how a picture and its caption become a training pair."""
 
@@ -240,6 +256,7 @@ class DataConfig(Section):
         "a text, else the record's",
     )
     caption_file: UserPath | None = fixed(None, "captions by sample key, as JSON lines or parquet: file.FIELD")
+    mask: MaskConfig = fixed(MaskConfig(), "what an inpainting model is to fill in, sample by sample")
     drop_last: bool = fixed(
         True, "leave an epoch's last, partial batch out; false: fill it with the epoch's first samples"
     )

@@ -28,6 +28,7 @@ from glide_ds.data.filters import Filtered
 from glide_ds.data.handover import Packed, Receiver, Sender
 from glide_ds.data.order import MixOrder, Order, micro_slots, mix, uniform
 from glide_ds.data.pictures.decode import Cropping
+from glide_ds.data.pictures.masks import DICE, known_pixels
 from glide_ds.data.pictures.resample import Pixels, resize
 from glide_ds.data.samples import Sample, SampleSet, ShardSamples, open_samples
 from glide_ds.data.tally import Tally, Unusable
@@ -42,7 +43,7 @@ ENOUGH_TO_JUDGE = 200  # samples read before data.max_bad_fraction can stop a ru
 PREFETCH = 4  # micro-batches each worker prepares ahead
 
 # What a per-sample random number is for; part of its hash, so the draws are independent.
-SUBSTITUTE_DRAW, CAPTION_DRAW, FLIP_DRAW, DROP_DRAW, PICTURE_DRAW = range(5)
+SUBSTITUTE_DRAW, CAPTION_DRAW, FLIP_DRAW, DROP_DRAW, PICTURE_DRAW, MASK_DRAW = range(6)
 
 
 class Made(NamedTuple):
@@ -83,6 +84,7 @@ class Layout:
     world_size: int
     seed: int
     low_res: bool = False
+    masked: bool = False
     image_share: float = 0.0  # of the samples whose CLIP embedding is the picture's, not the caption's
 
     @property
@@ -213,7 +215,19 @@ def assemble(
         drop_clip=torch.from_numpy(drop_both),
         captions=captions,
         low_res=torch.from_numpy(_low_res(images)) if layout.low_res else None,
+        known=torch.from_numpy(_known(config, layout, ids, epochs)) if layout.masked else None,
     )
+
+
+def _known(
+    config: DataConfig,
+    layout: Layout,
+    ids: np.ndarray[Any, np.dtype[np.int64]],
+    epochs: np.ndarray[Any, np.dtype[np.int64]],
+) -> Pixels:
+    """What of each picture an inpainting model is shown: uint8 [B, S, S]."""
+    dice = uniform(MASK_DRAW, layout.seed, epochs[:, None], ids[:, None], np.arange(DICE)[None])
+    return known_pixels(dice, layout.image_size, config.mask)
 
 
 def _low_res(images: Pixels) -> Pixels:
@@ -359,6 +373,7 @@ def build_source(
     world_size: int,
     seed: int,
     low_res: bool = False,
+    masked: bool = False,
     clip: ClipConfig | None = None,
     clip_side: int | None = None,
     peers: Peers | None = None,
@@ -380,6 +395,7 @@ def build_source(
         world_size,
         seed,
         low_res=low_res,
+        masked=masked,
         image_share=clip.pictured if clip else 0.0,
     )
     samples = deepcopy(opened) if opened is not None else open_samples(config, image_size, peers)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from glide_ds.diffusion import Diffusion
 from glide_ds.diffusion.losses import QUARTILES
-from glide_ds.diffusion.pixels import to_signed
+from glide_ds.diffusion.pixels import shown, to_signed
 from glide_ds.model.glide import Glide
 from glide_ds.tokenizer import encode
 
@@ -66,6 +66,7 @@ class HeldOut:
         *,
         picture_embedding: Tensor | None = None,  # [B, D], where the other one is the captions'
         low_res: Tensor | None = None,  # uint8 [B, S/4, S/4, 3]
+        known: Tensor | None = None,  # uint8 [B, S, S]
         rows: Tensor | None = None,
         count: int | None = None,
     ) -> None:
@@ -73,7 +74,7 @@ class HeldOut:
         self.rows = torch.arange(len(images)) if rows is None else rows
         self.count = count or len(images)
         self.x0 = to_signed(images)
-        self.low_res = None if low_res is None else to_signed(low_res)
+        self.shown = shown(self.x0, low_res, known)
         noise = torch.randn((self.count, *self.x0.shape[1:]), generator=torch.Generator().manual_seed(0))
         self.noise = noise[self.rows].clone()
         empty = [""] * len(self.captions)
@@ -143,14 +144,14 @@ class HeldOut:
         outputs = [torch.empty(0, *x_t.shape[1:])]
         for first in range(0, len(t), CHUNK):
             part = slice(first, first + CHUNK)
-            extra = {} if self.low_res is None else {"low_res": self.low_res[part].to(device)}
+            given = {name: tensor[part].to(device) for name, tensor in self.shown.items()}
             output = model(
                 x_t[part].to(device),
                 t[part].to(device),
                 tokens=tokens[part].to(device),
                 mask=mask[part].to(device),
                 clip_embedding=None if embedding is None else embedding[part].to(device),
-                **extra,
+                **given,
             )
             outputs.append(output[:, :3].float().cpu())
         return torch.cat(outputs), x_t

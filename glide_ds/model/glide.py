@@ -18,7 +18,15 @@ from glide_ds.model.dual_attention import DualAttention, missed
 from glide_ds.model.layers import Block, LayerNorm, normal_parameter
 from glide_ds.model.reduced import Reducible
 from glide_ds.model.text import TextEncoding, Transformer
-from glide_ds.model.unet import AttentionBlock, ClipContext, Context, Seen, UNet, timestep_embedding
+from glide_ds.model.unet import (
+    AttentionBlock,
+    ClipContext,
+    Context,
+    Seen,
+    UNet,
+    laid_out_as,
+    timestep_embedding,
+)
 from glide_ds.tokenizer import N_VOCAB
 from glide_ds.types import GlideConfig
 
@@ -205,7 +213,7 @@ class Glide(UNet):
             parts += [torch.zeros_like(x), torch.zeros_like(x[:, :1])]
         if low_res is not None:
             parts.append(F.interpolate(low_res, x.shape[-2:], mode="bilinear", align_corners=False))
-        return torch.cat(parts, dim=1) if len(parts) > 1 else x
+        return laid_out_as(x, torch.cat(parts, dim=1)) if len(parts) > 1 else x
 
 
 def _attention(config: GlideConfig, channels: int) -> AttentionBlock:

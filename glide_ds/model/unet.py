@@ -135,6 +135,38 @@ class AttentionBlock(Block, Attending):
         return tuple(part.transpose(1, 2) for part in slabs.unbind(3))
 
 
+class Stem(nn.Conv2d):
+    """The first convolution, in the published order of channels: x, then what its kind is given.
+
+    An inpainting model's channels of known pixels and their mask are convolved apart: one sum over all channels would
+    be taken in another order than without them, and with their weights at zero the output is to be its plain
+    twin's to the bit.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, inpaint: slice | None) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+        self.inpaint = inpaint
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.inpaint is None:
+            return super().forward(x)
+        picture, weight = self._without(x), self._without(self.weight)
+        apart = F.conv2d(x[:, self.inpaint], self.weight[:, self.inpaint], padding=1)
+        return F.conv2d(picture, weight, self.bias, padding=1) + apart
+
+    def _without(self, channels: Tensor) -> Tensor:
+        """The channels that the plain twin has too, laid out as they would be there."""
+        assert self.inpaint is not None
+        rest = torch.cat([channels[:, : self.inpaint.start], channels[:, self.inpaint.stop :]], dim=1)
+        return laid_out_as(channels, rest)
+
+
+def laid_out_as(example: Tensor, x: Tensor) -> Tensor:
+    """x, both [B, C, H, W], in NHWC where the example is."""
+    nhwc = example.is_contiguous(memory_format=torch.channels_last) and not example.is_contiguous()
+    return x.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
+
+
 class Stage(nn.ModuleList):
     """One entry of the published block lists: a convolution, or residual blocks and attention in turn."""
 
@@ -168,7 +200,7 @@ class UNet(nn.Module):
             nn.Linear(width, self.emb_width), nn.SiLU(), nn.Linear(self.emb_width, self.emb_width)
         )
         first = config.channel_mult[0] * width
-        self.input_blocks = nn.ModuleList([Stage([nn.Conv2d(in_channels, first, 3, padding=1)])])
+        self.input_blocks = nn.ModuleList([Stage([Stem(in_channels, first, config.inpaint_channels)])])
         skips = self._build_down(first, attention)
         deepest = skips[-1]
         self.middle_block = Stage(

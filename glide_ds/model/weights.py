@@ -37,6 +37,7 @@ OPENAI_FILES: dict[str, tuple[str, int | None]] = {
 
 _INPUT_CHANNELS = {"base": 3, "upsample": 6, "base-inpaint": 7, "upsample-inpaint": 10}
 _STEM = "input_blocks.0.0.weight"
+WIDENED = "the weights of known pixels and their mask start at zero: the file is of kind {}"
 # What no shape shows but a model's outputs depend on: the same tensors cut into other heads.
 _INVISIBLE = ("xf_heads", "num_head_channels")
 # A name that gives away whose file it is, what that is, and what to do.
@@ -113,6 +114,7 @@ def load_weights(
 def load_state(model: nn.Module, file: StateFile, *, source: str) -> LoadReport:
     """`load_weights` for tensors at hand, such as those of a phase's checkpoint."""
     own = model.state_dict()
+    file = _for_inpainting(_config(model), file)
     _check_fit(_config(model), own, file)
     loaded = tuple(key for key in own if key in file.tensors)
     with torch.no_grad():
@@ -236,6 +238,22 @@ def _sidecar_config(path: PathLike) -> GlideConfig | None:
             remedy="update glide_ds, or remove the JSON to read the architecture off the shapes",
         )
     return GlideConfig(**stored)
+
+
+def _for_inpainting(config: GlideConfig, file: StateFile) -> StateFile:
+    """A plain model's file for its inpainting twin, whose four more input channels start at zero.
+
+    The twin then computes what the plain model does, whatever it is shown.
+    """
+    stem, plain = file.tensors.get(_STEM), config.kind.removesuffix("-inpaint")
+    if config.inpaint_channels is None or stem is None or stem.dim() != 4:
+        return file
+    if stem.shape[1] != _INPUT_CHANNELS[plain]:
+        return file
+    where = config.inpaint_channels
+    zeros = stem.new_zeros(stem.shape[0], where.stop - where.start, *stem.shape[2:])
+    wide = torch.cat([stem[:, : where.start], zeros, stem[:, where.start :]], dim=1)
+    return replace(file, tensors={**file.tensors, _STEM: wide}, notes=(*file.notes, WIDENED.format(plain)))
 
 
 # --- checking -----------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import Tensor
 from glide_ds.config import Config
 from glide_ds.diffusion import Diffusion
 from glide_ds.diffusion.losses import min_snr_weight, reverse_kl, v_weight
-from glide_ds.diffusion.pixels import to_signed
+from glide_ds.diffusion.pixels import shown, to_signed
 from glide_ds.model.clip import FrozenClip
 from glide_ds.model.text import TextEncoding
 from glide_ds.model.unet import Seen
@@ -136,8 +136,7 @@ class Objective:
             memory_format=torch.channels_last if train.channels_last else torch.contiguous_format
         )
         inputs: dict[str, Any] = {"tokens": batch.tokens, "mask": batch.mask}
-        if batch.low_res is not None:
-            inputs["low_res"] = to_signed(batch.low_res)
+        inputs |= shown(x0, batch.low_res, batch.known)
         clip: dict[str, Any] = {}
         if self.clip is not None:
             clip = {"clip_embedding": self.embed(batch), "clip_drop": batch.drop_clip | draws.drop_clip}

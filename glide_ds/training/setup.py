@@ -263,6 +263,7 @@ def open_source(config: Config, arithmetic: BatchArithmetic, rank: int, peers: P
         world_size=arithmetic.world_size,
         seed=phase_seed(config),
         low_res=architecture.upsamples,
+        masked=architecture.inpaints,
         clip=config.clip if config.uses_clip else None,
         clip_side=picture_side(config),
         peers=peers,

@@ -254,6 +254,7 @@ def open_held_out(
         world_size=1,
         seed=config.train.seed,
         low_res=architecture.upsamples,
+        masked=architecture.inpaints,
         clip=config.clip.changed("clip", source="image") if clip_side else None,
         clip_side=clip_side,
         peers=peers,
@@ -284,6 +285,7 @@ def load_held_out(config: Config, source: Source, diffusion: Diffusion, clip: Fr
         pictures = [batch.clip_images for batch in batches if batch.clip_images is not None]
         embeddings.append(torch.cat([clip.encode_image(torch.cat(part)).cpu() for part in _chunks(pictures)]))
     low_res = [batch.low_res for batch in batches if batch.low_res is not None]
+    known = [batch.known for batch in batches if batch.known is not None]
     return HeldOut(
         diffusion,
         torch.cat([batch.images for batch in batches]),
@@ -291,6 +293,7 @@ def load_held_out(config: Config, source: Source, diffusion: Diffusion, clip: Fr
         embeddings[0] if embeddings else None,
         picture_embedding=embeddings[1] if len(embeddings) > 1 else None,
         low_res=torch.cat(low_res) if low_res else None,
+        known=torch.cat(known) if known else None,
         rows=rows,
         count=count,
     )

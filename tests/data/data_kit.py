@@ -73,6 +73,7 @@ def source(
     seed: int = 0,
     size: int = 16,
     low_res: bool = False,
+    masked: bool = False,
     clip: ClipConfig | None = None,
     clip_side: int | None = None,
     **data: Any,
@@ -88,6 +89,7 @@ def source(
         world_size=ranks,
         seed=seed,
         low_res=low_res,
+        masked=masked,
         clip=clip,
         clip_side=clip_side,
     )

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_glide import CLIP_DIM, tiny_config, tiny_model
+from tiny_glide import CLIP_DIM, tiny_config, tiny_inputs, tiny_model
 from torch import nn
 
 from glide_ds.errors import WeightsError
@@ -288,6 +288,34 @@ def test_an_upsampler_given_to_the_base_model(tmp_path: Path) -> None:
     assert "kind upsample (6 input channels)" in message
     assert "base.pt" in message
     assert "model.preset=upsample" in message
+
+
+@pytest.mark.parametrize("kind", ["base", "upsample"])
+@pytest.mark.parametrize("side", [16, 64])  # torch takes another convolution for pictures of either
+@pytest.mark.parametrize("nhwc", [False, True])
+def test_an_inpainting_model_begins_as_its_plain_twin(tmp_path: Path, kind: str, side: int, nhwc: bool) -> None:
+    plain = tiny_model(seed=1, kind=kind, image_size=side)
+    write_state(tmp_path / "plain.pt", plain.state_dict())
+    twin = tiny_model(seed=2, kind=f"{kind}-inpaint", image_size=side)
+    report = load_weights(twin, tmp_path / "plain.pt")
+    assert f"start at zero: the file is of kind {kind}" in report.paragraph()
+    inputs = tiny_inputs(plain, batch=1)
+    if nhwc:
+        inputs["x"] = inputs["x"].contiguous(memory_format=torch.channels_last)
+    image = torch.randn(1, 3, side, side)
+    with torch.no_grad():
+        told, again = (
+            plain(**inputs),
+            twin(**inputs, inpaint_image=image, inpaint_mask=image[:, :1].sign().relu()),
+        )
+    assert torch.equal(told, again)
+
+
+def test_an_inpainting_model_of_another_kind_is_refused(tmp_path: Path) -> None:
+    write_state(tmp_path / "x.pt", tiny_model(kind="upsample").state_dict())
+    assert "kind upsample" in refusal(tiny_model(kind="base-inpaint"), tmp_path / "x.pt")
+    write_state(tmp_path / "x.pt", tiny_model(kind="base-inpaint").state_dict())
+    assert "kind base-inpaint" in refusal(tiny_model(), tmp_path / "x.pt")
 
 
 def test_adapters_of_another_clip_width(tmp_path: Path) -> None:

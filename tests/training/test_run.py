@@ -404,12 +404,12 @@ def test_the_opening_block_says_what_will_happen(
 
 
 def test_captions_for_the_grid_come_from_the_data(tmp_path: Path):
-    captions, low_res, pictures = samples.find_examples(make_config(tmp_path, log={"samples": 3}), None)
+    captions, *pictures = samples.find_examples(make_config(tmp_path, log={"samples": 3}), None)
     assert len(captions) == 3
     assert all(" " in caption for caption in captions)
-    assert (low_res, pictures) == (None, None)
+    assert pictures == [None] * 4
     prompts = make_config(tmp_path, log={"sample_prompts": ["a", "b"], "samples": 3})
-    assert samples.find_examples(prompts, None) == (["a", "b"], None, None)
+    assert samples.find_examples(prompts, None) == samples.Examples(["a", "b"])
 
 
 def test_grids_of_clip_show_the_pictures_of_the_data_above_what_is_drawn_of_them(
@@ -430,7 +430,7 @@ def test_grids_of_clip_show_the_pictures_of_the_data_above_what_is_drawn_of_them
         with opened(make_config(tmp_path / source, **settings)) as run:
             monkeypatch.setattr(run.log, "pictures", lambda _, drawn, rows=rows: rows.extend(drawn))
             run.sampler.draw(1)
-            captions, _, pictures = run.sampler.examples
+            captions, pictures = run.sampler.examples.captions, run.sampler.examples.pictures
         texts = [[*captions]] if source == "both" else []
         assert [told for told, _ in asked] == [*texts, ["", ""]]
         torch.testing.assert_close(asked[-1][1], clip.encode_image(pictures))
@@ -440,6 +440,32 @@ def test_grids_of_clip_show_the_pictures_of_the_data_above_what_is_drawn_of_them
         shown = rows[-2].images.float()
         wanted = pictures.float().unflatten(1, (16, 2)).unflatten(3, (16, 2)).mean((2, 4))
         torch.testing.assert_close(shown, wanted, atol=0.51, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["upsample", "base-inpaint", "upsample-inpaint"])
+def test_grids_show_what_the_model_is_given_its_result_and_the_original(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+):
+    log = {"samples_every": 1, "samples": 3, "sample_steps": 2, "sample_prompts": ["a", "b", "c"]}
+    config = make_config(tmp_path, "base", model={"architecture": {**ARCHITECTURE, "kind": kind}}, log=log)
+    rows: list[Row] = []
+    with opened(config, shake) as run:
+        monkeypatch.setattr(run.log, "pictures", lambda _, drawn: rows.extend(drawn))
+        run.sampler.draw(1)
+    result = rows[-2]
+    assert result.labels == ["a", "b", "c"]
+    assert [row.labels[0] for row in rows if row is not result] == [
+        *["input"] * kind.startswith("upsample"),
+        *["masked"] * kind.endswith("inpaint"),
+        "original",
+    ]
+    assert {row.images.shape for row in rows} == {(3, 16, 16, 3)}
+    if kind.endswith("inpaint"):
+        masked, original = rows[-3].images, rows[-1].images
+        known = (masked != 128).any(3)
+        assert 0 < known.float().mean() < 1
+        assert torch.equal(result.images[known], original[known])
+        assert not torch.equal(result.images, original)
 
 
 UPSAMPLE = {"preset": "upsample", "architecture": {}}

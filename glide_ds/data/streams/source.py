@@ -182,6 +182,7 @@ def build_source(
     world_size: int,
     seed: int,
     low_res: bool = False,
+    masked: bool = False,
     clip: ClipConfig | None = None,
     clip_side: int | None = None,
     peers: Peers | None = None,
@@ -202,6 +203,7 @@ def build_source(
             world_size=world_size,
             seed=seed,
             low_res=low_res,
+            masked=masked,
             clip=clip,
             clip_side=clip_side,
             peers=peers,
@@ -216,6 +218,7 @@ def build_source(
         world_size,
         seed,
         low_res=low_res,
+        masked=masked,
         image_share=clip.pictured if clip else 0.0,
     )
     return StreamSource(stream_plan(config, layout, clip_side, peers), peers)

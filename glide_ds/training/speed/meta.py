@@ -43,6 +43,9 @@ def one_image(config: GlideConfig) -> dict[str, torch.Tensor]:
     }
     if config.upsamples:
         inputs["low_res"] = torch.empty(1, 3, side // 4, side // 4)
+    if config.inpaints:
+        inputs["inpaint_image"] = torch.empty(1, 3, side, side)
+        inputs["inpaint_mask"] = torch.empty(1, 1, side, side)
     if config.clip_dim:
         inputs["clip_embedding"] = torch.empty(1, config.clip_dim)
         inputs["clip_drop"] = torch.zeros(1, dtype=torch.bool)
