@@ -128,7 +128,7 @@ def batches(config: Config, count: int = 4) -> Any:
         read = list(islice(source.batches(0), count))
     except DataError as error:
         return str(error)
-    tensors = ("images", "drop_clip", "clip", "pictured", "known")
+    tensors = ("images", "drop_clip", "clip", "pictured", "known", "low_res")
     held = [
         (b.sample_ids.tolist(), b.tokens.tolist(), *(digest(getattr(b, name)) for name in tensors))
         for b in read

@@ -269,6 +269,8 @@ def test_conflicts_are_told_with_both_values(tmp_path: Path):
     assert "train.scope" in refused(path, "train.scope=unet")
     assert "drop_caption=0.6" in refused(path, "data.drop_caption=0.6", "data.drop_both=0.6")
     assert "train base-inpaint" in refused(path, "data.mask.boxes=1")
+    assert "train an upsampler" in refused(path, "data.degrade.share=1")
+    assert "data.degrade.share = 0" in refused(path, "model.architecture.kind=upsample", "data.degrade.blur=3")
     nothing = [f"data.mask.{kind}=0" for kind in ("boxes", "strokes", "halves", "everything", "nothing")]
     assert "no mask could be drawn" in refused(path, "model.architecture.kind=base-inpaint", *nothing)
     assert "clip.source" in refused(path, "model.architecture.kind=base-inpaint", "clip.source=image")
@@ -516,6 +518,11 @@ BESIDE = {
     "validation.patience": ("validation.every=5",),
     "train.activation_gb": ("train.recompute=budget",),
     "clip.image_share": ("clip.source=both",),
+    "data.degrade.share": ("model.architecture.kind=upsample",),
+    **{
+        f"data.degrade.{name}": ("model.architecture.kind=upsample", "data.degrade.share=0.5")
+        for name in ("blur", "noise", "jpeg")
+    },
     **{
         f"data.mask.{kind}": ("model.architecture.kind=base-inpaint",)
         for kind in ("boxes", "strokes", "halves", "everything", "nothing")

@@ -41,6 +41,7 @@ STORM = {
     "checkpoint.every": 1,
     "data.shapes_samples": 400,
 }
+UPSAMPLED = {"model.architecture.kind": "upsample"}
 LEAST_BLOCKS = {"model.architecture.channel_mult": [1], "model.architecture.attention_ds": [1]}
 SAYING = {**BASE_PHASE, "train.steps": 4}
 FILTERS = {
@@ -106,6 +107,12 @@ TABLE = [
         TWO_SETS,
     ),
     *rows(see.batches, {"data.caption_file": "side-b.jsonl"}, SIDE),
+    *rows(see.batches, {"data.degrade.share": 1.0}, UPSAMPLED),
+    *rows(
+        see.batches,
+        {"data.degrade.blur": 3.0, "data.degrade.noise": 50.0, "data.degrade.jpeg": 1},
+        {**UPSAMPLED, "data.degrade.share": 1.0},
+    ),
     *rows(
         see.batches,
         {f"data.mask.{kind}": 9.0 for kind in ("boxes", "strokes", "halves", "everything", "nothing")},

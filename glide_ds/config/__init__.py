@@ -9,6 +9,7 @@ from glide_ds.config.schema import (
     ClipConfig,
     Config,
     DataConfig,
+    DegradeConfig,
     EmaConfig,
     FilterConfig,
     LogConfig,

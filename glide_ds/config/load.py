@@ -24,7 +24,7 @@ import yaml
 from glide_ds.config.deepspeed import THEIRS, DeepSpeedPart, check_theirs
 from glide_ds.config.refused import why_refused
 from glide_ds.config.renamed import RENAMED, upgraded
-from glide_ds.config.schema import BLOCK, PRESETS, SECTIONS, Config, DataConfig, MaskConfig
+from glide_ds.config.schema import BLOCK, PRESETS, SECTIONS, Config, DataConfig, DegradeConfig, MaskConfig
 from glide_ds.config.section import Mistake, Place, checked, follow, no_such_key
 from glide_ds.errors import ConfigError, Fault
 from glide_ds.files import user_path
@@ -200,7 +200,8 @@ def _conflicts(made: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> list[Fa
     faults = []
     model, clip = made.get("model"), made.get("clip")
     validation, data = made.get("validation"), made.get("data")
-    if validation and validation.drawn and (validation.shards is not None or (data and not data.draws_shapes)):
+    on_shapes = validation and validation.shards is None and (not data or data.draws_shapes)
+    if validation and validation.drawn and not on_shapes and not (model and model.architecture.upsamples):
         faults.append(
             Fault(
                 f"validation.drawn = {validation.drawn} on other data than the built-in shapes",
@@ -232,6 +233,12 @@ def _conflicts(made: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> list[Fa
 
 def _unused_by(architecture: GlideConfig, data: DataConfig) -> Iterator[Fault]:
     """What only some kinds of models are given."""
+    if data.degrade != DegradeConfig() and not architecture.upsamples:
+        yield Fault(
+            f"data.degrade is given, and a model of kind {architecture.kind!r} reads no low-resolution input",
+            "it would do nothing",
+            "remove it, or train an upsampler",
+        )
     if data.mask != MaskConfig() and not architecture.inpaints:
         yield Fault(
             f"data.mask is given, and a model of kind {architecture.kind!r} is shown no masked picture",

@@ -219,6 +219,25 @@ class MaskConfig(Section):
             yield Conflict(names, fault)
 
 
+class DegradeConfig(Section):
+    """What an upsampler's low-resolution inputs suffer, so that it can enlarge drawn pictures too."""
+
+    share: float = fixed(0.0, "of the samples whose input is degraded, as strongly as is drawn", ge=0, le=1)
+    blur: float = fixed(0.8, "standard deviation of a Gaussian blur, in the input's pixels, at most", ge=0)
+    noise: float = fixed(10.0, "standard deviation of added noise, in 1/255, at most", ge=0)
+    jpeg: int = fixed(40, "quality of JPEG, at least; 100: no JPEG", ge=1, le=100)
+
+    def conflicts(self) -> Iterator[Conflict]:
+        fields = type(self).model_fields.items()
+        if not self.share and any(getattr(self, name) != field.default for name, field in fields):
+            fault = Fault(
+                "data.degrade says how strongly inputs are degraded, and data.degrade.share = 0 of them are",
+                "it would do nothing",
+                "give data.degrade.share, such as 0.5, or remove the others",
+            )
+            yield Conflict(("share",), fault)
+
+
 class DataConfig(Section):
     """Which samples, and how a picture and its caption become a training pair."""
 
@@ -256,6 +275,7 @@ class DataConfig(Section):
         "a text, else the record's",
     )
     caption_file: UserPath | None = fixed(None, "captions by sample key, as JSON lines or parquet: file.FIELD")
+    degrade: DegradeConfig = fixed(DegradeConfig(), "what an upsampler's low-resolution inputs suffer")
     mask: MaskConfig = fixed(MaskConfig(), "what an inpainting model is to fill in, sample by sample")
     drop_last: bool = fixed(
         True, "leave an epoch's last, partial batch out; false: fill it with the epoch's first samples"
@@ -552,7 +572,8 @@ class ValidationConfig(Section):
     )
     drawn: int = free(
         0,
-        "held-out shapes drawn in each way by rank 0, as the sample grids are, and judged; built-in data",
+        "held-out shapes drawn in each way by rank 0, as the sample grids are, and judged; built-in data. For an "
+        "upsampler: held-out pictures enlarged, and their PSNR; any data",
         ge=0,
     )
     patience: int = free(

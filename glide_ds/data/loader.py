@@ -21,13 +21,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from glide_ds import tokenizer
-from glide_ds.config import ClipConfig, DataConfig
+from glide_ds.config import ClipConfig, DataConfig, DegradeConfig
 from glide_ds.data.clip_notes import encoders
 from glide_ds.data.clip_store import Embeddings
 from glide_ds.data.filters import Filtered
 from glide_ds.data.handover import Packed, Receiver, Sender
-from glide_ds.data.order import MixOrder, Order, micro_slots, mix, uniform
+from glide_ds.data.order import MixOrder, Order, Words, micro_slots, mix, uniform
 from glide_ds.data.pictures.decode import Cropping
+from glide_ds.data.pictures.degrade import degraded
 from glide_ds.data.pictures.masks import DICE, known_pixels
 from glide_ds.data.pictures.resample import Pixels, resize
 from glide_ds.data.samples import Sample, SampleSet, ShardSamples, open_samples
@@ -43,7 +44,7 @@ ENOUGH_TO_JUDGE = 200  # samples read before data.max_bad_fraction can stop a ru
 PREFETCH = 4  # micro-batches each worker prepares ahead
 
 # What a per-sample random number is for; part of its hash, so the draws are independent.
-SUBSTITUTE_DRAW, CAPTION_DRAW, FLIP_DRAW, DROP_DRAW, PICTURE_DRAW, MASK_DRAW = range(6)
+SUBSTITUTE_DRAW, CAPTION_DRAW, FLIP_DRAW, DROP_DRAW, PICTURE_DRAW, MASK_DRAW, DEGRADE_DRAW = range(7)
 
 
 class Made(NamedTuple):
@@ -214,7 +215,9 @@ def assemble(
         mask=mask,
         drop_clip=torch.from_numpy(drop_both),
         captions=captions,
-        low_res=torch.from_numpy(_low_res(images)) if layout.low_res else None,
+        low_res=torch.from_numpy(_low_res(images, mix(DEGRADE_DRAW, seed, epochs, ids), config.degrade))
+        if layout.low_res
+        else None,
         known=torch.from_numpy(_known(config, layout, ids, epochs)) if layout.masked else None,
     )
 
@@ -230,11 +233,12 @@ def _known(
     return known_pixels(dice, layout.image_size, config.mask)
 
 
-def _low_res(images: Pixels) -> Pixels:
-    """The upsampler's input: uint8 [B, S/4, S/4, 3]."""
+def _low_res(images: Pixels, keys: Words, config: DegradeConfig) -> Pixels:
+    """The upsampler's input: uint8 [B, S/4, S/4, 3], degraded by a key [B] each."""
     whole = images.shape[1]
     side = whole // LOW_RES_FACTOR
-    return np.stack([resize(image, (0, whole, 0, whole), side, side) for image in images])
+    small = np.stack([resize(image, (0, whole, 0, whole), side, side) for image in images])
+    return degraded(small, keys, config) if config.share else small
 
 
 class Steps(Sampler[tuple[int, int]]):

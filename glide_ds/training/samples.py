@@ -19,6 +19,7 @@ from glide_ds.data.samples import SampleSet
 from glide_ds.data.streams.source import build_source
 from glide_ds.diffusion.pixels import to_signed
 from glide_ds.inference.draw import Row, draw
+from glide_ds.inference.enlarge import DRAWN
 from glide_ds.inference.inpaint import fill, masked
 from glide_ds.inference.prompts import read_picture
 from glide_ds.model.clip import FrozenClip
@@ -104,6 +105,7 @@ class Sampler:
             "seed": self.config.train.seed,
             "low_res": None if low_res is None else to_signed(low_res).to(device),
             "progress": self.watch.over,
+            **(DRAWN if low_res is not None else {}),
         }
         if images is not None and known is not None:
             return fill(self.model, images, known, captions, **drawing)

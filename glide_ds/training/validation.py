@@ -14,12 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from glide_ds.config import Config, DataConfig
+from glide_ds.config import Config, DataConfig, DegradeConfig
 from glide_ds.data.loader import Source, build_source
+from glide_ds.data.order import mix
+from glide_ds.data.pictures.degrade import degraded
 from glide_ds.data.samples import SHAPES_HELD_OUT
 from glide_ds.data.tars.peers import Peers
 from glide_ds.diffusion import Diffusion
 from glide_ds.errors import ConfigError
+from glide_ds.inference.enlarge import Enlarged, Small, compared, enlarged
 from glide_ds.inference.held_out import CHUNK, Figures, HeldOut
 from glide_ds.inference.judged import TOLD, Cases, Drawing, Score, draw_ways, held_out_cases, judged
 from glide_ds.model.clip import FrozenClip
@@ -76,6 +79,7 @@ class Validation:
         self.model, self.ema, self.log, self.watch = model, ema, log, watch
         self.held_out: HeldOut | None = None
         self.cases: Cases | None = None  # to be drawn and judged
+        self.small: Small | None = None  # to be enlarged and compared
         self.latest: dict[str, Any] | None = None  # the figures of the last update, where it was validated
         # The pretrained model's loss with CLIP off, measured at the beginning of the run's first phase.
         self.baseline: float | None = None
@@ -87,7 +91,9 @@ class Validation:
         side = clip.image_side if clip and config.clip.pictured else None
         source = agreed(lambda: open_held_out(config, shards, side, Ranks()))
         self.held_out = load_held_out(config, source, diffusion, clip)
-        if self.options.drawn and dist.get_rank() == 0:
+        if self.options.drawn and dist.get_rank() == 0 and config.model.architecture.upsamples:
+            self.small = small_pictures(config, source, clip)
+        elif self.options.drawn and dist.get_rank() == 0:
             self.cases = held_out_cases(config.model.architecture.image_size, clip, self.options.drawn)
         self.identity = {"fingerprint": source.fingerprint, "samples": self.options.samples}
         before = start.resumed or start.parent
@@ -119,8 +125,9 @@ class Validation:
         self.model.eval()
         with averaged(self.ema):
             figures = self.held_out.measure(self.model)
-            scores = dict(self._judged())
+            scores, larger = dict(self._judged()), dict(self._enlarged())
         drawn = {name: asdict(score) for name, score in scores.items()}
+        drawn |= {name: asdict(told) for name, told in larger.items()}
         self.best = self.best.after(figures)
         self.latest = (
             asdict(figures) | drawn | {"loss_clip_off_start": self.baseline, "since_best": self.best.since}
@@ -128,6 +135,8 @@ class Validation:
         self.log.line(f"validation at step {done}: {self._describe(figures)}")
         for name, score in scores.items():
             self.log.line(f"  {score.count} drawn, {TOLD[name]}: {score}")
+        for name, told in larger.items():
+            self.log.line(f"  {told.count} {name.replace('_', ' ')} inputs: {told}")
         return True
 
     @property
@@ -203,6 +212,13 @@ class Validation:
         for name, images in draw_ways(self.model, self.cases, drawing, lambda _: self.watch.over):
             yield name, judged(images, self.cases.captions)
 
+    def _enlarged(self) -> Iterator[tuple[str, Enlarged]]:
+        """How near rank 0's enlarged pictures come to the held-out ones."""
+        if self.small is None:
+            return
+        for name, images in enlarged(self.model, self.small, self.config.model.noise_schedule, self.watch.over):
+            yield f"enlarged_{name}", compared(images, self.small, name)
+
     def _describe(self, figures: Figures) -> str:
         told = (
             f"loss {figures.loss:.4f}, with CLIP off {figures.loss_clip_off:.4f} ({self.baseline:.4f} at first)"
@@ -241,6 +257,7 @@ def open_held_out(
         "drop_both": 0.0,
         "shuffle": False,
         "clip_store": None,
+        "degrade": DegradeConfig(),
     }
     plain |= {"reader": "indexed", "shuffle_buffer": DataConfig().shuffle_buffer}
     data = config.data.changed("data", shards=shards, mix={}, workers=0, drop_last=False, **plain)
@@ -266,6 +283,22 @@ def open_held_out(
             remedy=f"set validation.samples={held}",
         )
     return source
+
+
+def small_pictures(config: Config, source: Source, clip: FrozenClip | None) -> Small:
+    """The first `validation.drawn` held-out samples to be enlarged, clean and, if the run degrades, all degraded."""
+    batches = [source.one(row) for row in range(min(config.validation.drawn, config.validation.samples))]
+    captions = [caption for batch in batches for caption in batch.captions]
+    pictures = [batch.clip_images for batch in batches if batch.clip_images is not None]
+    low_res = {"clean": torch.cat([batch.low_res for batch in batches if batch.low_res is not None])}
+    if config.data.degrade.share:
+        every = config.data.degrade.changed("data.degrade", share=1.0)
+        keys = mix(torch.cat([batch.sample_ids for batch in batches]).numpy())
+        low_res["degraded"] = torch.from_numpy(degraded(low_res["clean"].numpy(), keys, every))
+    embedding = None
+    if clip is not None:
+        embedding = clip.encode_image(torch.cat(pictures)) if pictures else clip.encode_text(captions)
+    return Small(torch.cat([batch.images for batch in batches]), captions, low_res, embedding)
 
 
 def load_held_out(config: Config, source: Source, diffusion: Diffusion, clip: FrozenClip | None) -> HeldOut:
