@@ -18,6 +18,7 @@ from glide_ds.data.tally import Unusable
 from glide_ds.data.texts.encodings import decode_text
 from glide_ds.errors import DataError, Fault, GlideError
 from glide_ds.files import user_path
+from glide_ds.inference.canvas import Files, read_canvas
 from glide_ds.inference.prompts import check_weights, read_picture, weighted
 
 TOLD = 20  # mistakes of a file, in words
@@ -34,6 +35,7 @@ class Request:
     texts: tuple[str, ...] = ()  # and texts for it to read in place of the prompt, TEXT or TEXT:WEIGHT
     seed: int | None = None  # of its first picture
     guidance: float | None = None
+    inpaint: Files | None = None  # a picture to fill in, and its mask
 
 
 class Row(BaseModel):
@@ -43,6 +45,7 @@ class Row(BaseModel):
     prompt: str = ""
     image: str | list[str] = []
     clip_prompt: str | list[str] = []
+    mask: str | None = None  # beside one image: that is filled in, and CLIP does not see it
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     guidance: Annotated[float, Field(allow_inf_nan=False, strict=False)] | None = None
 
@@ -89,12 +92,20 @@ def _parsed(number: int, line: str, path: Path) -> Request:
         raise DataError.all_of(list(_faults(error))) from None
     images = tuple(str(path.parent / user_path(name)) for name in _several(row.image))
     texts = tuple(_several(row.clip_prompt))
-    if not row.prompt.strip() and not images and not texts:
+    inpaint = None
+    if row.mask is not None:
+        if len(images) != 1:
+            raise DataError(
+                f"mask beside {len(images)} images", remedy="give the image that is to be filled in"
+            )
+        inpaint, images = (images[0], str(path.parent / user_path(row.mask))), ()
+        read_canvas([inpaint], 16)
+    if not row.prompt.strip() and not images and not texts and not inpaint:
         raise DataError("no prompt, image or clip_prompt", "there is nothing to draw", "give one of them")
     check_weights([*weighted(images, files=True), *weighted(texts)])
     for image, _ in weighted(images, files=True):
         read_picture(image, 16, Cropping())
-    return Request(number, row.prompt.strip(), images, texts, row.seed, row.guidance)
+    return Request(number, row.prompt.strip(), images, texts, row.seed, row.guidance, inpaint)
 
 
 def _several(value: str | list[str]) -> list[str]:

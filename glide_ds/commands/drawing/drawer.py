@@ -19,6 +19,7 @@ from glide_ds.diffusion.pixels import to_signed
 from glide_ds.diffusion.sampling import Options, Progress
 from glide_ds.errors import ConfigError
 from glide_ds.files import PathLike
+from glide_ds.inference.canvas import Files, read_canvas
 from glide_ds.inference.draw import draw
 from glide_ds.inference.prompts import clip_prompt, decode_picture
 from glide_ds.inference.requests import Request
@@ -139,11 +140,15 @@ class Drawer:
         *,
         steps: int | str = STEPS,
         spacing: str = "uniform",
+        files: Sequence[Files | None] = (),
         **options: Unpack[Options],
     ) -> Tensor:
-        """The same at the base model's own side."""
+        """The same at the base model's own side; files: what is to be filled in, by an inpainting model."""
+        canvas = read_canvas(files, self.base.model.config.image_size)
+        if canvas:
+            options |= canvas.options(self.device)
         with self.told():
-            return draw(
+            small = draw(
                 self.base.model,
                 captions,
                 schedule=self.base.schedule,
@@ -152,26 +157,39 @@ class Drawer:
                 seed=seeds,
                 **options,
             ).cpu()
+        return canvas.kept(small) if canvas else small
 
     def enlarge(
-        self, images: Tensor, captions: list[str], seeds: Sequence[int], progress: Progress | None = None
+        self,
+        images: Tensor,
+        captions: list[str],
+        seeds: Sequence[int],
+        progress: Progress | None = None,
+        files: Sequence[Files | None] = (),
     ) -> Tensor:
-        """uint8 [B, S, S, 3] → uint8 [B, 4S, 4S, 3], as published: 27 DDIM steps, noise × 0.997, no guidance."""
+        """uint8 [B, S, S, 3] → uint8 [B, 4S, 4S, 3], as published: 27 DDIM steps, noise × 0.997, no guidance.
+
+        files: the pictures that were filled in, whose known pixels stay as they are at this side too.
+        """
         if self.upsampler is None:
             return images
+        config = self.upsampler.model.config
+        canvas = read_canvas(files, config.image_size)
+        options: Options = {
+            "guidance": 1.0,
+            "sampler": "ddim",
+            "noise_scale": 0.997,
+            "low_res": to_signed(images).to(self.device),
+            "progress": progress,
+        }
+        if canvas and config.inpaints:
+            options |= canvas.options(self.device)
         with self.told():
-            return draw(
-                self.upsampler.model,
-                captions,
-                schedule=self.upsampler.schedule,
-                guidance=1.0,
-                steps="fast27",
-                sampler="ddim",
-                noise_scale=0.997,
-                seed=seeds,
-                low_res=to_signed(images).to(self.device),
-                progress=progress,
+            schedule = self.upsampler.schedule
+            large = draw(
+                self.upsampler.model, captions, schedule=schedule, steps="fast27", seed=seeds, **options
             ).cpu()
+        return canvas.kept(large) if canvas else large
 
     def encoder(self, source: str = "text") -> FrozenClip:
         """The CLIP encoder with the towers for `source`, loaded once. Raises ConfigError where the model has none."""

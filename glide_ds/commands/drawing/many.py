@@ -140,9 +140,11 @@ def draw_task(
             of = torch.arange(first, first + len(part), device=wanted.device) // settings.n
             options["clip_embedding"] = wanted[of]
         captions, seeds = [request.prompt for request, _ in part], [seed for _, seed in part]
-        drawn.append(
-            drawer.draw_small(captions, seeds, steps=settings.steps, spacing=settings.spacing, **options)
+        files = [request.inpaint for request, _ in part]
+        small = drawer.draw_small(
+            captions, seeds, steps=settings.steps, spacing=settings.spacing, files=files, **options
         )
+        drawn.append(small)
     images = torch.cat(drawn)
     chosen: list[int] = list(range(len(images)))
     scores: list[float] = []
@@ -151,7 +153,12 @@ def draw_task(
     for first in range(0, len(chosen), settings.batch):
         part = [rows[i] for i in chosen[first : first + settings.batch]]
         of_part = images[chosen[first : first + settings.batch]]
-        large = drawer.enlarge(of_part, [request.prompt for request, _ in part], [seed for _, seed in part])
+        large = drawer.enlarge(
+            of_part,
+            [request.prompt for request, _ in part],
+            [seed for _, seed in part],
+            files=[request.inpaint for request, _ in part],
+        )
         for i, (request, seed) in enumerate(part, first):
             yield Kept(large[i - first], request, i % settings.keep, seed, scores[i] if scores else None)
 
@@ -186,6 +193,7 @@ def png(kept: Kept, settings: Settings) -> bytes:
         "prompt": kept.request.prompt,
         "image": list(kept.request.images),
         "clip_prompt": list(kept.request.texts),
+        "inpaint": kept.request.inpaint,
         "line": kept.request.line,
         "place": kept.place,
         "seed": kept.seed,

@@ -18,6 +18,7 @@ from glide_ds.diffusion.sampling import Options
 from glide_ds.environment import rank_of_environment
 from glide_ds.errors import ConfigError
 from glide_ds.files import probe, user_path
+from glide_ds.inference.canvas import read_canvas
 from glide_ds.inference.draw import Row, picture_format, rows_grid, write_picture
 from glide_ds.inference.prompts import check_weights, weighted
 from glide_ds.inference.requests import Request, read_requests
@@ -57,10 +58,14 @@ def _add_requests(parser: argparse.ArgumentParser) -> None:
         help="texts for CLIP to read instead of the captions",
     )
     parser.add_argument(
+        "--inpaint", metavar="FILE", help="a picture to fill in where --mask is white, by an inpainting model"
+    )
+    parser.add_argument("--mask", metavar="FILE", help="of its size, white where it is drawn anew")
+    parser.add_argument(
         "--prompts",
         type=user_path,
         metavar="FILE",
-        help="a prompt a line; or a .jsonl with prompt, image, clip_prompt, seed, guidance (pictures: from its folder)",
+        help="a prompt a line; or a .jsonl: prompt, image, mask, clip_prompt, seed, guidance (files: from its folder)",
     )
     parser.add_argument("--n", type=_at_least_one, default=1, help="pictures per caption")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones have the next")
@@ -190,7 +195,11 @@ def own_device() -> torch.device:
 def command_line(args: argparse.Namespace) -> list[Request]:
     """What the command line asks for, a request for each caption."""
     images, texts = tuple(args.image), tuple(args.clip_prompt)
-    return [Request(line, prompt, images, texts) for line, prompt in enumerate(args.prompt or [""], 1)]
+    inpaint = (args.inpaint, args.mask) if args.inpaint else None
+    return [
+        Request(line, prompt, images, texts, inpaint=inpaint)
+        for line, prompt in enumerate(args.prompt or [""], 1)
+    ]
 
 
 def write_grid(args: argparse.Namespace, requests: list[Request], drawer: Drawer, modes: list[str]) -> None:
@@ -213,10 +222,11 @@ def write_grid(args: argparse.Namespace, requests: list[Request], drawer: Drawer
             else:
                 options["clip_guidance"] = None
             options["progress"] = told("drawing", "steps")
+            files = [requests[0].inpaint] * len(captions[part])
             small = drawer.draw_small(
-                captions[part], seeds[part], steps=args.steps, spacing=args.spacing, **options
+                captions[part], seeds[part], steps=args.steps, spacing=args.spacing, files=files, **options
             )
-            parts.append(drawer.enlarge(small, captions[part], seeds[part], told("enlarging", "steps")))
+            parts.append(drawer.enlarge(small, captions[part], seeds[part], told("enlarging", "steps"), files))
         images = torch.cat(parts)
         labels = [f"{text} (CLIP {mode})" if len(modes) > 1 else text for text in shown]
         across = args.n if args.n > 1 else len(captions)
@@ -276,9 +286,11 @@ def check_words(args: argparse.Namespace) -> None:
         print(
             f"!! --guidance {args.guidance:g} draws away from what is asked for: is {-args.guidance:g} meant?"
         )
-    alone = [f"--{name}" for name in ("prompt", "image", "clip_prompt") if getattr(args, name)]
+    alone = [f"--{name}" for name in ("prompt", "image", "clip_prompt", "inpaint") if getattr(args, name)]
     for wrong, fact, remedy in (
         (args.prompts and alone, f"--prompts and {' '.join(alone)}", "write all of it in the file"),
+        (args.inpaint and not args.mask, "--inpaint and no --mask", "give both"),
+        (args.mask and not args.inpaint, "--mask and no --inpaint", "give both"),
         (args.prompts and args.out, "--prompts and --out", "give --out_dir for files, or --prompt for a grid"),
         (args.rerank and args.out, "--rerank and --out", "give --out_dir: its files are the best ones"),
         (args.rerank_by and not args.rerank, "--rerank_by and no --rerank", "say how many to keep"),
@@ -287,10 +299,12 @@ def check_words(args: argparse.Namespace) -> None:
     ):
         if wrong:
             raise ConfigError(f"{fact} don't go together", remedy=remedy)
-    if not (args.prompt or args.prompts or args.image or args.clip_prompt):
+    if not (args.prompt or args.prompts or args.image or args.clip_prompt or args.inpaint):
         raise ConfigError(
-            "there is nothing to draw", remedy="give --prompt, --prompts, --image or --clip_prompt"
+            "there is nothing to draw", remedy="give --prompt, --prompts, --image, --clip_prompt or --inpaint"
         )
+    if args.inpaint:
+        read_canvas([(args.inpaint, args.mask)], 16)
     any_process = create_diffusion("squaredcos_cap_v2", respacing=args.steps, spacing=args.spacing)
     make_step(args.sampler, any_process, args.eta)
     options = options_of(args)
@@ -334,6 +348,13 @@ def check_prompts(args: argparse.Namespace, requests: list[Request], loaded: Loa
         raise ConfigError(
             f"--rerank {args.rerank}: {args.model} has no CLIP adapter, and so no encoder of its own",
             remedy="name one: --rerank_by ViT-L/14",
+        )
+    if any(request.inpaint for request in requests) and not loaded.model.config.inpaints:
+        kind = loaded.model.config.kind
+        raise ConfigError(
+            f"{args.model} is of kind {kind!r}",
+            "it can't fill in a part of a picture",
+            f"give a model of kind {kind}-inpaint",
         )
     check_clip_strength(args.clip_scale, args.clip_guidance, given=loaded.clip is not None)
     tell_cut(requests, loaded.model.config.text_ctx)
