@@ -138,8 +138,9 @@ COMMANDS = (
     Command(
         ("evaluate",),
         "glide_ds.commands.evaluate",
-        "judge pictures of held-out shapes and measure what CLIP contributes",
-        "glide-ds evaluate mine.pt --captions 64",
+        "judge a model's pictures by held-out shapes or shards, and measure what CLIP contributes",
+        "glide-ds evaluate mine.pt --shards 'heldout/{00..03}.tar' --guidance 1 2 3 5 --out mine.json",
+        together=True,
     ),
     Command(
         ("report",),

@@ -12,7 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from glide_ds.commands.load import Loaded, load_model
+from glide_ds.commands.results import heldout
 from glide_ds.diffusion import create_diffusion
+from glide_ds.errors import ConfigError
 from glide_ds.files import user_path, write_file
 from glide_ds.inference.draw import Row, rows_grid, write_picture
 from glide_ds.inference.held_out import Gain, HeldOut
@@ -60,13 +62,38 @@ class Evaluation:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `glide-ds evaluate`."""
-    parser.add_argument("model", help="an export, a run directory or checkpoint folder, or builtin:tiny")
+    parser.add_argument(
+        "model",
+        nargs="+",
+        help="an export, a run directory or checkpoint folder, or builtin:tiny; several: --shards",
+    )
+    parser.add_argument(
+        "--shards",
+        nargs="+",
+        help="held-out shards to judge on instead of the built-in shapes, or builtin:shapes-heldout: Fréchet distance, "
+        "KID, CMMD, CLIP score, precision, recall, density, coverage (docs/results.md), over every process it is "
+        "launched with",
+    )
+    parser.add_argument("--count", type=int, default=1000, help="with --shards: pictures to draw")
+    parser.add_argument(
+        "--features",
+        metavar="NAME",
+        help="with --shards: the CLIP encoder whose features are compared, as clip.model is written; default: the "
+        "model's own, or ViT-L/14",
+    )
+    parser.add_argument(
+        "--out_dir",
+        type=user_path,
+        help="with --shards: keep the pictures here; the same command again draws those that are missing",
+    )
     parser.add_argument(
         "--captions", type=int, default=64, help="held-out cases to draw in each way and judge; 0: none"
     )
     parser.add_argument("--samples", type=int, default=256, help="held-out pictures for loss and gain")
     parser.add_argument("--steps", type=int, default=100, help="ancestral sampling steps per picture")
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument(
+        "--guidance", type=float, nargs="+", default=[3.0], help="several: with --shards, a curve"
+    )
     parser.add_argument("--clip_scale", type=float, default=1.0, help="how strongly CLIP conditions")
     parser.add_argument(
         "--clip_model",
@@ -80,12 +107,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the figures; with --out, write them too."""
+    if args.shards:
+        args.shards = args.shards[0] if len(args.shards) == 1 else tuple(args.shards)
+        heldout.run(args)
+        return
+    _check_on_shapes(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_model(args.model, device, clip_model=args.clip_model)
+    loaded = load_model(args.model[0], device, clip_model=args.clip_model)
     drawing = Drawing(
         loaded.schedule,
         args.steps,
-        args.guidance,
+        args.guidance[0],
         args.clip_scale,
         args.clip_guidance,
         by_pictures=sees_pictures(loaded),
@@ -96,6 +128,19 @@ def run(args: argparse.Namespace) -> None:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_file(args.out, json.dumps(asdict(found), indent=1) + "\n")
+
+
+def _check_on_shapes(args: argparse.Namespace) -> None:
+    """Raises ConfigError for what only --shards can do."""
+    asked = [f"{len(args.model)} models"] * (len(args.model) > 1)
+    asked += [f"{len(args.guidance)} scales in --guidance"] * (len(args.guidance) > 1)
+    asked += [f"--{name}" for name in ("features", "out_dir") if getattr(args, name) is not None]
+    if asked:
+        raise ConfigError(
+            f"{asked[0]} without --shards",
+            "the built-in shapes are judged one model and one scale at a time",
+            "add --shards builtin:shapes-heldout, or leave it out",
+        )
 
 
 def evaluate(
