@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh machine to pictures, in minutes on two CPU cores or one GPU, with nothing prepared: install,
 # fine-tune the built-in tiny GLIDE on drawn shapes through all three phases on two processes, export, verify,
-# draw, judge.
+# draw, judge, report.
 #
 #   bash launch/quickstart.sh [RUN_DIRECTORY]      default: runs/quickstart; the same again continues it
 set -euo pipefail
@@ -12,7 +12,7 @@ started=$SECONDS
 say() { printf '\n== %3d s: %s\n' $((SECONDS - started)) "$*"; }
 
 say "installing into .venv"
-bash launch/env.sh
+bash launch/env.sh --extras report
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 
 say "training phases 1 to 3 on two processes, into $run"
@@ -34,4 +34,6 @@ say "drawing 64 held-out cases by caption, by CLIP and by both, and reading the 
 glide-ds evaluate builtin:tiny --captions 64 --samples 128 --steps 25 --out "$run/before.json"
 glide-ds evaluate "$run/export/model.pt" --captions 64 --samples 128 --steps 25 --pictures "$run/pictures.png" --out "$run/phase3.json"
 
-say "done: look at $run/pictures.png, or: tensorboard --logdir $run/tensorboard"
+glide-ds report "$run" --evaluation "$run"/{before,phase1,phase3}.json --out "$run/report.html"
+
+say "done: look at $run/report.html and $run/pictures.png, or: tensorboard --logdir $run/tensorboard"

@@ -476,6 +476,7 @@ LEAST: dict[str, Any] = {
 }
 # Another valid value of a key, where it does not follow from the default; and what it needs beside it.
 OTHERS: dict[str, Any] = {
+    "train.profile_steps": "2:3",
     "data.captions": {"txt": 2.0},
     "train_batch_size": 6,
     "optimizer.type": "AdamW8bit",
@@ -516,6 +517,7 @@ BESIDE = {
     "train.scope": ("train.phase=base",),
     "train.min_snr_gamma": ("train.weighting=min-snr",),
     "validation.patience": ("validation.every=5",),
+    "train.profile_ranks": ("train.profile_steps=1:2",),
     "train.activation_gb": ("train.recompute=budget",),
     "clip.image_share": ("clip.source=both",),
     "data.degrade.share": ("model.architecture.kind=upsample",),

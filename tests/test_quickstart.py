@@ -85,6 +85,7 @@ def test_every_phase_left_its_trace(quickstart):
         "full",
     ]
     assert steps[-1]["gate_mean"] > 0.4
+    assert (run / "report.html").stat().st_size > 2**20
     assert (run / "export" / "model.pt.json").is_file()
     assert "verified against the checkpoint" in output
     for folder in ("phase1", "phase2", "phase3"):

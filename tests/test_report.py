@@ -77,14 +77,14 @@ def test_a_page_holds_the_runs_curves_pictures_and_events_and_names_nothing_outs
 def test_a_run_that_goes_on_was_torn_or_rolled_back_is_shown_as_far_as_it_is(run, tmp_path):
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True)
-    again = {**json.loads(lines[-2]), "loss": 0.5, "rollbacks": 1}  # step 5 of full once more
-    path.write_text("".join([*lines, "no JSON\n", json.dumps(again) + "\n", lines[0][:50]]))
+    later = {**json.loads(lines[-1]), "loss": 0.5, "step": 7}
+    path.write_text("".join([*lines, "no JSON\n", json.dumps(later) + "\n", lines[0][:50]]))
     skipped = {"step": 6, "phase": "full", "rollbacks": 0, "cause": "rollback", "to": 4, "lr_cut": 0.5}
     (run / "skipped.jsonl").write_text(json.dumps(skipped) + "\n")
     text = page(run, out=tmp_path / "r.html")
     found = charts(text)["loss"]
     assert found["loss"][-1] == 0.5
-    assert len(found["loss, undone by a rollback"]) == 2
+    assert len(found["loss"]) == len(lines) + 1
     assert "<td>6</td><td>rollback</td>" in text
     assert "1 damaged lines left out" in text
 
@@ -126,6 +126,12 @@ def test_evaluations_are_shown_and_what_is_none_is_refused(run, tmp_path, capsys
     figures.write_text(json.dumps({"loss_clip_off": 0.125, "score": {"shape": 0.5}}))
     text = page(run, "--evaluation", figures, out=tmp_path / "r.html")
     assert "<td>score.shape</td><td>0.5</td>" in text
+    by_scale = {
+        scale: {"clip_score": 50.0 + n, "frechet_distance": 2.0 - n} for n, scale in enumerate(("1", "3"))
+    }
+    figures.write_text(json.dumps({"models": {"mine.pt": {"guidance": by_scale}}}))
+    text = page(run, "--evaluation", figures, out=tmp_path / "r.html")
+    assert charts(text)["e.json: by guidance scale"] == {"mine.pt": [2.0, 1.0]}
     figures.write_text("[")
     words = ["report", str(run), "--evaluation", str(figures), "--out", str(tmp_path / "r.html")]
     assert cli.main(words) == 2

@@ -102,6 +102,18 @@ def test_a_run_that_was_stopped_says_why(run, capsys):
     assert any(line.startswith("!! STOPPED.json can't be read") for line in told(capsys, run))
 
 
+def test_a_phase_that_patience_ended_is_done(run, capsys):
+    document = json.loads((run / "run.json").read_text())
+    document["phases"]["base"]["glide_ds"]["train"]["steps"] = 9
+    document["phases"]["base"]["glide_ds"]["validation"]["patience"] = 2
+    (run / "run.json").write_text(json.dumps(document))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for since, state in ((1, "does not run"), (2, "done")):
+        lines[-1]["validation"]["since_best"] = since
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert told(capsys, run)[0].startswith(f"{run}: {state}")
+
+
 def test_prune_removes_what_is_not_kept_and_says_so_first(run, capsys):
     own = json.loads((run / "run.json").read_text())["run"]
     left, strange = run / "base" / f".step-00000004.{own}.partial", run / "base" / "step-00000001.mine"

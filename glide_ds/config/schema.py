@@ -7,6 +7,7 @@ everything else decides what is trained, and a run directory holds one value of 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_origin, get_type_hints
@@ -415,6 +416,13 @@ class LrScale(Section):
     text: float = fixed(1.0, "of the pretrained text transformer")
 
 
+def _span(steps: str) -> str:
+    match = re.fullmatch(r"(\d+):(\d+)", steps)
+    if steps and (match is None or not 1 <= int(match[1]) <= int(match[2])):
+        raise WrongError("it names no updates", "give the first and the last one, such as 10:13")
+    return steps
+
+
 class TrainConfig(Section):
     """What one phase optimises, for how long, and how its steps are computed."""
 
@@ -480,6 +488,20 @@ class TrainConfig(Section):
         "what stays in fp32, such as the CLIP encoder, is multiplied so",
     )
     channels_last: bool = free(False, "lay activations out as NHWC: 1.25 times as fast on a CPU")
+    profile_steps: Annotated[str, AfterValidator(_span)] = free(
+        "",
+        "first and last update, such as 10:13, of which RUN/profile gets a trace for Perfetto and TensorBoard and the "
+        "log the ten longest kernels; none: no trace",
+    )
+    profile_ranks: Annotated[tuple[int, ...], BeforeValidator(listed)] = free(
+        (0,), "the ranks that profile_steps traces, numbered from 0"
+    )
+
+    @property
+    def profiled(self) -> range:
+        """The updates of profile_steps, numbered from 1."""
+        first, _, last = self.profile_steps.partition(":")
+        return range(int(first), int(last) + 1) if last else range(0)
 
     def conflicts(self) -> Iterator[Conflict]:
         if (self.recompute == "budget") != (self.activation_gb > 0):
@@ -515,12 +537,29 @@ class TrainConfig(Section):
                 "train.cuda_graph=false, or train.align_weight=0",
             )
             yield Conflict(("cuda_graph", "align_weight"), fault)
+        yield from self._against_profiling()
         if not PHASES[self.phase].scoped and self.scope != "all":
             fault = Fault(
                 f"train.scope = {self.scope!r} belongs to phase base; phase {self.phase!r} fixes what trains",
                 remedy="remove train.scope or set train.phase=base",
             )
             yield Conflict(("scope", "phase"), fault)
+
+    def _against_profiling(self) -> Iterator[Conflict]:
+        if not self.profiled and self.profile_ranks != type(self).model_fields["profile_ranks"].default:
+            fault = Fault(
+                f"train.profile_ranks = {list(self.profile_ranks)} without train.profile_steps",
+                "it would do nothing",
+                "set train.profile_steps, or remove it",
+            )
+            yield Conflict(("profile_ranks", "profile_steps"), fault)
+        if self.profiled and self.profiled.start > self.steps:
+            fault = Fault(
+                f"train.profile_steps = {self.profile_steps!r} with train.steps = {self.steps}",
+                "it would trace nothing",
+                "name updates that there are",
+            )
+            yield Conflict(("profile_steps", "steps"), fault)
 
 
 class CheckpointConfig(Section):

@@ -30,6 +30,7 @@ def train(run: PhaseRun) -> None:
             if step > run.start.step and step % config.checkpoint.every:  # else it is saved, or as it was found
                 save(run, step, first_offset)
             break
+        run.tracer.at(step)
         _prepare(run, step, first_offset)
         meter, seen, timesteps = Meter(run.diffusion.num_timesteps, run.device), [], []
         run.guard.watch(meter)

@@ -101,7 +101,7 @@ class RunRecord:
 
     @cached_property
     def metrics(self) -> JsonRecords:
-        """metrics.jsonl. What a rollback undid is still there, with a lower `rollbacks` than what followed."""
+        """metrics.jsonl, without what a rollback undid."""
         return JsonRecords.read(self.path / "metrics.jsonl")
 
     @cached_property
@@ -117,15 +117,6 @@ class RunRecord:
     def of_phase(self, phase: str) -> list[dict[str, Any]]:
         """Its lines of metrics.jsonl, in the order in which they were written."""
         return [line for line in self.metrics.lines if line.get("phase") == phase]
-
-    def standing(self, phase: str) -> list[dict[str, Any]]:
-        """Of these the ones that no rollback undid: of each step the last, and steps rise."""
-        kept: list[dict[str, Any]] = []
-        for line in self.of_phase(phase):
-            while kept and kept[-1]["step"] >= line["step"]:
-                kept.pop()
-            kept.append(line)
-        return kept
 
     def data_report(self, phase: str) -> dict[str, Any]:
         return self._json(f"data-{phase}.json")

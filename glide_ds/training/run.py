@@ -27,6 +27,7 @@ from glide_ds.training.faults.watchdog import Watch, guarded
 from glide_ds.training.loop import train
 from glide_ds.training.setup import check_writable, glide_config, open_source, phase_run
 from glide_ds.training.speed.fitting import fitted, limit_here
+from glide_ds.training.speed.profiling import check_ranks
 from glide_ds.training.stability import RolledBack
 from glide_ds.training.zero.group import start_process_group
 
@@ -41,6 +42,7 @@ def main(paths: Sequence[str], overlay: str | None, sets: Sequence[str], dry_run
     rank, world_size = read_environment()
     for config in configs:
         config.batch_arithmetic(world_size)
+        check_ranks(config, world_size)
     if dry_run:
         if rank == 0:
             dry_run_report(configs, world_size)

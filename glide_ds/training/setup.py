@@ -40,6 +40,7 @@ from glide_ds.training.speed.fitting import Fit, fitted, limit_here, resolved
 from glide_ds.training.speed.flops import step_work
 from glide_ds.training.speed.meta import weight_bytes
 from glide_ds.training.speed.peak import matrix_peak
+from glide_ds.training.speed.profiling import Tracer
 from glide_ds.training.speed.recompute import set_recomputation
 from glide_ds.training.speed.traffic import Traffic
 from glide_ds.training.stability import Guard
@@ -73,6 +74,7 @@ class PhaseRun:
     traffic: Traffic
     readings: Readings
     sampler: Sampler
+    tracer: Tracer
 
 
 class Ground(NamedTuple):
@@ -113,7 +115,7 @@ def phase_run(
         agreed(lambda: capture(model, config, arithmetic, device))
         if dist.get_rank() == 0:
             record(recorded, ground.start)
-        with closing(RunLog(config, dist.get_rank(), ground.start.step)) as log:
+        with closing(agreed(lambda: RunLog(config, dist.get_rank(), ground.start.step))) as log:
             for line in told:
                 log.line(line)
             run = assemble(config, arithmetic, device, model, engine, ground, log, watch or Watch())
@@ -127,6 +129,7 @@ def phase_run(
                 run.traffic.close()
                 run.saver.wait(PEERS_S)  # whatever ends the phase, the state that was copied shall be committed
                 run.guard.close()
+                run.tracer.close()
             run.stopper.close(config.train.steps)
             run.watch.at(SET_UP, 0)
     finally:
@@ -225,6 +228,7 @@ def assemble(
         sampler=Sampler(
             config, clip, **measured, opened=None if isinstance(source, StreamSource) else source.samples
         ),
+        tracer=Tracer(config, device, log.line),
     )
 
 

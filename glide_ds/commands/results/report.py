@@ -115,7 +115,7 @@ def page(records: Sequence[RunRecord], evaluations: Mapping[str, Mapping[str, An
         made=f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC, glide_ds {__version__}",
         runs=[_run_section(record, name, budget) for record, name in zip(records, names, strict=True)],
         differences=list(_differences(records, names)),
-        charts=charts(records, names),
+        charts=[*guidance_charts(evaluations), *charts(records, names)],
         evaluations={name: list(flat(found)) for name, found in evaluations.items()},
         plotly=get_plotlyjs(),
     )
@@ -184,6 +184,31 @@ def charts(records: Sequence[RunRecord], names: Sequence[str]) -> list[dict[str,
     return drawn
 
 
+def guidance_charts(evaluations: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The Fréchet distance over the CLIP score, a curve per model along its guidance scales."""
+    for name, found in evaluations.items():
+        traces = []
+        for model, figures in found.get("models", {}).items():
+            scales = figures["guidance"]
+            trace = {
+                "mode": "lines+markers+text",
+                "textposition": "top center",
+                "name": model,
+                "text": list(scales),
+            }
+            for axis, figure in (("x", "clip_score"), ("y", "frechet_distance")):
+                trace[axis] = [scales[scale][figure] for scale in scales]
+            traces.append(trace)
+        if traces:
+            chart = Chart(f"{Path(name).name}: by guidance scale", ())
+            layout = _layout(chart, []) | {"xaxis": {"title": {"text": "CLIP score"}}}
+            yield {
+                "title": chart.title,
+                "data": traces,
+                "layout": layout | {"yaxis": {"title": {"text": "Fréchet distance"}}},
+            }
+
+
 def _layout(chart: Chart, marks: list[dict[str, Any]]) -> dict[str, Any]:
     lines = {"type": "line", "yref": "paper", "y0": 0, "y1": 1}
     return {
@@ -240,21 +265,15 @@ def _marks(record: RunRecord) -> list[dict[str, Any]]:
 
 
 def curves_of(record: RunRecord) -> dict[str, dict[str, Curve]]:
-    """By chart and label: (update over all phases, value), without what rollbacks undid but for the loss."""
+    """By chart and label: (update over all phases, value)."""
     before = offsets(record)
     found: dict[str, dict[str, Curve]] = {}
     for phase in record.phases:
-        standing = record.standing(phase)
-        kept = {id(line) for line in standing}
         for chart in CHARTS:
-            for line in standing:
+            for line in record.of_phase(phase):
                 for label, value in _values(line, chart.paths):
                     curve = found.setdefault(chart.title, {}).setdefault(label, [])
                     curve.append((before[phase] + line["step"], value))
-        undone = [line for line in record.of_phase(phase) if id(line) not in kept and finite(line.get("loss"))]
-        if undone:
-            curve = found.setdefault("loss", {}).setdefault("loss, undone by a rollback", [])
-            curve += [(before[phase] + line["step"], line["loss"]) for line in undone]
     return found
 
 

@@ -90,7 +90,7 @@ def state(record: RunRecord) -> str:
         return f"stopped by {stop.get('reason')} at step {stop.get('step')} of {stop.get('phase')}"
     if not record.phases:
         return "empty"
-    if all(steps_done(record, phase) >= steps_wanted(record, phase) for phase in record.phases):
+    if all(ended(record, phase) for phase in record.phases):
         return "done"
     written = record.last_written
     ago = f", last heard of {written:%Y-%m-%d %H:%M} UTC" if written else ""
@@ -108,11 +108,20 @@ def steps_done(record: RunRecord, phase: str) -> int:
     return max(lines[-1]["step"] if lines else 0, newest.step if newest else 0)
 
 
+def ended(record: RunRecord, phase: str) -> bool:
+    """Whether the phase has all its steps, or was ended by validation.patience."""
+    patience = record.block(phase, "validation").get("patience", 0)
+    lines = record.of_phase(phase)
+    validated = (lines[-1].get("validation") or {}) if lines else {}
+    out_of_patience = 0 < patience <= validated.get("since_best", 0)
+    return out_of_patience or steps_done(record, phase) >= steps_wanted(record, phase)
+
+
 def _phase_lines(record: RunRecord, phase: str, hashes: bool) -> Iterator[str]:
     done, wanted = steps_done(record, phase), steps_wanted(record, phase)
     lines = record.of_phase(phase)
     start = record.whole.get("lineage", {}).get(phase, {}).get("start")
-    left = time_left(lines[-1], record.document(phase), wanted) if lines and done < wanted else ""
+    left = time_left(lines[-1], record.document(phase), wanted) if lines and not ended(record, phase) else ""
     yield f"{phase}: step {done:,} of {wanted:,}{left}{f', from {start}' if start else ''}"
     if lines:
         yield f"  {figures(lines[-1])}"
