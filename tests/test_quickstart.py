@@ -46,10 +46,11 @@ def test_clip_shows_in_the_pictures_without_a_caption(quickstart):
     _, _, figures = quickstart
     floor = figures["phase3"]["score_off"]
     assert floor["colour"] < 0.2
-    for kind, colour in (("score_clip_text", 0.7), ("score_clip_image", 0.65)):
+    # The goals less one standard error of a share of 64.
+    for kind, colour, shape in (("score_clip_text", 0.8, 0.44), ("score_clip_image", 0.75, 0.34)):
         assert figures["phase3"][kind]["colour"] >= colour
-        assert figures["phase3"][kind]["shape"] >= floor["shape"] + 0.1
-        assert figures["phase3"][kind]["position"] >= floor["position"] + 0.2
+        assert figures["phase3"][kind]["shape"] >= shape
+        assert figures["phase3"][kind]["position"] >= 0.44
 
 
 @pytest.mark.slow
@@ -61,10 +62,10 @@ def test_the_grid_shows_them(quickstart):
 @pytest.mark.slow
 def test_the_adapter_learns_what_the_embedding_says(quickstart):
     _, _, figures = quickstart
-    assert figures["phase1"]["gain_without_caption"]["over_shuffled"] >= 0.44
-    assert figures["phase3"]["gain_without_caption"]["over_shuffled"] >= 0.42
-    assert figures["phase3"]["gain_of_pictures"]["over_shuffled"] >= 0.42
-    assert figures["phase3"]["gain_with_caption"]["over_off"] >= -0.03
+    assert figures["phase1"]["gain_without_caption"]["over_shuffled"] >= 0.55
+    assert figures["phase3"]["gain_without_caption"]["over_shuffled"] >= 0.53
+    assert figures["phase3"]["gain_of_pictures"]["over_shuffled"] >= 0.53
+    assert figures["phase3"]["gain_with_caption"]["over_off"] >= -0.015
 
 
 @pytest.mark.slow
