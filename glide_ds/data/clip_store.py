@@ -17,6 +17,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -293,7 +294,10 @@ class _Array:
                 if version == (1, 0)
                 else np.lib.format.read_array_header_2_0
             )
-            self.shape, _, self.dtype = read(file)
+            try:
+                self.shape, _, self.dtype = read(file)
+            except (SyntaxError, TokenError, TypeError) as error:  # what numpy lets through of a damaged header
+                raise ValueError(f"its header is damaged ({error})") from error
             self.start, size = file.tell(), os.fstat(file.fileno()).st_size
         if len(self.shape) != 2:
             raise ValueError(f"it has the shape {self.shape}, not one row per sample")

@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 from data_kit import encoded, json_bytes, photo, sample, source, take, write_shards, write_tar
 
+from glide_ds.data.clip_notes import Encoder, StoreNote
+from glide_ds.data.clip_store import ClipStore, text_hash, write_store
 from glide_ds.data.tally import Cause, Unusable
 from glide_ds.data.tars.shards import open_shards
+from glide_ds.data.texts.recaptions import Captions
 from glide_ds.errors import DataError
 
 GOOD = 200
@@ -200,3 +203,96 @@ def test_damaged_catalogs_are_made_anew_and_say_so(tmp_path: Path, capsys: pytes
         said = capsys.readouterr().out
         assert f"{path} is " in said or data == whole
         assert path.read_bytes() == whole
+
+
+def spoilt(whole: bytes, chance: random.Random) -> bytes:
+    """Cut short, with bytes changed, or both."""
+    data = bytearray(whole[: chance.randrange(len(whole))] if chance.random() < 0.4 else whole)
+    for _ in range(chance.randint(0, 9)):
+        if data:
+            data[chance.randrange(len(data))] ^= chance.randrange(1, 256)
+    return bytes(data)
+
+
+def run_store_fuzz(folder: Path, count: int, seed: int) -> None:
+    """A damaged store is refused by name, or gives each sample its own row but for the bytes that are changed."""
+    chance = random.Random(seed)
+    shards = open_shards(write_shards(folder, [2, 3]))
+    encoder, rows = Encoder("fuzz", "none", "text"), np.arange(5 * 4, dtype=np.float16).reshape(5, 4)
+    hashes = [text_hash(f"photo {n}") for n in range(5)]
+    first = 0
+    for url, head in zip(shards.urls, shards.heads, strict=True):
+        part = slice(first, first + head.samples)
+        note = StoreNote(encoder, "w", head.fingerprint, head.version, head.samples, 4, 0, every=first > 0)
+        starts = [*range(head.samples + 1)] if first else None
+        write_store(folder / "clip", url, rows[part], np.array(hashes[part], np.uint64), note, starts)
+        first += head.samples
+    ClipStore(folder / "clip", shards, encoder)
+    whole = {path: path.read_bytes() for path in sorted((folder / "clip").iterdir())}
+    assert len(whole) == 5
+    became = Counter[str]()
+    for _ in range(count):
+        path = chance.choice(sorted(whole))
+        data = spoilt(whole[path], chance)
+        path.write_bytes(data)
+        try:
+            found = ClipStore(folder / "clip", shards, encoder).rows(np.arange(5), hashes)
+        except DataError as error:
+            became["refused"] += str(folder) in str(error)
+        else:
+            few = int((found.view(np.uint16) != rows.view(np.uint16)).sum())
+            assert few <= (9 if path.suffix == ".npy" else 0), path
+            became["read"] += 1
+        for each, content in whole.items():  # the catalog is made anew where it was damaged
+            each.write_bytes(content)
+    assert became.total() == count
+    assert min(became["refused"], became["read"]) > count // 10
+
+
+def run_side_file_fuzz(folder: Path, count: int, seed: int) -> None:
+    """Damaged records of captions are refused by line, or give a sample a caption, none, or a cause."""
+    chance = random.Random(seed)
+    lines = [
+        json_bytes(key=f"{n:03d}", caption=[f"one {n}", {"text": f"two {n}", "weight": 2}]) for n in range(9)
+    ]
+    tables = {"side.jsonl": b"\n".join(lines)}
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.table({"key": [f"{n:03d}" for n in range(9)], "caption": [f"one {n}" for n in range(9)]})
+    parquet.write_table(table, folder / "side.parquet")
+    tables["side.parquet"] = (folder / "side.parquet").read_bytes()
+    became = Counter[str]()
+    for number in range(count):
+        name = sorted(tables)[number % len(tables)]
+        (folder / name).write_bytes(spoilt(tables[name], chance))
+        try:
+            captions = Captions({"file.caption": 1.0}, str(folder / name))
+        except DataError as error:
+            became["refused"] += name in str(error)
+            continue
+        for n in range(9):
+            try:
+                text, _ = captions.read({}, chance.random(), lambda n=n: f"{n:03d}")  # type: ignore[misc]
+            except Unusable:
+                became["skipped"] += 1
+            else:
+                assert text
+                became["read"] += 1
+    assert min(became["refused"], became["read"]) > 0
+    assert became.total() == count + 8 * sum(became[fate] for fate in ("skipped", "read")) // 9
+
+
+def test_damaged_stores(tmp_path: Path) -> None:
+    run_store_fuzz(tmp_path, 60, seed=5)
+
+
+def test_damaged_side_files(tmp_path: Path) -> None:
+    run_side_file_fuzz(tmp_path, 60, seed=6)
+
+
+@pytest.mark.slow
+def test_many_damaged_stores_and_side_files(tmp_path: Path) -> None:
+    (tmp_path / "side").mkdir()
+    run_store_fuzz(tmp_path, 500, seed=7)
+    run_side_file_fuzz(tmp_path / "side", 8000, seed=8)

@@ -219,7 +219,10 @@ def _parquet(path: str, fields: Sequence[str]) -> tuple[Any, array[int]]:
                 f"name those it has in data.captions; a record's sample is told by its key, in the field {key}",
             )
         table = parquet.read_table(path, columns=[key, *fields])
-    except ArrowException as error:
+        table.validate(full=True)  # else a text that is none would be met while training
+    except (ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
         raise DataError(
             f"{path} can't be read as parquet: {str(error)[:200]}", remedy="write it again"
         ) from error
