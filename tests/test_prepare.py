@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ from ranks import COMMAND, Ranks, Warm
 
 from glide_ds.commands import prepare_clip as prepare
 from glide_ds.config import ClipConfig
-from glide_ds.data import shapes
+from glide_ds.data import clip_inputs, shapes
 from glide_ds.data.clip_notes import Encoder
 from glide_ds.data.clip_store import ClipStore, picture_hash, text_hash
 from glide_ds.data.pictures.decode import DecodeOptions, decode, image_member
@@ -126,9 +126,15 @@ class Counted(FrozenClip):
 
     given: ClassVar[list[str]] = []
 
-    def encode_text(self, captions: Sequence[str]) -> torch.Tensor:
-        self.given.extend(captions)
-        return super().encode_text(captions)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        tokenize = self.tokenize
+
+        def told(captions: list[str]) -> torch.Tensor:
+            self.given.extend(captions)
+            return tokenize(captions)
+
+        self.tokenize = told
 
 
 def checked_rows(store: Path, shards: Path, captions: Sequence[str]) -> None:
@@ -163,7 +169,9 @@ def test_only_what_changed_is_computed_again(
     def embed(*captions: str, per_shard: int = 4, words: Sequence[str] = ()) -> list[str]:
         Counted.given.clear()
         write_captions(tmp_path / "s", captions, per_shard)
-        prepare.run(arguments(str(tmp_path / "s"), "--out", str(tmp_path / "c"), *TINY, *words))
+        prepare.run(
+            arguments(str(tmp_path / "s"), "--out", str(tmp_path / "c"), *TINY, *words, "--workers", "0")
+        )
         checked_rows(tmp_path / "c", tmp_path / "s", captions)
         return list(Counted.given)
 
@@ -177,6 +185,82 @@ def test_only_what_changed_is_computed_again(
     assert embed(*colours, per_shard=3) == []
     assert embed(*colours[3:], per_shard=2) == []
     assert embed(*colours, words=["--force"]) == colours
+
+
+@pytest.mark.parametrize("source", ["text", "image"])
+def test_batches_run_over_shards_and_workers_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], source: str
+) -> None:
+    write_shards(tmp_path / "s", 23, per_shard=3, size=32)
+    sizes: list[tuple[int, ...]] = []
+
+    def told(self: Any, inputs: torch.Tensor) -> torch.Tensor:
+        sizes.append(tuple(inputs.shape[:2]))
+        return encode(self, inputs)
+
+    name = "encode_tokens" if source == "text" else "encode_image"
+    encode = getattr(FrozenClip, name)
+    monkeypatch.setattr(FrozenClip, name, told)
+    for workers in ("0", "2"):
+        words = [
+            str(tmp_path / "s"),
+            "--out",
+            str(tmp_path / workers),
+            *TINY,
+            "--source",
+            source,
+            "--batch",
+            "5",
+        ]
+        prepare.run(arguments(*words, "--workers", workers))
+    assert [count for count, _ in sizes] == 2 * [5, 5, 5, 5, 3]
+    if source == "text":  # no batch is longer than its longest caption
+        assert sizes[0][1] < sizes[4][1] <= 16
+    assert contents(tmp_path / "0") == contents(tmp_path / "2")
+    assert "23 embeddings computed, 0 kept that were there, 0 samples have none" in capsys.readouterr().out
+
+
+def test_a_picture_that_is_known_is_not_decoded_and_one_that_breaks_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = [(f"{n}", {"png": encoded(photo(n))}) for n in range(4)]
+    write_tar(tmp_path / "x.tar", members)
+    words = [
+        str(tmp_path / "x.tar"),
+        "--out",
+        str(tmp_path / "c"),
+        *TINY,
+        "--source",
+        "image",
+        "--workers",
+        "0",
+    ]
+    prepare.run(arguments(*words))
+    half = encoded(photo(9))
+    write_tar(tmp_path / "x.tar", [*members, ("4", {"png": half[: len(half) // 2]}), ("5", {"png": half})])
+    read: list[bytes] = []
+    monkeypatch.setattr(
+        clip_inputs, "decode", lambda data, options: (read.append(data), decode(data, options))[1]
+    )
+    (tmp_path / "x.tar.index").unlink()
+    prepare.run(arguments(*words))
+    assert len(read) == 2
+    assert "1 embeddings computed, 4 kept that were there, 1 samples have none" in capsys.readouterr().out
+
+
+def test_bf16_says_what_it_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_shards(tmp_path / "s", 6, per_shard=3, size=16)
+    rows = {}
+    for precision in ("fp32", "bf16"):
+        words = [str(tmp_path / "s"), "--out", str(tmp_path / precision), *TINY, "--precision", precision]
+        prepare.run(arguments(*words, "--workers", "0"))
+        said = capsys.readouterr().out
+        assert ("bf16 changes the cosine of these embeddings by up to" in said) == (precision == "bf16")
+        rows[precision] = np.concatenate(
+            [np.load(path) for path in sorted((tmp_path / precision).glob("*.npy"))]
+        )
+    assert not np.array_equal(rows["fp32"], rows["bf16"])
+    assert np.abs(rows["fp32"].astype(float) - rows["bf16"]).max() < 0.02
 
 
 def test_two_sets_in_one_store(tmp_path: Path) -> None:

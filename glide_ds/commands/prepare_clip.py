@@ -5,7 +5,8 @@
 
 Process r of R takes shards r, r + R, …; no process waits for another. A shard that is as it was when it was embedded is
 skipped, and of any other only what the store has no embedding of is computed: so the same command again, on any number
-of processes, resumes, and follows captions that were mended and samples that moved.
+of processes, resumes, and follows captions that were mended and samples that moved. Batches hold what is to be computed
+of several shards, so another run may round an embedding otherwise in float16's last bit.
 """
 
 from __future__ import annotations
@@ -14,40 +15,30 @@ import argparse
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from glide_ds.config import ClipConfig, DataConfig
-from glide_ds.data.clip_notes import Encoder, Places, StoreNote, encoders, read_note
-from glide_ds.data.clip_store import Embedded, picture_hash, text_hash, write_store
-from glide_ds.data.pictures.decode import Cropping, DecodeOptions, Pixels, decode, image_member
-from glide_ds.data.tally import Unusable
+from glide_ds.data.clip_inputs import Part, Reading, Task
+from glide_ds.data.clip_notes import Places, StoreNote, encoders, read_note
+from glide_ds.data.clip_store import Embedded, Rows, write_store
+from glide_ds.data.pictures.decode import Cropping, DecodeOptions
 from glide_ds.data.tars.peers import Alone
 from glide_ds.data.tars.shards import ShardSet, open_shards
 from glide_ds.data.texts.recaptions import Captions
-from glide_ds.environment import rank_of_environment
+from glide_ds.environment import rank_of_environment, ranks_here
 from glide_ds.errors import ConfigError, DataError
 from glide_ds.files import user_path
 from glide_ds.model.clip import SOURCES, FrozenClip, weights_hash
 from glide_ds.progress import Progress
 
-NO_PIXELS: Pixels = np.empty((0, 0, 3), np.uint8)
-Embeddings = NDArray[np.float16]
-
-
-class Task(NamedTuple):
-    """What is to be embedded, and by what."""
-
-    encoder: Encoder
-    captions: Captions
-    every: bool  # each of a sample's captions, not the first alone
-    batch: int
+TEXT_BATCHES = 16  # of captions are sorted by their length at once
+ENOUGH_WORKERS = 16
+BF16_ERROR = 1e-3  # of the cosine: what a picture's embedding differs by otherwise, by float16 and resampling
 
 
 class Place(NamedTuple):
@@ -70,11 +61,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--caption_file", type=user_path, help="the run's data.caption_file")
     parser.add_argument("--every_caption", action="store_true", help="embed all captions of a sample, not one")
     parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument(
+        "--workers", type=int, help="processes that read and decode (default: this rank's cores)"
+    )
+    parser.add_argument(
+        "--precision", choices=["fp32", "bf16"], help="of matrix products (default: bf16 on GPUs)"
+    )
     parser.add_argument("--index_dir", type=user_path)
     parser.add_argument("--force", action="store_true", help="compute again what is there")
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.batch < 1 or (args.workers or 0) < 0:
+        raise ConfigError(
+            f"--batch {args.batch} --workers {args.workers} embeds nothing", remedy="give 1 and 0 at least"
+        )
     place = _place()
     shards = open_shards(args.shards, args.index_dir, salvage=True, peers=Alone((place.rank, place.world_size)))
     captions = _captions(args)
@@ -105,17 +106,30 @@ def embed_shards(
     if not todo:
         return clip
     known = Embedded([] if args.force else _of_other_shards(store, shards, todo), task.encoder, made_by)
-    clip = clip or FrozenClip(args.model, args.weights, place.device, source=args.source)
-    became: Counter[str] = Counter()
-    with Progress(f"rank {place.rank}: embedding", len(todo), "shards") as progress:
-        for shard in progress.over(todo):
-            became += embed_shard(args.out, shards, shard, task, clip, known)
+    if clip is None:
+        clip = FrozenClip(args.model, args.weights, place.device, source=args.source)
+        clip.bf16 = args.precision == "bf16" if args.precision else place.device.type == "cuda"
+    embedding = Embedding(args.out, shards, task, clip)
+    options = DecodeOptions(clip.image_side, task.encoder.crop or "center", task.encoder.trim is not False)
+    reading = Reading(shards, task, known, clip.dim, clip.tokenize, options)
+    workers = _workers() if args.workers is None else args.workers
+    samples = int(shards.sizes[todo].sum())
+    with Progress(f"rank {place.rank}: embedding", samples, "samples") as progress:
+        for part in reading.over(todo, workers):
+            embedding.add(part)
+            progress.advance(len(part.counts))
+        embedding.encode(len(embedding))
+    became = embedding.became
     print(
         f"rank {place.rank}: {became['computed']} embeddings computed, {became['kept']} kept that were there, "
         f"{became['missing']} samples have none",
         flush=True,
     )
     return clip
+
+
+def _workers() -> int:
+    return min(ENOUGH_WORKERS, max(1, len(os.sched_getaffinity(0)) // (ranks_here() or 1)))
 
 
 def _captions(args: argparse.Namespace) -> Captions:
@@ -165,105 +179,96 @@ def _is_done(store: Places, shards: ShardSet, shard: int, task: Task, made_by: s
     return done
 
 
-class Rows:
-    """The embeddings of one shard as they come, sample after sample: a row for each caption, or one of the picture."""
+class Growing:
+    """The embeddings of a shard as its parts come."""
 
-    def __init__(self, dim: int) -> None:
-        self.first, self.hashes, self._rows = [0], list[int](), list[Embeddings]()
-        self._dim, self.missing = dim, 0
+    def __init__(self) -> None:
+        self.first, self.hashes, self.rows = [0], list[int](), list[Rows]()
+        self.whole, self.waiting = False, 0  # for rows that are still to be computed
 
-    def add(self, hashes: Sequence[int]) -> list[Embeddings]:
-        """A sample's rows, to be filled; without any hash it is one that has no embedding."""
-        rows = [np.zeros(self._dim, np.float16) for _ in hashes or [0]]
-        self.missing += not hashes
-        self.hashes += hashes or [0]
-        self._rows += rows
-        self.first.append(len(self._rows))
-        return rows
-
-    def array(self) -> Embeddings:
-        return np.stack(self._rows) if self._rows else np.zeros((0, self._dim), np.float16)
+    def add(self, part: Part) -> None:
+        for count in part.counts:
+            self.first.append(self.first[-1] + count)
+        self.hashes += part.hashes
+        self.rows.append(part.rows)
+        self.whole, self.waiting = part.last, self.waiting + len(part.todo)
 
 
-def embed_shard(
-    out: str, shards: ShardSet, shard: int, task: Task, clip: FrozenClip, known: Embedded
-) -> Counter[str]:
-    """Store the embeddings of one shard, computing those that aren't known; counts what became of its samples.
+class Embedding:
+    """Gathers batches of what is to be computed, over the shards, and stores each shard once it is whole."""
 
-    Samples without a caption or picture get zeros.
-    """
-    head, rows, computed = shards.heads[shard], Rows(clip.dim), 0
-    encoder = task.encoder
-    options = DecodeOptions(clip.image_side, encoder.crop or "center", encoder.trim is not False)
-    for places, inputs in _batches(shards, shard, task, options, known, rows):
-        for place, embedding in zip(places, _encode(clip, task.encoder.source, inputs), strict=True):
-            place[:] = embedding
-        computed += len(places)
-    note = StoreNote(
-        encoder=task.encoder,
-        weights_hash=clip.weights_hash,
-        fingerprint=head.fingerprint,
-        version=head.version,
-        samples=head.samples,
-        dim=clip.dim,
-        missing=rows.missing,
-        every=task.every,
-    )
-    write_store(
-        out,
-        shards.urls[shard],
-        rows.array(),
-        np.array(rows.hashes, np.uint64),
-        note,
-        rows.first if task.every else None,
-    )
-    kept = len(rows.hashes) - rows.missing - computed
-    return Counter(computed=computed, kept=kept, missing=rows.missing)
+    def __init__(self, out: str, shards: ShardSet, task: Task, clip: FrozenClip) -> None:
+        self._out, self._shards, self._task, self._clip = out, shards, task, clip
+        self._growing: dict[int, Growing] = {}
+        self._given: list[tuple[Growing, NDArray[np.float16], NDArray[Any]]] = []  # (shard, row, input)
+        self._is_text, self._unjudged = task.encoder.source == "text", clip.bf16
+        self.became = Counter[str]()
 
+    def __len__(self) -> int:
+        """How many wait to be computed."""
+        return len(self._given)
 
-def _batches(
-    shards: ShardSet, shard: int, task: Task, options: DecodeOptions, known: Embedded, rows: Rows
-) -> Iterator[tuple[list[Embeddings], list[str | Pixels]]]:
-    """(rows to fill, captions or pictures) of what is to be computed; fills the rows of what is known."""
-    first = int(shards.ends[shard] - shards.sizes[shard])
-    places: list[Embeddings] = []
-    inputs: list[str | Pixels] = []
-    for sample in range(first, int(shards.ends[shard])):
-        given, hashes = _inputs(shards, sample, task, options, known)
-        for item, hashed, place in zip(given, hashes, rows.add(hashes), strict=False):
-            if not known.take(hashed, place):
-                places.append(place)
-                inputs.append(item)
-            if len(places) == task.batch:
-                yield places, inputs
-                places, inputs = [], []
-    if places:
-        yield places, inputs
+    def add(self, part: Part) -> None:
+        shard = self._growing.setdefault(part.shard, Growing())
+        shard.add(part)
+        self._given += [(shard, part.rows[row], item) for row, item in zip(part.todo, part.inputs, strict=True)]
+        self.became.update(
+            computed=len(part.todo),
+            missing=part.hashes.count(0),
+            kept=len(part.hashes) - part.hashes.count(0) - len(part.todo),
+        )
+        if len(self._given) >= self._task.batch * (TEXT_BATCHES if self._is_text else 1):
+            self.encode(len(self._given) // self._task.batch * self._task.batch)
+        self._store()
 
+    def encode(self, count: int) -> None:
+        """Compute the first of what waits, captions of like length together, and store the shards that are whole."""
+        given, self._given = self._given[:count], self._given[count:]
+        if self._is_text:
+            given.sort(key=lambda each: int(np.flatnonzero(each[2])[-1]))
+        for first in range(0, len(given), self._task.batch):
+            batch = given[first : first + self._task.batch]
+            inputs = torch.from_numpy(np.stack([item for _, _, item in batch]))
+            for (shard, row, _), embedding in zip(batch, self._encoded(inputs), strict=True):
+                row[:] = embedding
+                shard.waiting -= 1
+        self._store()
 
-def _inputs(
-    shards: ShardSet, sample: int, task: Task, options: DecodeOptions, known: Embedded
-) -> tuple[list[str | Pixels], list[int]]:
-    """What of a sample is embedded, and its hashes; nothing where it has no caption or picture."""
-    members = shards.read(sample)
-    key = partial(shards.key, sample)
-    try:
-        if task.encoder.source == "image":
-            picture = image_member(members)
-            hashed = picture_hash(picture)
-            # Where it is known there is nothing to decode.
-            given = NO_PIXELS if hashed in known else decode(picture, options)
-            return [given], [hashed]
-        # 0.0 is the draw that the loader uses with a store of one caption a sample.
-        texts = task.captions.all(members, key) if task.every else [task.captions.read(members, 0.0, key)[0]]
-    except Unusable:
-        return [], []
-    return list(texts), [text_hash(text) for text in texts]
+    def _encoded(self, inputs: torch.Tensor) -> Rows:
+        """Of int64 [B, T] tokens or uint8 [B, S, S, 3] pictures: float16 [B, D]."""
+        clip = self._clip
+        if self._is_text and clip.plain:
+            inputs = inputs[:, : int(inputs.any(0).nonzero().max()) + 1]
+        encode = clip.encode_tokens if self._is_text else clip.encode_image
+        embeddings = encode(inputs)
+        if self._unjudged:
+            clip.bf16 = self._unjudged = False
+            exact = encode(inputs)
+            error = float((1 - torch.cosine_similarity(embeddings, exact)).max())
+            clip.bf16 = error <= BF16_ERROR
+            print(
+                f"bf16 changes the cosine of these embeddings by up to {error:.1e} (the first {len(inputs)})"
+                + ("" if clip.bf16 else f", more than {BF16_ERROR}: they are computed in fp32"),
+                flush=True,
+            )
+            embeddings = embeddings if clip.bf16 else exact
+        return embeddings.to(torch.float16).cpu().numpy()
 
-
-def _encode(clip: FrozenClip, source: str, inputs: list[str | Pixels]) -> np.ndarray:
-    if source == "text":
-        embeddings = clip.encode_text([str(text) for text in inputs])
-    else:
-        embeddings = clip.encode_image(torch.from_numpy(np.stack([np.asarray(item) for item in inputs])))
-    return embeddings.to(torch.float16).cpu().numpy()
+    def _store(self) -> None:
+        for number, shard in list(self._growing.items()):
+            if not shard.whole or shard.waiting:
+                continue
+            del self._growing[number]
+            head = self._shards.heads[number]
+            note = StoreNote(
+                encoder=self._task.encoder,
+                weights_hash=self._clip.weights_hash,
+                fingerprint=head.fingerprint,
+                version=head.version,
+                samples=head.samples,
+                dim=self._clip.dim,
+                missing=shard.hashes.count(0),
+                every=self._task.every,
+            )
+            hashes, first = np.array(shard.hashes, np.uint64), shard.first if self._task.every else None
+            write_store(self._out, self._shards.urls[number], np.concatenate(shard.rows), hashes, note, first)

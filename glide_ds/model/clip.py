@@ -83,7 +83,9 @@ class FrozenClip:
         self.quick_gelu: bool = bool(found.architecture.get("quick_gelu", False))
         self.weights_hash = found.hash
         self._architecture = found.architecture
-        self._tokenize = _tokenizer(found)
+        self.tokenize = _tokenizer(found)  # B captions, cut at the context length -> int64 [B, T] on the CPU
+        self.plain = _is_plain(found)  # the end of a caption's tokens has no bearing on it
+        self.bf16 = False  # matrix products alone; embeddings stay float32
         self._model = _load(found, source).to(self.device)
         self._mean, self._std = (
             torch.tensor(v, device=self.device).view(3, 1, 1) for v in (found.mean, found.std)
@@ -119,17 +121,31 @@ class FrozenClip:
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Tensor:
         """B captions, cut at the context length -> float32 [B, D] of unit length."""
+        return self.encode_tokens(self.tokenize(list(captions)))
+
+    @torch.no_grad()
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """int64 [B, T] of `tokenize` -> float32 [B, D] of unit length. Where `plain`, T may end with the longest."""
         self._has("text")
-        tokens = self._tokenize(list(captions)).to(self.device)  # the tokenizer works on the CPU
-        with torch.autocast(self.device.type, enabled=False):
-            encode = getattr(self._model, "encode_text", self._model)  # a text tower is called itself
-            return functional.normalize(encode(tokens).float(), dim=-1)
+        encode = getattr(self._model, "encode_text", self._model)  # a text tower is called itself
+        if tokens.shape[1] < self._architecture["text_cfg"].get("context_length", 0):
+            encode = self._encode_cut
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return functional.normalize(encode(tokens.to(self.device)).float(), dim=-1)
+
+    def _encode_cut(self, tokens: Tensor) -> Tensor:
+        """As open_clip's towers do, which take whole contexts only: no token sees a later one, and the end is read."""
+        tower, length = self._model, tokens.shape[1]
+        x = tower.token_embedding(tokens) + tower.positional_embedding[:length]
+        x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:length, :length]))
+        ends = x[torch.arange(len(x), device=x.device), tokens.argmax(-1)]
+        return ends @ tower.text_projection
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
         """uint8 [B, S, S, 3], any S -> float32 [B, D] of unit length."""
         self._has("image")
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return functional.normalize(self._model.encode_image(self._prepare(images)).float(), dim=-1)
 
     def _prepare(self, images: Tensor) -> Tensor:

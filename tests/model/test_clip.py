@@ -167,6 +167,18 @@ def test_text_equals_open_clips(description: str, weights: str, mini: Any) -> No
     assert clip.encode_text(["", "word " * 100]).isfinite().all()
 
 
+@pytest.mark.parametrize("source", ["text", "both"])
+def test_tokens_may_end_with_the_longest_caption(description: str, weights: str, source: str) -> None:
+    clip = FrozenClip(description, weights, source=source)
+    tokens = clip.tokenize(CAPTIONS)
+    longest = int(tokens.any(0).nonzero().max()) + 1
+    assert clip.plain
+    assert longest < tokens.shape[1]
+    assert torch.allclose(
+        clip.encode_tokens(tokens[:, :longest]), clip.encode_text(CAPTIONS), rtol=0, atol=1e-6
+    )
+
+
 def test_images_equal_open_clips(description: str, weights: str, mini: Any) -> None:
     """At the model's own size only the normalisation is left to compare with open_clip's transform."""
     images = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
