@@ -19,6 +19,7 @@ from glide_ds.diffusion.pixels import to_signed
 from glide_ds.diffusion.sampling import Options, Progress
 from glide_ds.errors import ConfigError
 from glide_ds.files import PathLike
+from glide_ds.inference import enlarge
 from glide_ds.inference.canvas import Files, read_canvas
 from glide_ds.inference.draw import draw
 from glide_ds.inference.prompts import clip_prompt, decode_picture
@@ -167,7 +168,7 @@ class Drawer:
         progress: Progress | None = None,
         files: Sequence[Files | None] = (),
     ) -> Tensor:
-        """uint8 [B, S, S, 3] → uint8 [B, 4S, 4S, 3], as published: 27 DDIM steps, noise × 0.997, no guidance.
+        """uint8 [B, S, S, 3] → uint8 [B, 4S, 4S, 3], as inference/enlarge.py says.
 
         files: the pictures that were filled in, whose known pixels stay as they are at this side too.
         """
@@ -176,9 +177,8 @@ class Drawer:
         config = self.upsampler.model.config
         canvas = read_canvas(files, config.image_size)
         options: Options = {
-            "guidance": 1.0,
-            "sampler": "ddim",
-            "noise_scale": 0.997,
+            **enlarge.DRAWN,
+            "guidance": enlarge.GUIDANCE,
             "low_res": to_signed(images).to(self.device),
             "progress": progress,
         }
@@ -187,7 +187,7 @@ class Drawer:
         with self.told():
             schedule = self.upsampler.schedule
             large = draw(
-                self.upsampler.model, captions, schedule=schedule, steps="fast27", seed=seeds, **options
+                self.upsampler.model, captions, schedule=schedule, steps=enlarge.STEPS, seed=seeds, **options
             ).cpu()
         return canvas.kept(large) if canvas else large
 
