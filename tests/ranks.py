@@ -231,6 +231,7 @@ def serve() -> None:
 
 
 def become_rank(function: str, arguments: list[Any], environment: dict[str, str], log: str) -> NoReturn:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests that are run by nohup hand down that it is ignored
     os.environ.update(environment)
     for descriptor, path in enumerate((os.devnull, log, log)):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), descriptor)
