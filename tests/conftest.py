@@ -114,5 +114,6 @@ def trained(group: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "sample_steps": 2,
     }
     train = {"steps": 5, "lr_scale": {"gates": 3.0}}
-    train_phase(make_config(folder, train=train, log=log, checkpoint={"every": 2}, ema={"decay": 0.5}), shake)
+    ema = {"decay": 0.5, "snapshot_every": 2}
+    train_phase(make_config(folder, train=train, log=log, checkpoint={"every": 2}, ema=ema), shake)
     return folder

@@ -347,9 +347,11 @@ def average(config: Config) -> list[str]:
     with opened(config) as run:
         for master in run.engine.optimizer.single_partition_of_fp32_groups:
             master.data.add_(1.0)
-        if run.ema:
-            run.ema.update()
-        return [digest(part) for part in run.ema.parts] if run.ema else []
+        for kept in run.averages:
+            kept.update()
+        return sorted(
+            digest(part) for kept in run.averages for state in kept.files().values() for part in state.values()
+        )
 
 
 def run_files(config: Config) -> Any:

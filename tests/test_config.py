@@ -514,6 +514,7 @@ BESIDE = {
     "data.captions": ("data.shards=x.tar",),
     "data.caption_file": ("data.shards=x.tar", 'data.captions={"file.caption": 1}'),
     "data.shuffle_buffer": ("data.reader=stream", "data.shards=x.tar"),
+    "ema.snapshot_every": ("checkpoint.every=1",),
     "train.scope": ("train.phase=base",),
     "train.min_snr_gamma": ("train.weighting=min-snr",),
     "validation.patience": ("validation.every=5",),

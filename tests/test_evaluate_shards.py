@@ -66,6 +66,11 @@ def test_two_ranks_and_a_resumed_one_measure_what_one_does(warm: Warm, trained: 
     assert {path.name for path in again if path.parent == folders[0]} == {f"{n:06d}.png" for n in range(16)}
     assert {path.name for path in again if path.parent == folders[1]} == {f"{n:06d}.png" for n in range(16, 24)}
     assert len(again) == 24
+    models, lengths = [str(trained / "run")], ("0.05", "0.1")
+    swept = evaluated("swept", 1, "--ema_length", *lengths)
+    losses = {swept[f"models/{models[0]} (EMA {length})/held_out/loss"] for length in lengths}
+    assert len(losses) == 2
+    assert f"differences/{models[0]} (EMA 0.05) → {models[0]} (EMA 0.1)/1/kid/error" in swept
 
 
 @pytest.mark.parametrize(
@@ -74,6 +79,7 @@ def test_two_ranks_and_a_resumed_one_measure_what_one_does(warm: Warm, trained: 
         (["a.pt", "b.pt"], "2 models without --shards"),
         (["a.pt", "--guidance", "1", "2"], "2 scales in --guidance without --shards"),
         (["a.pt", "--features", "ViT-L/14"], "--features without --shards"),
+        (["a.pt", "--ema_length", "0.05"], "--ema_length without --shards"),
         (["a.pt", *SHARDS, "--count", "5"], "--count 5 is less than 20"),
         (["a.pt", "a.pt", *SHARDS], "a.pt is given twice"),
     ],

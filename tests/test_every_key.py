@@ -212,6 +212,7 @@ TABLE = [
         slow=True,
     ),
     *rows(see.average, {"ema.decay": 0.5}, BASE_PHASE),
+    *rows(see.average, {"ema.snapshot_every": 100}, BASE_PHASE),
     *rows(see.average, {"ema.warmup": 0.0}, {**BASE_PHASE, "ema.decay": 0.5}),
     # --- how it is computed ---
     *rows(see.ways, {"train.recompute": "blocks", "train.precision": "fp32"}),

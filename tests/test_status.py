@@ -30,7 +30,7 @@ def trained(group: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of four steps that kept a checkpoint of each, and would keep one."""
     folder = tmp_path_factory.mktemp("status")
     keep: dict[str, Any] = {"checkpoint": {"every": 1, "keep": 0}, "validation": {"every": 4, "samples": 4}}
-    train_phase(make_config(folder, "base", **keep))
+    train_phase(make_config(folder, "base", ema={"snapshot_every": 2}, **keep))
     document = json.loads((folder / "run" / "run.json").read_text())
     document["phases"]["base"]["glide_ds"]["checkpoint"]["keep"] = 1
     (folder / "run" / "run.json").write_text(json.dumps(document))
@@ -45,6 +45,14 @@ def run(trained: Path, tmp_path: Path) -> Path:
 def told(capsys: Any, *words: Any) -> list[str]:
     assert cli.main(["status", *map(str, words)]) == 0
     return [line.strip() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_averages_of_pruned_checkpoints_stay_and_are_told(run, capsys):
+    told(capsys, run, "--prune")
+    assert [made.step for made in committed(run / "base")] == [4]
+    (left,) = committed(run / "base" / "averages")
+    assert (left.step, list(left.manifest["files"])) == (2, ["power-rank-0.safetensors"])
+    assert any(line.startswith("averages of 1 more checkpoints, ") for line in told(capsys, run))
 
 
 def test_a_run_that_is_done(run, capsys):

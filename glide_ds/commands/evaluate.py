@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from glide_ds.commands.load import Loaded, load_model
+from glide_ds.commands.load import Loaded, ema_length, load_model
 from glide_ds.commands.results import heldout
 from glide_ds.diffusion import create_diffusion
 from glide_ds.errors import ConfigError
@@ -94,6 +94,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance", type=float, nargs="+", default=[3.0], help="several: with --shards, a curve"
     )
+    parser.add_argument(
+        "--ema_length",
+        type=ema_length,
+        nargs="+",
+        metavar="SHARE",
+        help="with --shards: instead of a run's weights their averages of these lengths (ema.snapshot_every)",
+    )
     parser.add_argument("--clip_scale", type=float, default=1.0, help="how strongly CLIP conditions")
     parser.add_argument(
         "--clip_model",
@@ -134,7 +141,7 @@ def _check_on_shapes(args: argparse.Namespace) -> None:
     """Raises ConfigError for what only --shards can do."""
     asked = [f"{len(args.model)} models"] * (len(args.model) > 1)
     asked += [f"{len(args.guidance)} scales in --guidance"] * (len(args.guidance) > 1)
-    asked += [f"--{name}" for name in ("features", "out_dir") if getattr(args, name) is not None]
+    asked += [f"--{name}" for name in ("features", "out_dir", "ema_length") if getattr(args, name) is not None]
     if asked:
         raise ConfigError(
             f"{asked[0]} without --shards",

@@ -14,12 +14,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 import glide_ds
-from glide_ds.commands.load import find_checkpoint, trained
+from glide_ds.commands.load import ema_length, find_checkpoint, trained
 from glide_ds.config.phases import PHASES
 from glide_ds.errors import WeightsError
 from glide_ds.files import probe, sha256, user_path
 from glide_ds.model.tensor_files import State, beside, write_sidecar, write_state
 from glide_ds.training.checkpoint.commit import Committed
+from glide_ds.training.zero.power import fit
 from glide_ds.training.zero.stored import model_state
 from glide_ds.types import GlideConfig
 
@@ -38,7 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=user_path, help="run directory, phase folder or checkpoint folder")
     parser.add_argument("--out", type=user_path, required=True, help="X.pt or X.safetensors")
     parser.add_argument("--phase", choices=list(PHASES), help="default: the last phase that has a checkpoint")
-    parser.add_argument("--ema", action="store_true", help="the average of the weights (ema.decay)")
+    average = parser.add_mutually_exclusive_group()
+    average.add_argument("--ema", action="store_true", help="the average of the weights (ema.decay)")
+    average.add_argument(
+        "--ema_length",
+        type=ema_length,
+        metavar="SHARE",
+        help="the average over about that share of the training, such as 0.05, put together (ema.snapshot_every)",
+    )
     parser.add_argument("--split_adapter", action="store_true", help="the CLIP part into X-clip.pt of its own")
 
 
@@ -47,7 +55,12 @@ def run(args: argparse.Namespace) -> None:
     check_out(args.out)
     checkpoint = find_checkpoint(args.run, args.phase)
     print(f"exporting {checkpoint.path} ({checkpoint.manifest['phase']}, step {checkpoint.step})", flush=True)
-    for path, part in export(checkpoint, args.out, split_adapter=args.split_adapter, ema=args.ema).items():
+    if args.ema_length:
+        print(
+            f"the average of length {args.ema_length:g} is made {fit(checkpoint, args.ema_length)}", flush=True
+        )
+    ema = args.ema_length or args.ema
+    for path, part in export(checkpoint, args.out, split_adapter=args.split_adapter, ema=ema).items():
         print(
             f"wrote {path}: {len(part.names)} tensors, {part.values:,} values, verified against the checkpoint"
         )
@@ -71,7 +84,7 @@ def check_out(out: Path) -> None:
 
 
 def export(
-    checkpoint: Committed, out: Path, *, split_adapter: bool = False, ema: bool = False
+    checkpoint: Committed, out: Path, *, split_adapter: bool = False, ema: bool | float = False
 ) -> dict[Path, Written]:
     """Write the checkpoint's weights, or their average, with the JSON beside them, and compare what was written.
 
@@ -109,7 +122,7 @@ def _write(out: Path, state: State, split_adapter: bool) -> Iterator[tuple[Path,
         yield path, Written(tuple(part), sum(tensor.numel() for tensor in part.values()))
 
 
-def assembled(checkpoint: Committed, *, ema: bool = False) -> State:
+def assembled(checkpoint: Committed, *, ema: bool | float = False) -> State:
     """Every weight in fp32: trained ones from the optimizer's masters or, with `ema`, their average; the rest as is.
 
     Raises CheckpointError where there is no average.
@@ -121,7 +134,7 @@ def assembled(checkpoint: Committed, *, ema: bool = False) -> State:
     }
 
 
-def compare(path: Path, checkpoint: Committed, *, ema: bool = False) -> None:
+def compare(path: Path, checkpoint: Committed, *, ema: bool | float = False) -> None:
     """Read an export back and hold every value against the checkpoint, one tensor at a time.
 
     Trained weights are held against the module's own tensors, where `export` took the optimizer's; an average
@@ -131,7 +144,7 @@ def compare(path: Path, checkpoint: Committed, *, ema: bool = False) -> None:
     averaged = set()
     wrong = []
     if ema:
-        for name, tensor in trained(checkpoint, ema=True):
+        for name, tensor in trained(checkpoint, ema=ema):
             averaged.add(name)
             if name in names and not torch.equal(read(name), tensor):
                 wrong.append(name)
@@ -172,7 +185,7 @@ def _moved(clip: dict[str, Any] | None, folder: Path) -> dict[str, Any] | None:
     return clip | {name: str(path.relative_to(near)) for name, path in inside.items()}
 
 
-def about(checkpoint: Committed, path: Path, names: tuple[str, ...], *, ema: bool) -> dict[str, Any]:
+def about(checkpoint: Committed, path: Path, names: tuple[str, ...], *, ema: bool | float) -> dict[str, Any]:
     """The sidecar: architecture, where it came from, what it is."""
     manifest = checkpoint.manifest
     model = manifest["model"] | ({} if any("clip" in name for name in names) else {"clip_dim": None})

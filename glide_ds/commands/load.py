@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ from glide_ds.training.checkpoint.commit import (
 )
 from glide_ds.training.zero.elastic import masters, trained_weights, weights
 from glide_ds.training.zero.ema import has_average, read_average
+from glide_ds.training.zero.power import LONGEST, put_together
 from glide_ds.types import GlideConfig
 
 
@@ -49,12 +51,18 @@ class Loaded(NamedTuple):
 
 
 def load_model(
-    source: str, device: torch.device, *, kind: str = "base", ema: bool = False, clip_model: str | None = None
+    source: str,
+    device: torch.device,
+    *,
+    kind: str = "base",
+    ema: bool | float = False,
+    clip_model: str | None = None,
 ) -> Loaded:
     """A model in eval mode from an export, a run or checkpoint folder, `openai` or `builtin:tiny`.
 
-    `kind` says which of the published models `openai` means. `ema` takes the average of a run's weights; an export
-    either is one or isn't. `clip_model` is where the CLIP encoder's weights are now: a file, or open_clip's tag.
+    `kind` says which of the published models `openai` means. `ema` takes the average of a run's weights, or the one of
+    that length; an export either is one or isn't. `clip_model` is where the CLIP encoder's weights are now: a file, or
+    open_clip's tag.
     Raises WeightsError or CheckpointError for what can't be had or trusted.
     """
     path = user_path(source)
@@ -63,13 +71,13 @@ def load_model(
         path = checkpoint.path
         about = checkpoint.manifest
         model = create_model(GlideConfig(**about["model"]))
-        state = weights(checkpoint) | (dict(trained(checkpoint, ema=True)) if ema else {})
+        state = weights(checkpoint) | (dict(trained(checkpoint, ema=ema)) if ema else {})
         load_state(model, StateFile(checkpoint.path, state), source=source)
     else:
         if ema:
             raise ConfigError(
-                f"--ema: {source} is no run directory",
-                remedy="an export holds the average if it was made with --ema",
+                f"{'--ema' if ema is True else '--ema_length'}: {source} is no run directory",
+                remedy="an export holds the average if it was made with it",
             )
         about = (sidecar(path) or {}) if path.is_file() else {}
         model = create_model(_architecture(source, path, kind))
@@ -138,17 +146,34 @@ def find_checkpoint(place: Path, phase: str | None = None) -> Committed:
             "its weights can't be trusted",
             "export an earlier one by naming its folder",
         )
+    if found[0].manifest["files"].keys() == set(found[0].manifest.get("stay", ())):
+        raise CheckpointError(
+            f"{found[0].path} holds averages alone, which a pruned checkpoint left behind",
+            remedy=f"name {found[0].path.parent.parent}, or a checkpoint in it, with --ema_length",
+        )
     return found[0]
 
 
-def trained(checkpoint: Committed, *, ema: bool) -> Iterator[tuple[str, Tensor]]:
+def trained(checkpoint: Committed, *, ema: bool | float) -> Iterator[tuple[str, Tensor]]:
     """(name, fp32 tensor) of every trained parameter, from the optimizer's masters or, with `ema`, their average.
 
-    Raises CheckpointError where there is no average.
+    A number is the length of an average that is put together. Raises CheckpointError where there is no such average.
     """
+    if ema and ema is not True:
+        return put_together(checkpoint, ema)
     if ema and not has_average(checkpoint):
         raise CheckpointError(
             f"{checkpoint.path} holds no average of the weights: it was trained with ema.decay=0",
             remedy="do without --ema",
         )
     return trained_weights(checkpoint, read_average(checkpoint)[0] if ema else masters(checkpoint))
+
+
+def ema_length(text: str) -> float:
+    """What --ema_length is given: the length of an average as a share of the training up to there."""
+    length = float(text)
+    if not 0 < length <= LONGEST:
+        raise argparse.ArgumentTypeError(
+            f"{text}: give a share of the training, from 0.01 to {LONGEST}; 0.05 is usual"
+        )
+    return length

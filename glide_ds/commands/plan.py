@@ -28,7 +28,7 @@ from glide_ds.training.run import check_pipeline
 from glide_ds.training.setup import glide_config, open_source
 from glide_ds.training.speed.fitting import USABLE, fit, host_memory, rank_memory
 from glide_ds.training.speed.flops import count_work
-from glide_ds.training.speed.memory import checkpoint_bytes, checkpoints_kept, gib
+from glide_ds.training.speed.memory import checkpoint_bytes, checkpoints_kept, gib, snapshots_left
 from glide_ds.training.speed.meta import meta_model, weight_bytes
 from glide_ds.training.speed.peak import matrix_peak
 from glide_ds.training.speed.recompute import count_activations, recomputed
@@ -77,6 +77,7 @@ class Plan:
     compute_s: float  # per update
     network_s: float
     checkpoint: float  # bytes
+    snapshots: tuple[int, float]  # averages that checkpoints leave behind: how many, and bytes of each
     rate_source: str
 
     @property
@@ -186,6 +187,7 @@ def make_plan(
         flops / rate,
         sum(traffic.values()) / link / 1e9,
         checkpoint_bytes(model, config),
+        snapshots_left(model, config),
         source,
     )
 
@@ -301,7 +303,8 @@ def describe(plan: Plan, nodes: int) -> list[str]:
         f"data.workers={config.data.workers} gives {config.data.workers * gpus} processes",
         f"data      {_data(plan)}",
         f"disk      {checkpoints_kept(config)} x {gib(plan.checkpoint)} of checkpoints at most, "
-        f"written every {duration(config.checkpoint.every * plan.step_s)}",
+        f"written every {duration(config.checkpoint.every * plan.step_s)}"
+        + (f"; {plan.snapshots[0]} x {gib(plan.snapshots[1])} of averages" if plan.snapshots[0] else ""),
     ]
     if not plan.largest[dial]:
         lines.append(f"!!        no picture fits with train.recompute as it is ({dial})")

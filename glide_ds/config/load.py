@@ -228,6 +228,15 @@ def _conflicts(made: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> list[Fa
         faults.append(Fault(fault, remedy="use clip.source=text"))
     if model and data:
         faults += _unused_by(model.architecture, data)
+    ema, checkpoint = made.get("ema"), made.get("checkpoint")
+    if ema and checkpoint and ema.snapshot_every % checkpoint.every:
+        faults.append(
+            Fault(
+                f"ema.snapshot_every = {ema.snapshot_every} is no multiple of checkpoint.every = {checkpoint.every}",
+                "no checkpoint would be written then",
+                "give a multiple",
+            )
+        )
     return faults
 
 

@@ -573,11 +573,18 @@ class CheckpointConfig(Section):
 
 
 class EmaConfig(Section):
-    """An exponential moving average of the trained weights, 4 bytes per parameter shared by the ranks."""
+    """Averages of the trained weights, 4 bytes per parameter each, shared by the ranks."""
 
     decay: float = free(0.0, "of the average; 0 keeps none, 0.9999 is usual", ge=0, le=1)
     warmup: float = free(
         10.0, "update t decays by min(decay, (1 + t) / (warmup + t)); 0: by decay from the start", ge=0
+    )
+    snapshot_every: int = free(
+        0,
+        "steps; two more averages are kept, and those of a checkpoint at a multiple of it for good, 8 bytes per "
+        "trained parameter on disk each time, so that export --ema_length can make one of any length afterwards; "
+        "0: none are",
+        ge=0,
     )
 
 

@@ -52,6 +52,7 @@ from glide_ds.training.speed.memory import (
     gib,
     memory_estimate,
     snapshot_bytes,
+    snapshots_left,
 )
 from glide_ds.training.speed.meta import meta_model
 from glide_ds.types import Batch, GlideConfig
@@ -424,13 +425,15 @@ def disk(site: Site) -> Finding:
     folder = existing_parent(Path(site.config.run.dir))
     need, sizes = 0.0, []
     for config in site.configs:
-        size = checkpoint_bytes(meta_model(_glide(config), config), config)
-        need += size * checkpoints_kept(config)
-        sizes.append(f"{config.train.phase} {checkpoints_kept(config)} x {gib(size)}")
+        model = meta_model(_glide(config), config)
+        size, (snapshots, each) = checkpoint_bytes(model, config), snapshots_left(model, config)
+        need += size * checkpoints_kept(config) + each * snapshots
+        averages = f" and {snapshots} x {gib(each)} of averages" if snapshots else ""
+        sizes.append(f"{config.train.phase} {checkpoints_kept(config)} x {gib(size)}{averages}")
     held = sum(
         p.stat().st_size
         for c in site.configs
-        for p in folder_of(c, c.train.phase).glob("step-*/*")
+        for p in folder_of(c, c.train.phase).glob("**/step-*/*")
         if p.is_file()
     )
     free = shutil.disk_usage(folder).free

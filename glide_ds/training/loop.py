@@ -47,8 +47,8 @@ def train(run: PhaseRun) -> None:
             engine.step()
             seen.append(batch)
             timesteps.append(losses.timesteps)
-        if run.ema:
-            run.ema.update()
+        for average in run.averages:
+            average.update()
         clock.steps += 1
         done = step + 1
         last = done == steps
@@ -108,5 +108,8 @@ def save(run: PhaseRun, done: int, first_offset: float) -> None:
         "engine": stored.facts(run.engine),
     }
     report = data_report(run.source)
-    files = stored.files(run.engine) | (run.ema.files() if run.ema else {})
+    files = stored.files(run.engine)
+    for average in run.averages:
+        files |= average.files()
+        facts |= average.facts(done)
     run.saver.save(done, facts, files, then=lambda: run.log.data_report(report))

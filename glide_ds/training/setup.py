@@ -24,7 +24,7 @@ from glide_ds.model.clip import FrozenClip, embedding_dim, image_side
 from glide_ds.model.glide import RECOMPUTED, Glide
 from glide_ds.model.reduced import can_reduce
 from glide_ds.training import preview
-from glide_ds.training.checkpoint.commit import Committed
+from glide_ds.training.checkpoint.commit import AVERAGES, Committed, remove_after
 from glide_ds.training.checkpoint.saver import PEERS_S, Saver
 from glide_ds.training.checkpoint.start import Start, find_start, folder_of, load_start, owner, record
 from glide_ds.training.faults.ranks import Ranks, agreed
@@ -48,6 +48,7 @@ from glide_ds.training.validation import Validation
 from glide_ds.training.zero.elastic import load_engine
 from glide_ds.training.zero.ema import Ema
 from glide_ds.training.zero.engine import build_engine, release
+from glide_ds.training.zero.power import PowerAverages
 from glide_ds.types import GlideConfig
 
 
@@ -71,6 +72,7 @@ class PhaseRun:
     validation: Validation
     saver: Saver
     ema: Ema | None
+    averages: tuple[Ema | PowerAverages, ...]  # all that are kept
     traffic: Traffic
     readings: Readings
     sampler: Sampler
@@ -185,11 +187,11 @@ def assemble(
     """Everything around the engine, each part given what it uses. Collective."""
     start, glide, source, clip = ground.start, ground.glide, ground.source, ground.clip
     diffusion = create_diffusion(config.model.noise_schedule)
-    ema = Ema(engine, config.ema) if config.ema.decay else None
-    if ema and start.resumed and not agreed(partial(ema.load, start.resumed)):
-        log.line(f"ema.decay is set and {start.resumed.path} holds no average: it starts at these weights")
-    folder = folder_of(config, config.train.phase)
-    saver = Saver(engine.frozen, folder, config.checkpoint, owner(config), config.run.timeout_s, log.line)
+    folder, own = folder_of(config, config.train.phase), owner(config)
+    ema, powers = opened_averages(config, engine, start, log)
+    if gone := agreed(lambda: [] if dist.get_rank() else remove_after(folder / AVERAGES, start.step, own)):
+        log.line(f"removed averages of {len(gone)} checkpoints after step {start.step}, from where it goes on")
+    saver = Saver(engine.frozen, folder, config.checkpoint, own, config.run.timeout_s, log.line)
     guard = Guard(config, engine, start, log, device, saver)
     measured: dict[str, Any] = {"model": model, "ema": ema, "log": log, "watch": watch}
     validation = Validation(config, start, diffusion, clip, **measured)
@@ -223,6 +225,7 @@ def assemble(
         validation=validation,
         saver=saver,
         ema=ema,
+        averages=tuple(average for average in (ema, powers) if average),
         traffic=traffic,
         readings=readings,
         sampler=Sampler(
@@ -230,6 +233,20 @@ def assemble(
         ),
         tracer=Tracer(config, device, log.line),
     )
+
+
+def opened_averages(
+    config: Config, engine: Any, start: Start, log: RunLog
+) -> tuple[Ema | None, PowerAverages | None]:
+    """The averages that are kept, as they were left. Collective."""
+    every = config.ema.snapshot_every
+    ema = Ema(engine, config.ema) if config.ema.decay else None
+    if ema and start.resumed and not agreed(partial(ema.load, start.resumed)):
+        log.line(f"ema.decay is set and {start.resumed.path} holds no average: it starts at these weights")
+    powers = PowerAverages(engine, every, start.step) if every else None
+    if powers and start.resumed and not agreed(partial(powers.load, start.resumed)):
+        log.line(f"ema.snapshot_every is set and {start.resumed.path} holds none: they start at these weights")
+    return ema, powers
 
 
 def set_ways(model: Glide, config: Config, arithmetic: BatchArithmetic, device: torch.device) -> None:

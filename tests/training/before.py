@@ -45,5 +45,5 @@ def write_as_before(config: Config) -> Path:
             torch.save({"updates": run.ema.updates, "parts": run.ema.parts}, files[-1])
     for path in (*made.path.glob("*.safetensors"), *made.path.glob("*.py")):  # DeepSpeed adds its own export
         path.unlink()
-    sign(made.path, files, drop=("engine",))
+    sign(made.path, files, drop=("engine", "averages", "stay"))
     return made.path

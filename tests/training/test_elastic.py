@@ -12,12 +12,14 @@ from ranks import Run, Warm
 from train_kit import PARITY, make_config, metrics, read_lines, shake
 
 from glide_ds.commands.export import export
+from glide_ds.config import CheckpointConfig
 from glide_ds.config.phases import PHASES
 from glide_ds.model import create_model
 from glide_ds.model.tensor_files import read_state
-from glide_ds.training.checkpoint.commit import Committed, committed
+from glide_ds.training.checkpoint.commit import AVERAGES, Committed, Owner, committed, prune
 from glide_ds.training.setup import glide_config
-from glide_ds.training.zero.elastic import own_part
+from glide_ds.training.zero.elastic import masters, own_part, trained_weights
+from glide_ds.training.zero.power import decay_at
 from glide_ds.training.zero.stored import model_state
 
 STEPS = 2  # of each part
@@ -134,3 +136,36 @@ def test_a_run_continued_on_other_ranks_is_the_uninterrupted_one(
         torch.testing.assert_close(parted, whole, rtol=0, atol=1e-6)
     else:  # 8-bit moments are quantised anew where a cut moves their blocks
         assert (parted - whole).norm() / (whole - start).norm() < 0.02
+
+
+@pytest.mark.slow
+def test_an_average_put_together_over_other_ranks_is_the_one_kept_directly(warm: Warm, tmp_path: Path):
+    run = Run(
+        warm,
+        tmp_path,
+        "full",
+        ema={"snapshot_every": 2},
+        checkpoint={"every": 1, "keep": 0},
+        train_batch_size=6,
+    )
+    for ranks, steps in ((2, 6), (3, 11), (1, 16)):
+        run.train(ranks, steps)
+        assert run.wait() == [0] * ranks, run.said()[-3000:]
+    folder = run.dir / PHASES["full"].folder
+    found = committed(folder)
+    assert [made.world_size for made in reversed(found)] == [2] * 6 + [3] * 5 + [1] * 5
+    average: dict[str, torch.Tensor] = {}
+    for update, made in enumerate(reversed(found), start=1):
+        for name, tensor in trained_weights(made, masters(made)):
+            average[name] = torch.lerp(tensor, average.get(name, tensor), decay_at(0.07, update))
+    last = dict(trained_weights(found[0], masters(found[0])))
+    prune(folder, CheckpointConfig(keep=1), Owner(found[0].manifest["run"]), 16)
+    assert [made.step for made in committed(folder)] == [16]
+    assert [made.step for made in committed(folder / AVERAGES)] == [14, 12, 10, 8, 6, 4, 2]
+    export(found[0], tmp_path / "x.pt", ema=0.07)
+    state = read_state(tmp_path / "x.pt")
+    got, wanted, end = (
+        torch.cat([part[name].flatten() for name in average]) for part in (state, average, last)
+    )
+    assert (got - wanted).norm() / wanted.norm() < 1e-4
+    assert (got - wanted).norm() / (end - wanted).norm() < 0.05  # beside what the average is off the end by

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,18 @@ import pytest
 import torch
 from train_kit import document, make_config, metrics, opened, shake, state_of
 
+from glide_ds.commands.export import export
+from glide_ds.commands.load import find_checkpoint
 from glide_ds.config import Config, EmaConfig
+from glide_ds.errors import CheckpointError
+from glide_ds.model.tensor_files import read_state
 from glide_ds.training import samples
-from glide_ds.training.checkpoint.commit import committed
+from glide_ds.training.checkpoint.commit import AVERAGES, Owner, commit, committed, prepare, verify
 from glide_ds.training.loop import train
 from glide_ds.training.setup import PhaseRun, glide_config
 from glide_ds.training.speed.memory import memory_estimate
 from glide_ds.training.speed.meta import meta_model
+from glide_ds.training.zero import power
 from glide_ds.training.zero.ema import decay_at, has_average, read_average
 
 pytestmark = pytest.mark.usefixtures("group")
@@ -124,3 +130,115 @@ def test_the_memory_estimate_counts_it(tmp_path: Path):
     trained = sum(p.numel() for name, p in model.named_parameters() if "clip" in name and "gate" not in name)
     assert [size.get("average") for size in sizes] == [4 * trained / 2, None]
     assert document(tmp_path)["glide_ds"].get("ema") is None  # off by default
+
+
+# --- averages put together afterwards ---
+
+
+def direct(lines: list[torch.Tensor], length: float) -> torch.Tensor:
+    """The average kept over the weights after each update."""
+    average = lines[0]
+    for update, line in enumerate(lines, start=1):
+        average = torch.lerp(line, average, power.decay_at(length, update))
+    return average
+
+
+@pytest.mark.parametrize("length", [0.05, 0.1])
+def test_a_profile_has_its_length(length: float):
+    steps = 2000
+    shares = direct(list(torch.eye(steps, dtype=torch.float64)), length)
+    times = (torch.arange(steps) + 0.5) / steps
+    mean = (shares * times).sum()
+    assert float(shares.sum()) == pytest.approx(1)
+    assert float(((shares * (times - mean) ** 2).sum()).sqrt()) == pytest.approx(length, rel=1e-3)
+
+
+@pytest.mark.parametrize("length", [0.03, 0.05, 0.07, 0.1, 0.15, 0.2])
+def test_any_length_is_put_together_from_two(length: float):
+    lines = list(1 + torch.randn(400, 50, dtype=torch.float64).mul(1e-3).cumsum(0))
+    updates = list(range(10, 401, 10))
+    factors, missed = power.solve(updates, length)
+    kept = [{kept: direct(lines[:update], kept) for kept in power.KEPT} for update in updates]
+    sums = sum(
+        factor * parts[name] for row, parts in zip(factors, kept, strict=True) for name, factor in row.items()
+    )
+    wanted = direct(lines, length)
+    assert sum(sum(row.values()) for row in factors) == pytest.approx(1)
+    assert missed < 0.01
+    assert float((sums - wanted).norm() / wanted.norm()) < 1e-4
+
+
+def test_too_few_averages_are_told_by_what_they_miss():
+    assert power.solve([100], 0.05)[1] < 1e-6
+    assert power.solve([100], 0.2)[1] > power.MISSED
+    assert power.solve(list(range(5, 101, 5)), 0.01)[1] > power.MISSED
+
+
+SNAPSHOTS: dict[str, Any] = {
+    "ema": {"snapshot_every": 2, "decay": 0.9},
+    "checkpoint": {"every": 1, "keep": 2},
+    "train": {"steps": 12},
+}
+
+
+def test_pruned_checkpoints_leave_their_averages_and_any_length_is_exported(tmp_path: Path):
+    lines: list[torch.Tensor] = []
+
+    class Witness(power.PowerAverages):
+        def update(self) -> None:
+            lines.append(weights(run))
+
+        def files(self) -> dict[str, Any]:
+            return {}
+
+        def facts(self, step: int) -> dict[str, Any]:
+            return {}
+
+    for steps in (7, 12):
+        config = ema_config(tmp_path, **SNAPSHOTS | {"train": {"steps": steps}})
+        with opened(config, shake if steps == 7 else None) as run:
+            run.averages = (*run.averages, Witness(run.engine, 1, 0))
+            train(run)
+    folder = tmp_path / "run" / "phase1"
+    newest, *others = committed(folder)
+    assert [made.step for made in (newest, *others)] == [12, 11]
+    left = committed(folder / "averages")
+    assert [made.step for made in left] == [10, 8, 6, 4, 2]
+    assert all(
+        not verify(made) and made.manifest["files"].keys() == {"power-rank-0.safetensors"} for made in left
+    )
+    export(newest, tmp_path / "x.pt", ema=0.07)
+    state = read_state(tmp_path / "x.pt")
+    names = [name for group in newest.manifest["engine"]["groups"] for name in group]
+    got, wanted = torch.cat([state[name].flatten() for name in names]), direct(lines, 0.07)
+    assert float((got - wanted).norm() / wanted.norm()) < 1e-4
+    assert float((got - wanted).norm() / (lines[-1] - wanted).norm()) < 0.05
+    with pytest.raises(
+        CheckpointError, match=r"length 0\.01 can't be put together from those of 7 checkpoints"
+    ):
+        export(newest, tmp_path / "x.pt", ema=0.01)
+    assert [made.step for made in power.snapshots(others[0])] == [2, 4, 6, 8, 10, 11]
+    with pytest.raises(CheckpointError, match=r"averages alone.*--ema_length"):
+        find_checkpoint(left[0].path)
+    damaged = left[2].path / "power-rank-0.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"step-00000006 is damaged.*move it away"):
+        export(newest, tmp_path / "x.pt", ema=0.07)
+    for path in (newest.path, others[0].path, folder / "LAST"):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    with opened(ema_config(tmp_path, **SNAPSHOTS)):  # from the beginning, and so do its averages
+        assert not committed(folder / "averages")
+
+
+def test_averages_of_another_beginning_or_run_are_not_mixed_in(tmp_path: Path):
+    own = Owner("own")
+    begun = {2: 0, 4: 0, 6: 5, 8: 5, 10: 5}  # the option was off between 4 and 6
+    for step, began in begun.items():
+        for folder in (tmp_path, tmp_path / AVERAGES):
+            prepare(folder, step, own)
+            averages = {"began": began, "updates": step - began}
+            last = commit(folder, {"run": "own", "step": step, "files": {}, AVERAGES: averages}, own)
+    prepare(tmp_path, 7, Owner("other"))
+    commit(tmp_path, last.manifest | {"run": "other", "step": 7}, Owner("other"))
+    assert [made.step for made in power.snapshots(committed(tmp_path)[0])] == [6, 8, 10]
+    assert [made.step for made in power.snapshots(committed(tmp_path)[1])] == [6, 8]

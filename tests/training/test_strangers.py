@@ -29,7 +29,12 @@ from glide_ds.training.zero.stored import MODEL_FILE, model_state, optimizer_fil
 
 pytestmark = pytest.mark.usefixtures("group")
 STEPS = 5  # of the fixture's run
-OPTIONS: dict[str, Any] = {"train": {"steps": STEPS + 1, "lr_scale": {"gates": 3.0}}, "ema": {"decay": 0.5}}
+OPTIONS: dict[str, Any] = {
+    "train": {"steps": STEPS + 1, "lr_scale": {"gates": 3.0}},
+    "ema": {
+        "decay": 0.5,
+    },
+}
 
 
 class Payload:
@@ -68,6 +73,10 @@ def exported_average(folder: Path) -> None:
     export(find_checkpoint(folder / "run"), folder / "x.pt", ema=True)
 
 
+def exported_length(folder: Path) -> None:
+    export(find_checkpoint(folder / "run"), folder / "x.pt", ema=0.07)
+
+
 def drawn_from(folder: Path) -> None:
     load_model(str(folder / "run"), torch.device("cpu"), ema=True)
 
@@ -91,6 +100,10 @@ def resumed(folder: Path) -> None:
     train_phase(make_config(folder, **OPTIONS))
 
 
+def resumed_with_all(folder: Path) -> None:
+    train_phase(make_config(folder, **OPTIONS | {"ema": {"decay": 0.5, "snapshot_every": 100}}))
+
+
 def continued_by_a_phase(folder: Path) -> None:
     (folder / "run" / "phase3").rename(folder / "run" / "phase2")
     (folder / "run" / "run.json").unlink()
@@ -103,6 +116,7 @@ READERS = {
     "ema": (exported_average, drawn_from, resumed),
 }
 CASES = [(kind, reader) for kind, readers in READERS.items() for reader in readers]
+NEWER = [("power", reader) for reader in (exported_length, resumed_with_all)]
 
 
 def poisoned(folder: Path, tmp_path: Path, pattern: str) -> tuple[Path, Path]:
@@ -118,7 +132,7 @@ def poisoned(folder: Path, tmp_path: Path, pattern: str) -> tuple[Path, Path]:
     return path, trace
 
 
-@pytest.mark.parametrize(("kind", "reader"), CASES)
+@pytest.mark.parametrize(("kind", "reader"), CASES + NEWER)
 def test_code_in_a_checkpoint_is_not_executed(
     trained: Path, tmp_path: Path, kind: str, reader: Callable[[Path], None]
 ):

@@ -93,7 +93,12 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def judge_all(args: argparse.Namespace, device: torch.device) -> tuple[Truth, dict[str, Judged], FrozenClip]:
     """Measure every model on the same captions and noise. Collective."""
-    models = {name: agreed(partial(load_model, name, device)) for name in args.model}
+    lengths = args.ema_length or [False]
+    models = {
+        f"{name} (EMA {length:g})" if length else name: agreed(partial(load_model, name, device, ema=length))
+        for name in args.model
+        for length in lengths
+    }
     agreed(lambda: check_models(models, args))
     first = next(iter(models.values()))
     encoder = agreed(lambda: feature_encoder(args.features, models, device))

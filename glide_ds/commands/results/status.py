@@ -16,12 +16,13 @@ from glide_ds.errors import ConfigError
 from glide_ds.files import user_path
 from glide_ds.progress import duration
 from glide_ds.training.checkpoint.commit import (
+    AVERAGES,
     Committed,
     best,
     committed,
     leftovers,
     no_manifest,
-    remove,
+    retire,
     sorted_out,
     unreadable,
     verify,
@@ -174,6 +175,8 @@ def checkpoint_lines(record: RunRecord, phase: str, hashes: bool) -> Iterator[st
         told += [f"validation loss {number(loss)}"] * (loss is not None)
         damage = verify(made, hashes=hashes)
         yield f"{made.path.name}: {', '.join([*told, *(f'DAMAGED ({fault})' for fault in damage[:1])])}"
+    if snapshots := committed(folder / AVERAGES):
+        yield f"{AVERAGES} of {len(snapshots)} more checkpoints, {size(folder_size(folder / AVERAGES))}"
     for path in unreadable(folder):
         yield f"{path.name}: DAMAGED ({no_manifest(path)})"
     if (owner := record.owner) and (left := leftovers(folder, owner)):
@@ -196,7 +199,7 @@ def pruned(record: RunRecord, *, dry_run: bool) -> Iterator[str]:
         for path in [*others, *leftovers(folder, owner)]:
             bytes_there = folder_size(path)
             if not dry_run:
-                shutil.rmtree(path) if path.name.startswith(".") else remove(path, owner)
+                shutil.rmtree(path) if path.name.startswith(".") else retire(path, owner)
             count, total = count + 1, total + bytes_there
             yield f"{verb} {path} ({size(bytes_there)})"
     yield f"{verb} {count} checkpoints and leftovers, {size(total)}"

@@ -4,6 +4,9 @@ Every rank writes into a folder of its own name (`partial`) beside PHASE/step-N;
 manifest.json there (run, step, size and hash of every file), syncs it and renames the folder to step-N. A folder whose
 manifest and files verify is a checkpoint, however it came there; links and names are for people. The ranks share the
 verification, and all agree on the newest good one. What is removed or overwritten is the run's own (`Owner`).
+
+A checkpoint whose manifest names files that `stay` leaves these behind when it is pruned: committed as it was, with a
+manifest of its own, as PHASE/averages/step-N.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -28,6 +32,7 @@ from glide_ds.model.tensor_files import load_tensors
 MANIFEST = "manifest.json"
 LAST = "LAST"
 BEST = "BEST"
+AVERAGES = "averages"
 OWN_HASH = "sha256"  # the manifest's own, of all its other entries
 # What DeepSpeed put into the files of before beside tensors and plain values, and nobody reads.
 DEEPSPEED_OBJECTS = (
@@ -166,11 +171,18 @@ def rewind(folder: Path, before: int, owner: Owner) -> int:
             for link in (folder / LAST, folder / BEST):
                 if link.is_symlink():
                     link.unlink()
-        for step, path in _steps(folder):  # the newest first: a kill leaves no gap before one that stands
-            if step > chosen[0] and owner.owns(path):
-                remove(path, owner)
+        for place in (folder, folder / AVERAGES):
+            remove_after(place, chosen[0], owner)
     dist.broadcast_object_list(chosen)
     return chosen[0]
+
+
+def remove_after(folder: Path, step: int, owner: Owner) -> list[Path]:
+    """Remove the run's own of updates after `step`, the newest first: a kill leaves no gap before one that stands."""
+    gone = [path for later, path in _steps(folder) if later > step and owner.owns(path)]
+    for path in gone:
+        remove(path, owner)
+    return gone
 
 
 def verify(checkpoint: Committed, part: int = 0, parts: int = 1, *, hashes: bool = True) -> list[str]:
@@ -214,6 +226,12 @@ def prepare(folder: Path, step: int, owner: Owner) -> Path:
 
 def commit(folder: Path, manifest: dict[str, Any], owner: Owner) -> Committed:
     """Make what was written for the manifest's step a checkpoint. Its files are on the disk already."""
+    made = _place(folder, manifest, owner)
+    show(folder / LAST, made.path)
+    return made
+
+
+def _place(folder: Path, manifest: dict[str, Any], owner: Owner) -> Committed:
     step = manifest["step"]
     source, target = partial(folder, step, owner), folder / step_name(step)
     write_file(source / MANIFEST, json.dumps(manifest | {OWN_HASH: _hash(manifest)}, indent=1) + "\n")
@@ -221,7 +239,6 @@ def commit(folder: Path, manifest: dict[str, Any], owner: Owner) -> Committed:
         remove(target, owner)
     source.rename(target)
     sync_directory(folder)
-    show(folder / LAST, target)
     return Committed(target, step, manifest)
 
 
@@ -249,7 +266,7 @@ def prune(folder: Path, config: CheckpointConfig, owner: Owner, newest: int) -> 
     if config.best and (lowest := best(kept)):
         show(folder / BEST, lowest.path)
     for path in others:
-        remove(path, owner)
+        retire(path, owner)
 
 
 def sorted_out(
@@ -273,6 +290,33 @@ def sorted_out(
 def leftovers(folder: Path, owner: Owner) -> list[Path]:
     """Folders of the run's own saves and removals that were cut short."""
     return sorted(folder.glob(f".step-*.{owner.run}*{PARTIAL}"))
+
+
+def retire(path: Path, owner: Owner) -> None:
+    """Remove a checkpoint's folder once the files of it that are to stay are committed on their own.
+
+    Raises OSError, and removes nothing, where one of them is not there.
+    """
+    made = at(path)
+    if made and (stay := made.manifest.get("stay")):
+        place = prepare(path.parent / AVERAGES, made.step, owner)
+        for name in stay:
+            _copy(path / name, place / name)
+        files = {name: made.manifest["files"][name] for name in stay}
+        _place(path.parent / AVERAGES, {**made.manifest, "files": files}, owner)
+    remove(path, owner)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A second name for a file, or where the file system has none, a copy that is on the disk."""
+    try:
+        target.hardlink_to(source)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(source, target)
+        with target.open("rb+") as file:
+            os.fsync(file.fileno())
 
 
 def remove(path: Path, owner: Owner) -> None:

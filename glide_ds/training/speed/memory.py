@@ -44,8 +44,8 @@ def memory_estimate(
         "master": 4.0 * trained / world if world > 1 or width < 4 else 0.0,  # see share_weights
         "moments": KINDS[config.deepspeed["optimizer"]["type"]].state_bytes * trained / world,
     }
-    if config.ema.decay:
-        static["average"] = 4.0 * trained / world
+    if averages := averages_bytes(config):
+        static["average"] = averages * trained / world
     if cpu and (frozen := frozen_masters(model, config)):
         static["frozen"] = frozen
     bucket_bytes = float(width * bucket * (2 if zero.get("overlap_comm") else 1))
@@ -80,8 +80,20 @@ def checkpoint_bytes(model: Any, config: Config) -> float:
     The module, in bf16 its frozen weights in fp32 too, master weights, moments, the average.
     """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    per_trained = 4 + KINDS[config.deepspeed["optimizer"]["type"]].state_bytes + (4 if config.ema.decay else 0)
+    per_trained = 4 + KINDS[config.deepspeed["optimizer"]["type"]].state_bytes + averages_bytes(config)
     return _module_bytes(model, config) + frozen_masters(model, config) + per_trained * trained
+
+
+def averages_bytes(config: Config) -> float:
+    """Of one trained parameter's averages."""
+    return 4.0 * bool(config.ema.decay) + 8.0 * bool(config.ema.snapshot_every)
+
+
+def snapshots_left(model: Any, config: Config) -> tuple[int, float]:
+    """How many checkpoints leave their averages behind for good, and the bytes of each."""
+    every = config.ema.snapshot_every
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return (config.train.steps // every if every else 0), 8.0 * trained
 
 
 def frozen_masters(model: Any, config: Config) -> float:

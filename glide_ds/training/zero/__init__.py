@@ -25,6 +25,10 @@ clipping.py        test_engine.py, test_stability.py
 ema.py             test_ema.py
   update_lp_params, overflow           publishing an average into the module; which updates were skipped
   _foreach_lerp_ (torch)               the average by one launch; else slower
+power.py           test_ema.py
+  overflow, single_partition_of_fp32_groups
+                                       as in ema.py
+  _foreach_lerp_ (torch)               the same
 stored.py          test_elastic.py, test_ranks.py, tests/test_export.py
   bit16_groups, single_partition_of_fp32_groups, lr_scheduler, global_steps, global_samples, skipped_steps
                                        what a checkpoint holds beside the module and the optimizer's own state_dict

@@ -68,15 +68,24 @@ class Ema:
         parts = {str(i): part for i, part in enumerate(self.parts)}
         return {file_name(dist.get_rank()): {**parts, UPDATES: torch.tensor(self.updates)}}
 
+    def facts(self, step: int) -> dict[str, Any]:
+        """What the manifest has of it."""
+        return {}
+
     def load(self, checkpoint: Committed) -> bool:
         """Take the average of a checkpoint of any number of ranks; False, and no change, where it holds none."""
         if not has_average(checkpoint):
             return False
         ranks, self.updates = read_average(checkpoint)
-        for i, (own, group) in enumerate(zip(self.parts, self.zero.bit16_groups, strict=True)):
-            total = sum(parameter.numel() for parameter in group)
-            own.copy_(own_part([parts[i] for parts in ranks], total, own.numel()))
+        take(self.parts, self.zero, ranks)
         return True
+
+
+def take(parts: Sequence[Tensor], zero: Any, ranks: Sequence[Sequence[Tensor]]) -> None:
+    """Fill this rank's part of each parameter group from those of the ranks that wrote them, as many or others."""
+    for i, (own, group) in enumerate(zip(parts, zero.bit16_groups, strict=True)):
+        total = sum(parameter.numel() for parameter in group)
+        own.copy_(own_part([rank[i] for rank in ranks], total, own.numel()))
 
 
 def averaged(ema: Ema | None) -> AbstractContextManager[None]:
