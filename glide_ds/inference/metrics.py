@@ -151,8 +151,8 @@ def compared(
     """How the figures of two models' pictures differ, with errors from random halves of the captions, paired.
 
     The standard deviation over halves drawn without replacement estimates the error of the whole (delete-half
-    jackknife, Shao & Wu 1989). A bootstrap would repeat samples, which makes neighbours of distance 0 and biases the
-    kernel distances.
+    jackknife, Shao & Wu 1989). A bootstrap would repeat samples, which makes neighbours of distance 0: it gives two
+    to four times the error of the neighbours' figures, and the same for the others (docs/results.md).
     """
     figures: Mapping[str, Callable[[Tensor, Tensor, Tensor], float]] = {
         "frechet_distance": lambda r, d, _: frechet_distance(r, d),
