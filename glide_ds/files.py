@@ -116,6 +116,18 @@ def probe(folder: PathLike) -> None:
     path.unlink()
 
 
+def check_place(folder: PathLike) -> None:
+    """Raises ConfigError before anything is made where it could not be written there. Makes the folder."""
+    try:
+        probe(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} can't be written ({error.strerror})",
+            "what is made would be lost",
+            "name another place, or mend its permissions",
+        ) from error
+
+
 @contextmanager
 def _partial(target: Path) -> Iterator[Path]:
     """A new file beside the target, its lock held; those of writers that are gone are removed.

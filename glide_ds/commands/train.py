@@ -8,6 +8,13 @@ from glide_ds.environment import is_first
 from glide_ds.training.faults.signals import SIGNALS
 
 
+def at_least_one(text: str) -> int:
+    """A number of an option that counts something. Raises ArgumentTypeError."""
+    if (count := int(text)) < 1:
+        raise argparse.ArgumentTypeError("give 1 or more")
+    return count
+
+
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """What names a run's configuration, on every command that reads one."""
     parser.add_argument(

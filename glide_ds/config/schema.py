@@ -244,7 +244,9 @@ class DataConfig(Section):
 
     # Free, for a resume compares the samples themselves (their fingerprint): shards may have moved.
     shards: Patterns = free(
-        "builtin:shapes", "brace patterns or a list of them, paths or URLs; or builtin:shapes"
+        "builtin:shapes",
+        "brace patterns or a list of them, paths or URLs; a folder of pictures, which is packed into the cache; or "
+        "builtin:shapes",
     )
     reader: Literal["indexed", "stream"] = fixed(
         "indexed",
@@ -614,7 +616,9 @@ class ValidationConfig(Section):
     every: int = free(0, "steps between two validations; 0: none", ge=0)
     samples: int = free(256, "held-out samples", ge=1)
     shards: Patterns | None = free(
-        None, "held-out shards; null: the shapes' own held-out set, and no validation for other data"
+        None,
+        "held-out shards; null: those that prepare pack --hold_out put beside data.shards, or the shapes' own held-out "
+        "set; no validation where there are none",
     )
     drawn: int = free(
         0,

@@ -12,6 +12,8 @@ import torch.distributed as dist
 
 from glide_ds.config import Config, load_configs
 from glide_ds.config.phases import PHASES
+from glide_ds.config.schema import is_built_in
+from glide_ds.data.tars.patterns import pack_pictures
 from glide_ds.environment import ranks_here, read_environment
 from glide_ds.errors import ConfigError
 from glide_ds.model.glide import Glide
@@ -43,6 +45,7 @@ def main(paths: Sequence[str], overlay: str | None, sets: Sequence[str], dry_run
     for config in configs:
         config.batch_arithmetic(world_size)
         check_ranks(config, world_size)
+        pack_folders(config)
     if dry_run:
         if rank == 0:
             dry_run_report(configs, world_size)
@@ -75,6 +78,14 @@ def check_ranks_here(told: bool = True) -> str | None:
         f"{ranks} ranks on {cores} core{'s' * (cores > 1)} take turns: the start and each step take "
         f"{ranks / cores:.0f} times as long; deepspeed --num_gpus {cores} … is as fast"
     )
+
+
+def pack_folders(config: Config) -> None:
+    """Pack what data.shards has of folders of pictures: while it lasts no rank waits for another with a limit."""
+    if config.data.reader == "indexed":
+        for part in config.data.mix_parts:
+            if not is_built_in(part.shards):
+                pack_pictures(part.shards)
 
 
 def is_finished(config: Config) -> bool:

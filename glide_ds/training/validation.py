@@ -14,12 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from glide_ds.config import Config, DataConfig, DegradeConfig
+from glide_ds.config import Config, DataConfig, DegradeConfig, with_changes
 from glide_ds.data.loader import Source, build_source
 from glide_ds.data.order import mix
 from glide_ds.data.pictures.degrade import degraded
 from glide_ds.data.samples import SHAPES_HELD_OUT
+from glide_ds.data.tars.patterns import held_out_beside
 from glide_ds.data.tars.peers import Peers
+from glide_ds.data.tars.shards import open_shards
 from glide_ds.diffusion import Diffusion
 from glide_ds.errors import ConfigError
 from glide_ds.inference.enlarge import Enlarged, Small, compared, enlarged
@@ -75,7 +77,10 @@ class Validation:
         log: RunLog,
         watch: Watch,
     ) -> None:
+        asked, config = config, agreed(lambda: with_found(config))
         self.config, self.options, self.start = config, config.validation, start
+        self.found = config.validation.shards if config is not asked else None
+        self.too_few = self.found is not None and config.validation.samples < dist.get_world_size()
         self.model, self.ema, self.log, self.watch = model, ema, log, watch
         self.held_out: HeldOut | None = None
         self.cases: Cases | None = None  # to be drawn and judged
@@ -86,7 +91,7 @@ class Validation:
         self.identity: dict[str, Any] = {}
         self.best = Best()
         shards = held_out_shards(config)
-        if shards is None:
+        if shards is None or self.too_few:
             return
         side = clip.image_side if clip and config.clip.pictured else None
         source = agreed(lambda: open_held_out(config, shards, side, Ranks()))
@@ -105,8 +110,18 @@ class Validation:
 
     def begin(self) -> None:
         """Measure the baseline where no phase before has done it. Collective."""
-        if self.held_out is None and self.options.every:
-            self.log.line("validation is off: data.shards is not built in; name some in validation.shards")
+        if self.found is not None:
+            held = f"{self.options.samples:,} held-out samples of {', '.join(self.found)}"
+            self.log.line(
+                f"validation is off: {held} are fewer than {dist.get_world_size()} ranks"
+                if self.too_few
+                else f"validation on {held}"
+            )
+        elif self.held_out is None and self.options.every:
+            self.log.line(
+                "validation is off: data.shards is not built in and has no held-out shards beside it; name some in "
+                "validation.shards, or set them aside by glide-ds prepare pack --hold_out 0.02"
+            )
         self._say_exhausted(self.start.step)
         if self.held_out is None or self.baseline is not None:
             return
@@ -240,6 +255,21 @@ def held_out_shards(config: Config) -> str | tuple[str, ...] | None:
     return SHAPES_HELD_OUT if config.data.draws_shapes else None
 
 
+def with_found(config: Config) -> Config:
+    """With the held-out shards that lie beside data.shards, and as many samples as they have at most.
+
+    As it is where validation.shards names some, where none are wanted, and where none are found.
+    """
+    options, data = config.validation, config.data
+    if not options.every or options.shards is not None or data.draws_shapes or data.reader == "stream":
+        return config
+    beside = (held_out_beside(part.shards) for part in data.mix_parts)
+    if not (found := tuple(dict.fromkeys(folder for folders in beside for folder in folders))):
+        return config
+    held = len(open_shards(found, data.index_dir, salvage=data.damaged_shards == "salvage"))
+    return with_changes(config, validation={"shards": found, "samples": min(options.samples, held)})
+
+
 def open_held_out(
     config: Config,
     shards: str | tuple[str, ...],
@@ -279,8 +309,8 @@ def open_held_out(
     held = source.facts()["samples"]
     if held < samples:
         raise ConfigError(
-            f"validation.samples = {samples}, but validation.shards hold {held}",
-            remedy=f"set validation.samples={held}",
+            f"{samples:,} held-out samples are wanted, and {shards} hold {held:,}",
+            remedy=f"set validation.samples={held}, or for glide-ds evaluate --count {held}",
         )
     return source
 

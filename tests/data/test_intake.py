@@ -12,7 +12,7 @@ import pytest
 from data_kit import encoded, photo
 from PIL import Image
 
-from glide_ds.commands.prepare_pack import pack
+from glide_ds.data.packing.pack import pack
 from glide_ds.data.tars.shards import open_shards
 from glide_ds.data.texts.captions import read_caption
 from glide_ds.errors import DataError, GlideError

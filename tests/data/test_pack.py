@@ -11,7 +11,9 @@ import pytest
 from data_kit import encoded, kill_while_writing, photo
 from PIL import Image
 
-from glide_ds.commands.prepare_pack import NOTHING, pack, run
+from glide_ds.commands.prepare_pack import run
+from glide_ds.data.packing.pack import NOTHING, pack
+from glide_ds.data.tars.patterns import expand, held_out_beside
 from glide_ds.data.tars.shards import open_shards
 from glide_ds.errors import DataError
 
@@ -124,15 +126,82 @@ def test_a_second_run_is_a_sync_by_content(folder: Path, tmp_path: Path) -> None
     assert sync(100) == (1, 0, 1)
 
 
+def test_pictures_held_out_stay_so_whatever_comes_and_goes(tmp_path: Path) -> None:
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    folder.mkdir()
+
+    def add(numbers: range, prefix: str) -> None:
+        for n in numbers:
+            (folder / f"{prefix}{n:02d}.png").write_bytes(encoded(photo(n, 8, 8)))
+            (folder / f"{prefix}{n:02d}.txt").write_text(f"photo {n}")
+
+    def sides() -> tuple[set[str], set[str]]:
+        found = [captions(out), captions(out / "held-out")]
+        assert len(set(found[0]) | set(found[1])) == len(set(found[0])) + len(set(found[1]))
+        return set(found[0]), set(found[1])
+
+    add(range(60), "m")
+    summary = pack(folder, out, 10, hold_out=0.2)
+    assert summary["samples"] + summary["held_out"]["samples"] == 60
+    assert 4 <= summary["held_out"]["samples"] <= 20
+    assert not summary["held_out"]["trained_before"]
+    trained, held = sides()
+    add(range(60, 90), "a")  # before all others in the order
+    add(range(10), "z")  # the same pictures again, under other names
+    pack(folder, out, 7)  # the share is kept where none is given
+    assert trained < sides()[0]
+    assert held < sides()[1]
+    for path in folder.glob("m*"):
+        path.unlink()
+    summary = pack(folder, out, 7, workers=2, hold_out=0.2)
+    assert sides() == tuple(
+        {f"photo {n}" for n in [*range(10), *range(60, 90)] if (f"photo {n}" in held | after) is told}
+        for after in [sides()[1]]
+        for told in (False, True)
+    )
+    with pytest.raises(DataError, match=r"--hold_out 0\.1, but .* was packed with 0\.2"):
+        pack(folder, out, 7, hold_out=0.1)
+
+
+def test_what_was_trained_on_before_it_was_held_out_is_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = argparse.Namespace(input=folder, out=tmp_path / "out", per_shard=5, hold_out=None, workers=1)
+    run(words)
+    words.hold_out = 0.4
+    run(words)
+    assert "a model trained on it has seen these pictures" in capsys.readouterr().out
+    for share in (1.0, -0.1):
+        with pytest.raises(DataError, match="is no share"):
+            pack(folder, tmp_path / "other", hold_out=share)
+    with pytest.raises(DataError, match=r"sets all .* aside"):
+        pack(folder, tmp_path / "all", hold_out=1 - 1e-12)
+
+
+def test_held_out_shards_are_not_trained_on_where_their_parent_is_named(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pack(folder, out, 100, hold_out=0.4)
+    for pattern in (out, out / "*.tar", tmp_path, tmp_path / "**/*.tar"):
+        assert expand(str(pattern)) == [str(out / "000000.tar")]
+    for pattern in (out / "held-out", out / "held-out/**/*.tar"):
+        assert expand(str(pattern)) == [str(out / "held-out/000000.tar")]
+    assert held_out_beside(str(out / "*.tar")) == [str(out / "held-out")]
+    assert held_out_beside([str(out / "held-out")]) == []
+    mine = tmp_path / "mine" / "held-out"  # a person's own folder of that name
+    mine.mkdir(parents=True)
+    (mine / "000000.tar").write_bytes((out / "000000.tar").read_bytes())
+    assert expand(str(tmp_path / "mine")) == [str(mine / "000000.tar")]
+
+
 def test_tars_of_others_stay_and_are_named(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     pack(folder, out, 3)
     (out / "000009.tar").write_bytes(b"mine")
-    words = argparse.Namespace(input=folder, out=out, per_shard=6, workers=1)
+    words = argparse.Namespace(input=folder, out=out, per_shard=6, hold_out=None, workers=1)
     run(words)
-    assert f"would be trained on: {out / '000009.tar'}" in capsys.readouterr().out
+    assert f"would be used: {out / '000009.tar'}" in capsys.readouterr().out
     assert (out / "000009.tar").read_bytes() == b"mine"
     assert len(list(out.glob("*.tar"))) == 4
 
@@ -186,7 +255,7 @@ def test_killed_at_random_instants_it_ends_byte_identical(folder: Path, tmp_path
     for n in range(300):
         (folder / f"q{n:03d}.png").write_bytes(encoded(photo(n)))
         (folder / f"q{n:03d}.txt").write_text(f"more {n}")
-    code = "import sys; from pathlib import Path; from glide_ds.commands.prepare_pack import pack; "
+    code = "import sys; from pathlib import Path; from glide_ds.data.packing.pack import pack; "
     code += "pack(Path(sys.argv[1]), Path(sys.argv[2]), 10, 2)"
     out = tmp_path / "killed"
     kill_while_writing(code, [str(folder), str(out)], out, "*.tar", (1, 9, 18))

@@ -8,16 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from train_kit import make_config, metrics, opened, shake, train_phase, write_shard
 
 from glide_ds.data import shapes
+from glide_ds.data.packing.pack import pack
 from glide_ds.errors import ConfigError, UnstableError
 from glide_ds.inference.held_out import Figures, Gain
 from glide_ds.training import loop
 from glide_ds.training.checkpoint.commit import committed
 from glide_ds.training.loop import train
 from glide_ds.training.objective import Losses, Objective
-from glide_ds.training.validation import Best, held_out_shards, open_held_out
+from glide_ds.training.validation import Best, held_out_shards, open_held_out, with_found
 from glide_ds.types import Batch
 
 pytestmark = pytest.mark.usefixtures("group")
@@ -53,7 +55,7 @@ def test_held_out_samples_come_in_their_order_and_unaugmented(tmp_path: Path):
 def test_more_samples_than_the_set_holds_are_refused(tmp_path: Path):
     shard = write_shard(tmp_path / "v.tar", [_member(n) for n in range(3)])
     config = make_config(tmp_path, validation={"every": 1, "samples": 8, "shards": shard})
-    with pytest.raises(ConfigError, match=r"validation\.samples = 8.* hold 3"):
+    with pytest.raises(ConfigError, match=r"8 held-out samples are wanted.* hold 3; set validation\.samples=3"):
         open_held_out(config, shard)
 
 
@@ -205,6 +207,24 @@ def test_real_shards_without_held_out_ones_are_not_validated_and_told_so(
         run.validation.begin()
         assert run.validation.held_out is None
     assert "validation is off: data.shards is not built in" in capsys.readouterr().out
+
+
+def test_held_out_shards_beside_the_data_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    photos, out = tmp_path / "photos", tmp_path / "shards"
+    photos.mkdir()
+    for n in range(12):
+        Image.effect_noise((16, 16), n + 1).save(photos / f"{n}.png")
+        (photos / f"{n}.txt").write_text(f"noise {n}")
+    held = pack(photos, out, hold_out=0.4)["held_out"]["samples"]
+    config = make_config(tmp_path, validation={"every": 1}, data={"shards": str(out / "*.tar")})
+    with opened(config) as run:
+        run.validation.begin()
+        assert run.validation.held_out is not None
+        assert run.validation.identity["samples"] == held > 0
+        assert run.config.validation.shards is None  # the run's value stays what was asked for
+    assert f"validation on {held} held-out samples of {out / 'held-out'}" in capsys.readouterr().out
+    asked = make_config(tmp_path, validation={"every": 0}, data={"shards": str(out / "*.tar")})
+    assert with_found(asked) is asked
 
 
 def test_held_out_shapes_are_drawn_in_every_way_and_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -13,6 +13,8 @@ from itertools import islice
 
 from braceexpand import braceexpand
 
+from glide_ds.data.packing.folders import packed
+from glide_ds.data.packing.pack import HELD_OUT, SHARE
 from glide_ds.data.tars.storage import Storage, is_remote, local_path, reading
 from glide_ds.errors import DataError
 from glide_ds.masking import MASK, bare
@@ -60,6 +62,14 @@ def existing(patterns: str | Sequence[str]) -> tuple[list[str], list[DataError]]
         except DataError as error:
             faults.append(error)
     return urls, faults
+
+
+def pack_pictures(patterns: str | Sequence[str]) -> None:
+    """Have what names pictures packed now, before processes wait for one another. Raises GlideError."""
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        for part in _parts(pattern):
+            if not is_remote(part) and not os.path.isfile(local_path(part)) and _pictures_of(part):
+                _find(part)
 
 
 def _parts(pattern: str) -> list[str]:
@@ -126,6 +136,10 @@ def _find(pattern: str) -> tuple[list[str], DataError | None]:
             ([], _no_shards(pattern, os.path.dirname(pattern))) if _is_picture(pattern) else ([pattern], None)
         )
     if not is_remote(pattern) and (place := _pictures_of(pattern)):
+        if os.path.isdir(local_path(pattern)):
+            return packed(place), None
+        if glob.glob(local_path(pattern), recursive=True):
+            return packed(place, local_path(pattern)), None
         return [], _no_shards(pattern, place)
     try:
         names = _names(pattern)
@@ -187,13 +201,14 @@ def _matches(path: str) -> list[str]:
             return matches
         files: dict[str, str] = {}  # links that lead back show a file at many places
         for match in sorted(matches, key=len):
-            files.setdefault(os.path.realpath(match), match)
+            if HELD_OUT in path or not _is_held_out(os.path.dirname(match)):
+                files.setdefault(os.path.realpath(match), match)
         return sorted(files.values())
     return _tars(path) if os.path.isdir(path) else []
 
 
 def _tars(folder: str) -> list[str]:
-    """The tars in a folder and its subfolders, links to folders too, but nothing hidden."""
+    """The tars in a folder and its subfolders, links to folders too, but nothing hidden, nor set aside below it."""
     found, seen = [], set()
     for place, folders, files in os.walk(folder, followlinks=True):
         status = os.stat(place)
@@ -201,10 +216,25 @@ def _tars(folder: str) -> list[str]:
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [
+            name for name in folders if not name.startswith(".") and not _is_held_out(os.path.join(place, name))
+        ]
         tars = (name for name in files if name.lower().endswith(".tar") and not name.startswith("."))
         found += [os.path.join(place, name) for name in tars]
     return sorted(found)
+
+
+def _is_held_out(folder: str) -> bool:
+    return os.path.basename(folder) == HELD_OUT and os.path.exists(os.path.join(folder, SHARE))
+
+
+def held_out_beside(patterns: str | Sequence[str]) -> list[str]:
+    """The folders of held-out shards that `glide-ds prepare pack` made beside the local ones among these shards."""
+    named = (patterns,) if isinstance(patterns, str) else patterns
+    local = [part for pattern in named for part in _parts(pattern) if not is_remote(part)]
+    folders = dict.fromkeys(os.path.dirname(path) for path in existing(local)[0])
+    beside = [os.path.join(folder, HELD_OUT) for folder in folders]
+    return [folder for folder in beside if _is_held_out(folder) and _tars(folder)]
 
 
 def _remote(url: str) -> list[str]:

@@ -130,7 +130,7 @@ class Intake:
     def _folder(self, source: Path) -> Iterator[Pair]:
         found = False
         tables, tars = [], []
-        for place, names in self._walk(source):
+        for place, names in walk(source, self._out):
             told = self._metadata(place, names)
             by_lower = {unicodedata.normalize("NFC", name).lower(): name for name in names}
             for name in names:
@@ -156,18 +156,6 @@ class Intake:
             )
         for table in tables if not found else []:
             yield from self._records(table, table.parent)
-
-    def _walk(self, source: Path) -> Iterator[tuple[Path, list[str]]]:
-        """(folder, its files by name), following links to folders but not around, and passing hidden ones over."""
-        seen = set()
-        for place, folders, names in os.walk(source, followlinks=True):
-            status = os.stat(place)
-            if (status.st_dev, status.st_ino) in seen or Path(place).resolve() == self._out:
-                folders.clear()
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            yield Path(place), sorted(name for name in names if not name.startswith("."))
 
     def _picture(
         self,
@@ -337,6 +325,19 @@ class Intake:
             raise DataError(
                 f"{file} can't be read as parquet: {str(error)[:200]}", remedy="fetch or write it again"
             ) from error
+
+
+def walk(source: Path, out: Path | None = None) -> Iterator[tuple[Path, list[str]]]:
+    """(folder, its files by name), following links to folders but not around, passing over hidden ones and `out`."""
+    seen = set()
+    for place, folders, names in os.walk(source, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen or Path(place).resolve() == out:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield Path(place), sorted(name for name in names if not name.startswith("."))
 
 
 class Rows:

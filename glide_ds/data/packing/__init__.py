@@ -1,0 +1,1 @@
+"""From the pictures and captions that people have to shards."""
