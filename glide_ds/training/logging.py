@@ -27,6 +27,18 @@ from glide_ds.progress import Progress, duration
 from glide_ds.types import Batch
 
 STARTS_FILE = "starts.jsonl"
+# TensorBoard's groups, by what a metric's name begins with; the first that fits.
+GROUPS = (
+    ("loss", ("loss", "vb", "kl", "alignment")),
+    ("norms", ("grad_norm",)),
+    ("rates", ("lr",)),
+    ("speed", ("images_per_s", "mfu", "data_wait", "communication", "memory")),
+    ("gates", ("gate",)),
+    ("validation", ("validation",)),
+    ("data", ("samples_seen",)),
+)
+OTHERS = "faults"  # skipped updates, rollbacks, saves that failed
+WIDE = 4  # pictures side by side: with more TensorBoard's card makes their captions too small to read
 MUCH_WAITING = 0.2  # of a step's time
 MUCH_COMMUNICATION = 0.3
 
@@ -179,7 +191,10 @@ class RunLog:
             return None
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(str(self.folder / "tensorboard" / self.phase), purge_step=self.done + 1)
+        writer = SummaryWriter(str(self.folder / "tensorboard" / self.phase), purge_step=self.done + 1)
+        text = json.dumps(self.config.to_json(), indent=1)
+        writer.add_text("configuration", "".join(f"    {line}\n" for line in text.splitlines()), self.done)
+        return writer
 
     def trace_step(self, step: int, batches: Sequence[Batch], timesteps: Sequence[Tensor]) -> None:
         """Which samples and timesteps this rank trained on in update `step`."""
@@ -200,10 +215,18 @@ class RunLog:
         self.progress.step(step, metrics)
         if recorded and metrics and self.tensorboard:
             for name, value in _flat(metrics):
-                self.tensorboard.add_scalar(name, value, step)
+                self.tensorboard.add_scalar(tag(name), value, step)
+            if gates := metrics.get("gates"):
+                self.tensorboard.add_histogram("gates/all", torch.tensor(list(gates.values())), step)
+
+    def adapter(self, step: int, norms: Sequence[float]) -> None:
+        """The norms of the adapter's tensors, as a histogram for TensorBoard."""
+        if norms and self.tensorboard:
+            self.tensorboard.add_histogram("norms/adapter", torch.tensor(norms), step)
 
     def pictures(self, step: int, rows: Sequence[Row]) -> Path:
-        """Write a grid of samples to samples/ and TensorBoard."""
+        """Write a grid of samples to samples/ and TensorBoard, at most WIDE beside each other."""
+        rows = folded(rows, WIDE)
         picture = grid(*rows[0]) if len(rows) == 1 else rows_grid(rows)
         path = self.folder / "samples" / f"{self.phase}-{step:08d}.png"
         write_picture(path, picture)
@@ -226,6 +249,23 @@ class RunLog:
         for output in (self.metrics, self.trace, self.__dict__.get("tensorboard")):
             if output:
                 output.close()
+
+
+def folded(rows: Sequence[Row], wide: int) -> list[Row]:
+    """Rows of at most `wide` pictures: the first of each row one below the other, then the next of each."""
+    longest = max(len(row.labels) for row in rows)
+    parts = (
+        Row(row.images[first : first + wide], row.labels[first : first + wide])
+        for first in range(0, longest, wide)
+        for row in rows
+    )
+    return [part for part in parts if part.labels]
+
+
+def tag(name: str) -> str:
+    """A metric's name in TensorBoard, which shows what stands before the first slash as a group."""
+    group = next((group for group, begins in GROUPS if name.startswith(begins)), OTHERS)
+    return name if name.startswith(f"{group}/") else f"{group}/{name}"
 
 
 def _note_start(path: Path, phase: str, done: int) -> None:

@@ -33,7 +33,7 @@ class Examples(NamedTuple):
     """What the grids are drawn from."""
 
     captions: list[str]
-    images: Tensor | None = None  # uint8 [N, S, S, 3], where a model is given something of them
+    images: Tensor | None = None  # uint8 [N, S, S, 3], of the captions, or what a model is given something of
     low_res: Tensor | None = None  # uint8 [N, S/4, S/4, 3], for an upsampler
     known: Tensor | None = None  # uint8 [N, S, S], 1 where an inpainting model is shown the picture
     pictures: Tensor | None = None  # uint8 [N, C, C, 3], where CLIP reads pictures
@@ -74,6 +74,8 @@ class Sampler:
         with averaged(self.ema):
             if self.active:
                 self.log.line(f"drew {self.log.pictures(done, list(self._rows()))}")
+                adapter = (p for name, p in self.model.named_parameters() if "clip" in name)
+                self.log.adapter(done, [float(p.detach().norm()) for p in adapter])
 
     def _rows(self) -> Iterator[Row]:
         """Captions by caption and CLIP; and the pictures that CLIP reads over what it draws of them alone.
@@ -148,7 +150,7 @@ def find_examples(config: Config, clip_side: int | None, opened: SampleSet | Non
     batch = next(source.batches(0))
     return Examples(
         prompts or list(batch.captions),
-        batch.images if given else None,
+        batch.images if given or not (prompts or clip_side) else None,
         batch.low_res,
         batch.known,
         batch.clip_images if own is None else own,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from glide_ds.training.logging import StepProgress, diagnosis
+from glide_ds.inference.draw import Row
+from glide_ds.training.logging import StepProgress, diagnosis, folded
 
 
 def reading(wait: float, communication: float = 0.0) -> dict[str, float]:
@@ -39,3 +41,10 @@ def test_a_rate_that_was_measured_too_low_is_not_shown_as_a_fact(capsys: pytest.
     progress.step(2, reading(0.0))
     out = capsys.readouterr().out
     assert ("MFU unknown" in out, "MFU 40%" in out, "170%" in out) == (True, True, False)
+
+
+def test_a_grid_is_folded_so_that_what_belongs_together_stays_together():
+    images = torch.arange(6, dtype=torch.uint8)[:, None, None, None].expand(6, 2, 2, 3)
+    drawn, real = Row(images, list("abcdef")), Row(images[:3], ["original"] * 3)
+    assert [row.labels for row in folded([drawn, real], 4)] == [list("abcd"), ["original"] * 3, list("ef")]
+    assert folded([drawn], 4)[1].images[:, 0, 0, 0].tolist() == [4, 5]
