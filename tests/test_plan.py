@@ -128,6 +128,7 @@ def test_the_command_plans_each_phase_and_sums_the_pipeline(tmp_path: Path, caps
     assert "GPU-hours on 4 x a100-40" in out
     for word in ("memory", "network", "loader", "checkpoints", "images/s", "→ none"):
         assert word in out
+    assert max(len(line) for line in out.splitlines() if not line.startswith("Next")) <= 80
     assert cli.main(["plan", "--ds_config", *paths, "--gpus", "3"]) == 2
     assert "use 3 or 6" in capsys.readouterr().err
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from glide_ds.commands.train import add_config_arguments
+from glide_ds.commands.train import add_config_arguments, at_least_one
 from glide_ds.config import BatchArithmetic, Config, is_built_in, load_configs
 from glide_ds.data.tars.patterns import existing
 from glide_ds.errors import ConfigError, DataError, GlideError
@@ -56,6 +57,7 @@ GPUS = {
     "cpu": Gpu(0, 0, 0, 0, 5),  # this machine: its memory is read and its rate measured
 }
 MOST_PICTURES = 2**16  # in a micro-batch; the search ends here
+WIDTH = 80  # columns of the narrowest terminal that people have
 UTILISATION = 0.35  # of the peak, where nothing was measured
 LOADER_S = 740e-6  # of a core per picture: read, decode, trim, resize (benchmarks/loader.py)
 PICTURE_BYTES = 50_000
@@ -95,8 +97,10 @@ class Plan:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus", type=int, help="per node; default: as many as this machine has, or one")
+    parser.add_argument("--nodes", type=at_least_one, default=1)
+    parser.add_argument(
+        "--gpus", type=at_least_one, help="per node; default: as many as this machine has, or one"
+    )
     parser.add_argument("--gpu", choices=GPUS, help="default: what this machine has")
     parser.add_argument("--network", type=float, default=12.5, help="GB/s per GPU between nodes, one way")
     parser.add_argument(
@@ -121,8 +125,8 @@ def run(args: argparse.Namespace) -> None:
     hours = sum(plan.hours for plan in plans)
     ranks = args.nodes * gpus
     print(
-        f"in all    {duration(3600 * hours)}, {hours * ranks:,.0f} GPU-hours on {ranks} x {gpu}. Next, where it will "
-        f"run: glide-ds preflight --ds_config {' '.join(args.ds_config)}"
+        f"in all    {duration(3600 * hours)}, {hours * ranks:,.0f} GPU-hours on {ranks} x {gpu}\n"
+        f"Next, where it will run: glide-ds preflight --ds_config {' '.join(args.ds_config)}"
     )
 
 
@@ -287,13 +291,12 @@ def describe(plan: Plan, nodes: int) -> list[str]:
     config, arithmetic = plan.config, plan.arithmetic
     dial, gpus = plan.dial, arithmetic.world_size // nodes
     lines = [
-        f"── glide_ds plan: phase {config.train.phase} on {nodes} x {gpus} {plan.gpu} ".ljust(100, "─"),
+        f"── glide_ds plan: phase {config.train.phase} on {nodes} x {gpus} {plan.gpu} ".ljust(WIDTH, "─"),
         f"batch     {describe_batch(config, arithmetic)}",
-        f"memory    GiB per GPU of {plan.limit / 2**30:.1f} usable, by train.recompute; "
-        "and the largest micro-batch that fits",
+        f"memory    GiB per GPU of {plan.limit / 2**30:.1f} usable",
         *_memory_table(plan, dial),
-        f"speed     {plan.step_flops / 1e12:,.1f} TFLOP per GPU and step at {plan.rate_source}:",
-        f"          {plan.compute_s:.3g} s computing + {plan.network_s:.3g} s communicating (not overlapped), "
+        f"speed     {plan.step_flops / 1e12:,.1f} TFLOP per GPU and step at {plan.rate_source}: "
+        f"{plan.compute_s:.3g} s computing + {plan.network_s:.3g} s communicating (not overlapped), "
         f"{plan.images_per_s:,.1f} images/s",
         "network   per GPU and step: "
         + ", ".join(f"{name} {gib(size)}" for name, size in plan.communication.items()),
@@ -308,16 +311,24 @@ def describe(plan: Plan, nodes: int) -> list[str]:
     ]
     if not plan.largest[dial]:
         lines.append(f"!!        no picture fits with train.recompute as it is ({dial})")
-    return lines
+    return [part for line in lines for part in fitted_to(line)]
+
+
+def fitted_to(line: str) -> list[str]:
+    """A line in as many as a terminal of 80 columns needs; what goes on stands below the text, not the label."""
+    return [line] if len(line) <= WIDTH else textwrap.wrap(line, WIDTH, subsequent_indent=" " * 10)
 
 
 def _memory_table(plan: Plan, chosen: str) -> Iterator[str]:
-    parts = list(plan.memory[chosen])
-    yield " " * 14 + "".join(f"{part:>12}" for part in (*parts, "all", "largest"))
-    for dial, memory in plan.memory.items():
-        cells = "".join(f"{size / 2**30:>12.2f}" for size in (*memory.values(), sum(memory.values())))
-        mark = "→" if dial == chosen else " "
-        yield f"  {mark} {dial:<10}" + cells + f"{plan.largest[dial] or 'none':>12}"
+    """A column for each of train.recompute, a line for each part."""
+    dials = list(plan.memory)
+    sizes = {part: [plan.memory[dial][part] for dial in dials] for part in plan.memory[chosen]}
+    sizes["in all"] = [sum(memory.values()) for memory in plan.memory.values()]
+    cells = {part: [f"{size / 2**30:.2f}" for size in row] for part, row in sizes.items()}
+    cells["micro-batch at most"] = [str(plan.largest[dial] or "none") for dial in dials]
+    heads = [f"→ {dial}" if dial == chosen else dial for dial in dials]
+    for part, row in {"train.recompute =": heads, **cells}.items():
+        yield f"{'':10}{part:<20}" + "".join(f"{cell:>12}" for cell in row)
 
 
 def _data(plan: Plan) -> str:
