@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def fetch(url: str, path: Path, *, size: int | None = None, digest: str | None =
             return (
                 _from_cache(path, digest)
                 or _adopted(path, size, digest)
-                or _from_server(url, path, size, digest)
+                or _again(path, lambda: _from_server(url, path, size, digest))
             )
     except OSError as error:
         raise WeightsError(
@@ -97,6 +98,21 @@ def _adopted(path: Path, size: int | None, digest: str | None) -> Fetched | None
     found = sha256(path)
     _record(path, found)
     return Fetched(path, found, f"in the cache, {checks}; its SHA-256 {found[:12]}… is recorded for later")
+
+
+def _again(path: Path, fetching: Callable[[], Fetched]) -> Fetched:
+    """Fetch; where that can't be done the error also tells of the damaged file, which stays until another is whole."""
+    try:
+        return fetching()
+    except WeightsError as error:
+        if not path.exists():
+            raise
+        fact, consequence, remedy = error.faults[0]
+        raise WeightsError(
+            f"{path} is damaged or not the file expected, and can't be fetched again: {fact}",
+            consequence,
+            f"{remedy}; or put a whole copy there",
+        ) from error
 
 
 def _from_server(url: str, path: Path, size: int | None, digest: str | None) -> Fetched:

@@ -611,6 +611,19 @@ def test_pages_instead_of_files(tmp_path: Path, server: Server, blob: bytes) -> 
         fetch(server.url + "/x.pt", tmp_path / "x.pt")
 
 
+def test_a_damaged_cache_that_cant_be_fetched_again_is_told(
+    tmp_path: Path, server: Server, blob: bytes
+) -> None:
+    path = tmp_path / "x.pt"
+    fetch(server.url + "/x.pt", path)
+    path.write_bytes(blob[:1000])
+    told = r"x\.pt is damaged or not the file expected, and can't be fetched again: .*put a whole copy there"
+    with pytest.raises(WeightsError, match=told):
+        fetch(server.url + "/none.pt", path)
+    assert len(path.read_bytes()) == 1000
+    assert fetch(server.url + "/x.pt", path).path.read_bytes() == blob
+
+
 def test_a_damaged_cache_is_fetched_again(tmp_path: Path, server: Server, blob: bytes) -> None:
     path = tmp_path / "x.pt"
     fetch(server.url + "/x.pt", path)
