@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from train_kit import write_config
+from train_kit import without_launcher, write_config
 
 from glide_ds import cli
 from glide_ds.config import load_configs
@@ -64,8 +64,9 @@ MISTAKES: list[tuple[str, str, str]] = [
     (f"{TRAIN} ema.decay=1.5", r"ema\.decay = 1\.5", "between 0 and 1"),
     # files and data
     ("train --dry_run --ds_config DIR/none.json", r"none\.json can't be read", "correct it"),
-    (f"{TRAIN} data.shards=DIR/photos", "names pictures", r"glide-ds prepare pack \S+photos --out shards/"),
-    (f"{TRAIN} data.shards=DIR/photos/*.png", "names pictures", r"prepare pack \S+photos --out"),
+    (f"{TRAIN} data.shards=DIR/photos", "none of the 1 pictures", "give each picture a caption"),
+    (f"{TRAIN} data.shards=DIR/photos/*.png", "none of the 1 pictures", "give each picture a caption"),
+    (f"{TRAIN} data.shards=DIR/photos/*.gif", "names pictures", r"prepare pack \S+photos --out"),
     (f"{TRAIN} data.shards=DIR/photos/one.png", "names pictures", r"prepare pack \S+photos --out"),
     (f"{TRAIN} data.shards=DIR/none-*.tar", "matches no file", "correct the pattern"),
     (f"{TRAIN} data.shards=", r"data\.shards = None has the wrong type", "give a value of type str"),
@@ -85,6 +86,13 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("sample builtin:tiny --out DIR/x.png", "nothing to draw", "give --prompt"),
     ("evaluate DIR/none.pt", "neither a file, a folder", "correct the path"),
     ("prepare pack DIR/none --out DIR/shards", "none", ""),
+    ("prepare pack DIR/photos --out /proc/x", "/proc/x can't be written", "another place"),
+    ("prepare pack DIR/photos --out DIR/x --hold_out 2", "is no share", "such as 0.02"),
+    ("prepare shapes --count 4 --out /proc/x", "/proc/x can't be written", "another place"),
+    ("prepare clip DIR/none-*.tar --out /proc/x", "/proc/x can't be written", "another place"),
+    ("evaluate builtin:tiny --out /proc/x.json", "/proc can't be written", "another place"),
+    ("report DIR/none --out /proc/x.html", "/proc can't be written", "another place"),
+    ("config schema --out /proc/x.json", "/proc can't be written", "another place"),
     ("prepare index DIR/none-*.tar", "matches no file", "correct the pattern"),
 ]
 
@@ -105,11 +113,54 @@ def test_a_mistake_is_answered(
     before = sorted(tmp_path.rglob("*"))
     assert cli.main(line.replace("DIR", str(tmp_path)).split()) == 2
     told = capsys.readouterr().err
-    assert told.startswith("glide-ds: error: ")
+    assert told.splitlines()[-1].startswith("glide-ds: error: ")
     assert re.search(fact, told), told
     assert re.search(remedy, told), told
     assert "Traceback" not in told
     assert sorted(tmp_path.rglob("*")) == before
+
+
+UNDER_LAUNCHERS = (
+    "lr=1e-4",
+    "train.epochs=3",
+    "train.steps=-3",
+    "train.phase=fuul",
+    "zero_optimization.stage=3",
+    "fp16.enabled=true",
+    "data.shards=DIR/photos",
+    "data.shards=DIR/none-*.tar",
+    "data.shapes_samples=3",
+    "model.weights=DIR/none.pt",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_ten_mistakes_are_answered_under_a_launcher(root: Path, tmp_path: Path, launcher: str):
+    """By one message of ours, which is the terminal's last line, from two ranks."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.png").touch()
+    start = {
+        "deepspeed": ["deepspeed", "--quiet", "--num_gpus", "2", "--master_port", "29653"],
+        "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", "29654"],
+    }[launcher]
+    environment = without_launcher() | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment["GLIDE_DS_CACHE"] = str(tmp_path / "cache")
+    for mistake in UNDER_LAUNCHERS:
+        fact, remedy = next(row[1:] for row in MISTAKES if row[0] == f"{TRAIN} {mistake}")
+        line = f"launch/train.py --ds_config {TINY} --set run.dir=DIR/run {mistake}".replace(
+            "DIR", str(tmp_path)
+        )
+        command = [str(Path(sys.executable).parent / start[0]), *start[1:], *line.split()]
+        done = subprocess.run(
+            command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        assert done.returncode == (2 if launcher == "deepspeed" else 1), (mistake, done.stdout)
+        last = done.stdout.strip().splitlines()[-1]
+        assert last.startswith("glide-ds: error: "), (mistake, done.stdout)
+        assert re.search(fact, last), (mistake, last)
+        assert re.search(remedy, last), (mistake, last)
+        assert len(set(re.findall("glide-ds: error: .*", done.stdout))) == 1, (mistake, done.stdout)
 
 
 def test_more_ranks_than_gpus_are_refused_and_than_cores_told(

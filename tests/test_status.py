@@ -57,6 +57,7 @@ def test_averages_of_pruned_checkpoints_stay_and_are_told(run, capsys):
 
 def test_a_run_that_is_done(run, capsys):
     lines = told(capsys, run)
+    assert lines.pop() == f'Next: glide-ds sample {run} --prompt "…" --out picture.png'
     assert lines[0] == f"{run}: done"
     assert lines[1] == "base: step 4 of 4, from random"
     assert lines[2].startswith("at step 4: loss ")
@@ -131,7 +132,7 @@ def test_prune_removes_what_is_not_kept_and_says_so_first(run, capsys):
     assert sum(line.startswith("would remove ") for line in lines) == 5  # four, and their sum
     assert len(committed(run / "base")) == 4
     lines = told(capsys, run, "--prune")
-    assert lines[-1].startswith("removed 4 checkpoints and leftovers, ")
+    assert lines[-2].startswith("removed 4 checkpoints and leftovers, ")
     assert [made.step for made in committed(run / "base")] == [4]
     assert strange.exists()
     assert not left.exists()
@@ -147,7 +148,7 @@ def test_prune_leaves_the_others_where_one_that_is_kept_is_damaged(run, capsys):
 def test_prune_leaves_another_runs_checkpoints(run, capsys):
     document = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**document, "run": "another"}))
-    assert told(capsys, run, "--prune")[-1].startswith("removed 0 ")
+    assert told(capsys, run, "--prune")[-2].startswith("removed 0 ")
     assert len(committed(run / "base")) == 4
 
 

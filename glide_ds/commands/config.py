@@ -10,7 +10,7 @@ from glide_ds.config.explain import describe, differences, find, json_schema, pa
 from glide_ds.config.keys import all_keys
 from glide_ds.config.load import load_config
 from glide_ds.config.schema import Config
-from glide_ds.files import user_path, write_file
+from glide_ds.files import check_place, user_path, write_file
 
 
 class Explain:
@@ -42,6 +42,7 @@ class Schema:
     def run(args: argparse.Namespace) -> None:
         text = json.dumps(json_schema(), indent=1, ensure_ascii=False) + "\n"
         if args.out:
+            check_place(args.out.parent)
             write_file(args.out, text)
         else:
             print(text, end="")

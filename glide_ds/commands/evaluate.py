@@ -14,12 +14,14 @@ from torch import Tensor
 from glide_ds.commands.load import Loaded, ema_length, load_model
 from glide_ds.commands.results import heldout
 from glide_ds.diffusion import create_diffusion
+from glide_ds.environment import is_first
 from glide_ds.errors import ConfigError
-from glide_ds.files import user_path, write_file
+from glide_ds.files import check_place, user_path, write_file
 from glide_ds.inference.draw import Row, rows_grid, write_picture
 from glide_ds.inference.held_out import Gain, HeldOut
 from glide_ds.inference.judged import TOLD, Cases, Drawing, Score, draw_ways, held_out_cases, judged
 from glide_ds.model.clip import FrozenClip
+from glide_ds.training.checkpoint.start import RUN_FILE
 
 SHOWN = 8  # cases in the written grid
 
@@ -114,10 +116,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the figures; with --out, write them too."""
+    for path in (args.out, args.pictures):
+        if path:
+            check_place(path.parent)
     if args.shards:
         args.shards = args.shards[0] if len(args.shards) == 1 else tuple(args.shards)
         heldout.run(args)
-        return
+    else:
+        _on_shapes(args)
+    if is_first():
+        print(_next(args))
+
+
+def _next(args: argparse.Namespace) -> str:
+    """What a person does next: a report needs the run's directory, and figures in a file."""
+    run = next((model for model in args.model if (Path(model) / RUN_FILE).exists()), "RUN")
+    figures = f" --evaluation {args.out}" if args.out else ""
+    return f"Next: glide-ds report {run}{figures} --out report.html" + (
+        "" if args.out else "; with --out F.json here, --evaluation F.json there"
+    )
+
+
+def _on_shapes(args: argparse.Namespace) -> None:
     _check_on_shapes(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_model(args.model[0], device, clip_model=args.clip_model)

@@ -32,7 +32,7 @@ from glide_ds.data.tars.shards import ShardSet, open_shards
 from glide_ds.data.texts.recaptions import Captions
 from glide_ds.environment import rank_of_environment, ranks_here
 from glide_ds.errors import ConfigError, DataError
-from glide_ds.files import user_path
+from glide_ds.files import check_place, user_path
 from glide_ds.model.clip import SOURCES, FrozenClip, weights_hash
 from glide_ds.progress import Progress
 
@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"--batch {args.batch} --workers {args.workers} embeds nothing", remedy="give 1 and 0 at least"
         )
+    check_place(args.out)
     place = _place()
     shards = open_shards(args.shards, args.index_dir, salvage=True, peers=Alone((place.rank, place.world_size)))
     captions = _captions(args)

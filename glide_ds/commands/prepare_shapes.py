@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from glide_ds.data.shapes import HELD_OUT, write_shards
-from glide_ds.files import user_path
+from glide_ds.files import check_place, user_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write the shards and say where."""
     start = HELD_OUT if args.held_out else 0
+    check_place(args.out)
     paths = write_shards(args.out, args.count, args.per_shard, args.size, args.seed, start)
     size = sum(path.stat().st_size for path in paths)
     print(f"{args.count} samples in {len(paths)} shards, {size / 1e6:.1f} MB: {paths[0]} ... {paths[-1].name}")

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 
 import torch
 
 from glide_ds.commands.drawing.drawer import BATCH, SAMPLER, STEPS, Drawer, load
 from glide_ds.commands.drawing.many import Settings, draw_many, embeddings, identity
 from glide_ds.commands.load import Loaded
+from glide_ds.commands.train import at_least_one
 from glide_ds.diffusion import SAMPLERS, SPACINGS, create_diffusion
 from glide_ds.diffusion.guidance import Guidance, check_clip_strength, check_guidance
 from glide_ds.diffusion.samplers import make_step
 from glide_ds.diffusion.sampling import Options
 from glide_ds.environment import rank_of_environment
 from glide_ds.errors import ConfigError
-from glide_ds.files import probe, user_path
+from glide_ds.files import check_place, user_path
 from glide_ds.inference.canvas import read_canvas
 from glide_ds.inference.draw import Row, picture_format, rows_grid, write_picture
 from glide_ds.inference.prompts import check_weights, weighted
@@ -67,7 +67,7 @@ def _add_requests(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a prompt a line; or a .jsonl: prompt, image, mask, clip_prompt, seed, guidance (files: from its folder)",
     )
-    parser.add_argument("--n", type=_at_least_one, default=1, help="pictures per caption")
+    parser.add_argument("--n", type=at_least_one, default=1, help="pictures per caption")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones have the next")
 
 
@@ -80,10 +80,10 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
         help="a PNG for each picture, which says how it was drawn, and index.jsonl; over every process it is launched "
         "with; goes on where it ended",
     )
-    parser.add_argument("--batch", type=_at_least_one, default=BATCH, help="pictures drawn at once")
+    parser.add_argument("--batch", type=at_least_one, default=BATCH, help="pictures drawn at once")
     parser.add_argument(
         "--rerank",
-        type=_at_least_one,
+        type=at_least_one,
         metavar="K",
         help="keep the K of --n that CLIP finds nearest to the prompt",
     )
@@ -136,16 +136,10 @@ def _add_strengths(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_solver(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=_at_least_one, default=STEPS)
+    parser.add_argument("--steps", type=at_least_one, default=STEPS)
     parser.add_argument("--sampler", choices=list(SAMPLERS), default=SAMPLER)
     parser.add_argument("--spacing", choices=list(SPACINGS), default="uniform", help="how steps lie in time")
     parser.add_argument("--eta", type=float, default=0.0, help="ddim's share of noise")
-
-
-def _at_least_one(text: str) -> int:
-    if (count := int(text)) < 1:
-        raise argparse.ArgumentTypeError("give 1 or more")
-    return count
 
 
 def run(args: argparse.Namespace) -> None:
@@ -182,6 +176,11 @@ def run(args: argparse.Namespace) -> None:
             ranker=ranker_of(args, drawer),
             rank=rank,
             world_size=world_size,
+        )
+    if rank == 0:
+        judged = "--shards 'shards/held-out/*.tar' --count 1000 " if args.model != "builtin:tiny" else ""
+        print(
+            f"Next: glide-ds evaluate {args.model} {judged}--out figures.json; glide-ds sample --help: other ways"
         )
 
 
@@ -312,18 +311,6 @@ def check_words(args: argparse.Namespace) -> None:
     check_guidance(how, args.clip_guidance)
     check_weights([*weighted(args.image, files=True), *weighted(args.clip_prompt)])
     check_place(args.out.parent if args.out else args.out_dir)
-
-
-def check_place(folder: Path) -> None:
-    """Raises ConfigError before anything is drawn where no picture could be written there."""
-    try:
-        probe(folder)
-    except OSError as error:
-        raise ConfigError(
-            f"{folder} can't be written ({error.strerror})",
-            "what is drawn would be lost",
-            "name another place, or mend its permissions",
-        ) from error
 
 
 def check_prompts(args: argparse.Namespace, requests: list[Request], loaded: Loaded, modes: list[str]) -> None:

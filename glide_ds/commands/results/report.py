@@ -21,7 +21,7 @@ from glide_ds.commands.results.status import described, number
 from glide_ds.config.explain import differences
 from glide_ds.config.phases import PHASES
 from glide_ds.errors import ConfigError
-from glide_ds.files import user_path, write_file
+from glide_ds.files import check_place, user_path, write_file
 from glide_ds.training.checkpoint.commit import MANIFEST, committed
 from glide_ds.training.record import RunRecord
 
@@ -78,12 +78,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    check_place(args.out.parent)
     records = [RunRecord.open(place) for place in args.run]
     evaluations = {str(path): evaluation(path) for path in args.evaluation}
     text = page(records, evaluations)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_file(args.out, text)
-    print(f"wrote {args.out} ({len(text.encode()) / 2**20:.1f} MiB)")
+    print(
+        f"wrote {args.out} ({len(text.encode()) / 2**20:.1f} MiB). Next: open it in a browser; "
+        f"glide-ds export {args.run[0]} --out model.pt"
+    )
 
 
 def evaluation(path: Path) -> dict[str, Any]:

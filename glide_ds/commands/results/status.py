@@ -63,6 +63,18 @@ def run(args: argparse.Namespace) -> None:
             with nullcontext() if args.dry_run else take(place, 0.0):
                 for line in pruned(record, dry_run=args.dry_run):
                     print(f"  {line}", flush=True)
+    print(following(record, alone=len(places) == 1))
+
+
+def following(record: RunRecord, *, alone: bool) -> str:
+    """What a person does next with the run that was told of last, or with one of several."""
+    if not alone:
+        return "Next: glide-ds report RUN… --out runs.html, which lays them beside each other"
+    if record.running is None and record.phases and state(record) == "done":
+        return f'Next: glide-ds sample {record.path} --prompt "…" --out picture.png'
+    if record.running is None and record.phases:
+        return f"Next: the same training command again continues it; glide-ds report {record.path} --out report.html"
+    return f"Next: glide-ds report {record.path} --out report.html"
 
 
 def described(record: RunRecord, *, hashes: bool = False) -> Iterator[str]:
