@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from slurm_kit import EVERY, PHASES, STEPS, Cluster, Job, config, outcome, submit
-from test_lib import readme_commands
+from test_lib import cluster_commands
 
 pytestmark = pytest.mark.cluster
 FIRST = PHASES[:1]
@@ -232,5 +232,5 @@ def test_a_person_who_cancels_a_job_has_it_cancelled(played):
 
 
 def test_slurm_takes_the_job_that_the_readme_shows(cluster):
-    _, (sbatch, *arguments) = readme_commands()
+    _, (sbatch, *arguments) = cluster_commands()
     cluster.on("ctl", sbatch, "--test-only", *arguments)

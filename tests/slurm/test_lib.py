@@ -140,9 +140,9 @@ def test_what_slurm_ends_by_itself_is_requeued(ended: Ended, state: tuple[str, .
     assert ended.left(0, 0, reason="SIGTERM").conclude()[2]
 
 
-def readme_commands() -> tuple[list[str], list[str]]:
-    """The README's lines for a cluster: submit_phases.sh and sbatch."""
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+def cluster_commands() -> tuple[list[str], list[str]]:
+    """The lines of docs/cluster.md: submit_phases.sh and sbatch."""
+    text = (ROOT / "docs" / "cluster.md").read_text().replace("\\\n", " ")
     phases, one = (shlex.split(line) for line in text.splitlines() if re.match(r"(bash|sbatch) .*slurm/", line))
     return phases, one
 
@@ -165,7 +165,7 @@ def test_a_launch_that_never_ends_after_a_rank_failed_is_killed(ended: Ended):
 
 @pytest.mark.slow
 def test_submit_phases_shows_its_commands_and_finds_mistakes_first(tmp_path: Path):
-    command, _ = readme_commands()
+    command, _ = cluster_commands()
     command = [word for word in command if not word.startswith("run.dir=")]
 
     def dry_run(*sets: str) -> subprocess.CompletedProcess[str]:
