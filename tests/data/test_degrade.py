@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_kit import photo, source, write_shards
+from data_kit import photo, source, take, write_shards
 
 from glide_ds.config import DegradeConfig
 from glide_ds.data.order import mix
@@ -35,6 +35,8 @@ def test_each_way_is_as_strong_as_it_may_be_and_no_stronger() -> None:
     assert contrast[0] > contrast[1] > contrast[2]
     errors = [np.abs(made(PHOTOS, jpeg=jpeg).astype(float) - PHOTOS).mean() for jpeg in (95, 40, 5)]
     assert 0 < errors[0] < errors[1] < errors[2]
+    for change in ({"blur": 3.0}, {"jpeg": 5}):  # so are these
+        assert len(np.unique(made(np.repeat(PHOTOS[:1], 64, 0), **change), axis=0)) > 20
 
 
 def test_a_share_is_degraded_and_each_by_its_own_key() -> None:
@@ -60,3 +62,7 @@ def test_the_loader_degrades_inputs_alone_and_alike_on_any_rank(tmp_path: Path) 
     for rank in (0, 1):
         part = low_res(source(shards, batch=16, rank=rank, ranks=2, low_res=True, degrade=degrade).one(0))
         assert all(torch.equal(small, low_res(worse)[number]) for number, small in part.items())
+    asked: dict[str, Any] = {"batch": 16, "low_res": True, "degrade": degrade}
+    for other in (take(source(shards, **asked), 2)[1], source(shards, seed=1, **asked).one(0)):
+        again = sum(torch.equal(low_res(worse)[number], small) for number, small in low_res(other).items())
+        assert again < 10  # another epoch or seed: those that are clean in both
