@@ -236,6 +236,13 @@ def test_the_upsampler_is_loaded_once_for_both_rows(
     assert len(enlarged) == 2
 
 
+def test_steps_of_an_upsampler_are_checked_before_anything_is_loaded(tmp_path: Path):
+    with pytest.raises(ConfigError, match="--upsampler_steps and no --upsampler"):
+        draw("none.pt", tmp_path / "a.png", "--upsampler_steps", "10,10,0,0,0")
+    with pytest.raises(ConfigError, match="'0' is not understood"):
+        draw("none.pt", tmp_path / "a.png", "--upsampler", "none.pt", "--upsampler_steps", "0")
+
+
 def test_an_upsampler_that_does_not_fit_is_told_before_anything_is_drawn(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -259,7 +266,9 @@ def test_paths_below_the_home_folder(exported: Path, tmp_path: Path, monkeypatch
 def test_an_upsampler_enlarges_four_times(exported: Path, tmp_path: Path):
     write_state(tmp_path / "up.pt", create_model(GlideConfig(**UPSAMPLER)).state_dict())
     write_sidecar(tmp_path / "up.pt", {"model": UPSAMPLER, "schedule": "linear"})
-    large = draw(exported, tmp_path / "a.png", "--upsampler", str(tmp_path / "up.pt"))
+    large = draw(
+        exported, tmp_path / "a.png", "--upsampler", str(tmp_path / "up.pt"), "--upsampler_steps", "3,0"
+    )
     assert large.shape == draw(exported, tmp_path / "b.png").shape
     assert load_model(str(tmp_path / "up.pt"), CPU).schedule == "linear"
 

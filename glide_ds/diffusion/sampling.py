@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, TypedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from glide_ds.diffusion.guidance import (
@@ -25,6 +26,7 @@ from glide_ds.diffusion.samplers import Step, make_step
 from glide_ds.model.glide import Glide
 
 Progress = Callable[[Sequence[int]], Iterable[int]]  # wraps the steps: tqdm, for one
+PURE_NOISE = 0.01  # an alpha-bar below it: nothing of a picture is seen
 
 
 def run_steps(
@@ -93,8 +95,9 @@ def sample(
 
     noise is x_T [B, 3, S, S], drawn if not given and multiplied by noise_scale (GLIDE's upsampler: 0.997). A
     generator makes all draws reproducible; one on the CPU makes them equal on every device, and one for each picture
-    makes a picture's independent of the others. low_res [B, 3, S/4, S/4] is rounded to 8-bit levels; known pixels of
-    inpaint_image (mask 1) stay as they are. eta is DDIM's. progress wraps the sequence of steps, as tqdm does.
+    makes a picture's independent of the others. low_res [B, 3, S/4, S/4] is rounded to 8-bit levels; a process that
+    leaves out the noisiest steps begins at it, enlarged and noised (Chung et al. 2022, arXiv 2112.05146). Known pixels
+    of inpaint_image (mask 1) stay as they are. eta is DDIM's. progress wraps the sequence of steps, as tqdm does.
 
     The model is put in eval mode meanwhile. Raises GlideError for a sampler or option that does not exist, and for a
     clip_scale below 0 or a clip_guidance without an embedding.
@@ -116,11 +119,20 @@ def sample(
         denoise = make_denoiser(model, diffusion, tokens, mask, clip, how, conditions)
         if inpaint_image is not None and inpaint_mask is not None:
             denoise = _keep_known(diffusion, denoise, inpaint_image, inpaint_mask)
-        shape = noise.shape
-        x = run_steps(
-            diffusion, denoise, noise * noise_scale, step, lambda _: _draw(shape, device, generator), progress
-        )
+        x, shape = noise * noise_scale, noise.shape
+        if low_res is not None:
+            x = _begun_at(low_res, diffusion, x)
+        x = run_steps(diffusion, denoise, x, step, lambda _: _draw(shape, device, generator), progress)
     return x.clamp(-1, 1)
+
+
+def _begun_at(low_res: Tensor, diffusion: Diffusion, noise: Tensor) -> Tensor:
+    """x_T of a process that begins where a picture is seen already; the noise itself for any other."""
+    if diffusion.alphas_cumprod[-1] < PURE_NOISE:
+        return noise
+    enlarged = F.interpolate(low_res, noise.shape[-2:], mode="bicubic", align_corners=False).clamp(-1, 1)
+    last = torch.full((len(noise),), diffusion.num_timesteps - 1, device=noise.device)
+    return diffusion.q_sample(enlarged, last, noise)
 
 
 def _keep_known(diffusion: Diffusion, denoise: Denoiser, image: Tensor, mask: Tensor) -> Denoiser:

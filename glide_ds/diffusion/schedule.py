@@ -48,8 +48,9 @@ def kept_timesteps(steps: int, respacing: str | int | None) -> list[int]:
     """The timesteps that a respaced process keeps, ascending.
 
     None keeps all; "100" that many, evenly; "10,10,3,2,2" divides the process into as many sections and keeps
-    that many in each; "ddim50" takes the first integer stride that gives 50; "fast27" is GLIDE's own choice
-    for its upsampler. Raises ConfigError for anything else, or if a section is shorter than its count.
+    that many in each, and "10,10,0,0,0" none of the noisiest, for an upsampler; "ddim50" takes the first integer
+    stride that gives 50; "fast27" is GLIDE's own choice for its upsampler. Raises ConfigError for anything
+    else, or if a section is shorter than its count.
     """
     if respacing is None:
         return list(range(steps))
@@ -60,7 +61,7 @@ def kept_timesteps(steps: int, respacing: str | int | None) -> list[int]:
     if text.startswith("ddim") and text[4:].isdecimal():
         return _strided(steps, int(text[4:]))
     counts = text.split(",")
-    if not all(count.strip().isdecimal() and int(count) for count in counts):
+    if not all(count.strip().isdecimal() for count in counts) or not int(counts[0]):
         raise ConfigError(
             f"respacing {respacing!r} is not understood",
             remedy="write a number such as 100, counts per section such as 10,10,3,2,2, ddim50 or fast27",
@@ -138,7 +139,7 @@ def _sectioned(steps: int, counts: list[int]) -> list[int]:
             )
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
         # Summed, not multiplied: the rounding of exact halves then equals the published samplers'.
-        places = accumulate(repeat(stride, count - 1), initial=0.0)
+        places = accumulate(repeat(stride, count - 1), initial=0.0) if count else ()
         kept += [start + round(place) for place in places]
         start += size
     return kept

@@ -34,7 +34,14 @@ def draw(
 
     Each picture has a seed of its own, by which alone its noise is drawn: seed, seed + 1, … or those given. `steps` is
     a respacing: a number, or a name such as fast27; `spacing` one of schedule.SPACINGS. options: diffusion.sample.
+    Raises ConfigError for steps that leave out the noisiest without a low_res to begin at.
     """
+    if options.get("low_res") is None and "0" in str(steps).split(",")[1:]:
+        raise ConfigError(
+            f"the steps {steps} leave out the noisiest",
+            "only an upsampler has a picture to begin at: another would take noise for one",
+            "leave no count at 0",
+        )
     device = next(model.parameters()).device
     tokens, mask = encode(captions, model.config.text_ctx)
     seeds = range(seed, seed + len(captions)) if isinstance(seed, int) else seed

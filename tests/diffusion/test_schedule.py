@@ -53,6 +53,7 @@ def test_respaced_tables_equal_the_published_ones(case: str) -> None:
 def test_respacing_takes_a_number() -> None:
     assert kept_timesteps(1000, 100) == kept_timesteps(1000, "100")
     assert kept_timesteps(1000, 1) == [0]
+    assert kept_timesteps(1000, "3,2,0,0") == [0, 124, 249, 250, 499]
     assert kept_timesteps(10, None) == list(range(10))
 
 
@@ -63,6 +64,7 @@ def test_respacing_takes_a_number() -> None:
         ("10,-3", "is not understood"),
         (0, "is not understood"),
         ("10,,3", "is not understood"),
+        ("0,10", "is not understood"),
         ("2000", "cannot give 2000"),
         ("ddim51", "no integer stride"),
     ],

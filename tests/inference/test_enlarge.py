@@ -6,6 +6,8 @@ import pytest
 import torch
 from model.tiny_glide import tiny_model
 
+from glide_ds.errors import ConfigError
+from glide_ds.inference.draw import draw
 from glide_ds.inference.enlarge import Small, bicubic, compared, enlarge, psnr
 
 LOW = torch.randint(256, (3, 4, 4, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -38,3 +40,12 @@ def test_an_upsampler_enlarges_by_four_in_its_published_steps() -> None:
     assert (images.shape, images.dtype) == ((3, 16, 16, 3), torch.uint8)
     assert len(steps) == 27
     assert not torch.equal(images, enlarge(model, 255 - LOW, ["a", "b", ""], schedule="linear"))
+
+
+def test_only_an_upsampler_can_leave_out_the_noisiest_steps() -> None:
+    short = enlarge(
+        tiny_model(kind="upsample", image_size=16), LOW, ["a"] * 3, schedule="linear", steps="3,0,0"
+    )
+    assert short.shape == (3, 16, 16, 3)
+    with pytest.raises(ConfigError, match="only an upsampler has a picture to begin at"):
+        draw(tiny_model(image_size=16), ["a"], schedule="linear", steps="3,0,0")

@@ -40,12 +40,14 @@ def load(
     clip_model: str | None = None,
     bf16: bool = False,
     compiled: bool = False,
+    upsampler_steps: str = enlarge.STEPS,
 ) -> Drawer:
     """A model that draws: an export, a run directory or checkpoint folder, `openai`, or `builtin:tiny`.
 
     `upsampler` is a second model, of kind upsample, that enlarges its pictures four times. `device` is a GPU where
     there is one, if nothing is said. `ema` takes the average of a run's weights; `clip_model` is where the CLIP
-    encoder's weights are now; `bf16` computes in bfloat16; `compiled` compiles the blocks at the first drawing.
+    encoder's weights are now; `bf16` computes in bfloat16; `compiled` compiles the blocks at the first drawing;
+    `upsampler_steps` are the upsampler's, as published if nothing is said.
     Raises GlideError for what can't be had or does not fit.
     """
     if device is None:
@@ -60,7 +62,7 @@ def load(
             loaded.model.to(torch.bfloat16)
         if loaded and compiled:
             compile_blocks(loaded.model)
-    return Drawer(base, enlarging, compiled=compiled)
+    return Drawer(base, enlarging, compiled=compiled, upsampler_steps=upsampler_steps)
 
 
 def check_upsampler(source: str, upsampler: Loaded, base: Loaded) -> None:
@@ -77,8 +79,15 @@ def check_upsampler(source: str, upsampler: Loaded, base: Loaded) -> None:
 class Drawer:
     """A model, its CLIP encoder and perhaps an upsampler: `model("a corgi", n=4)` draws four corgis."""
 
-    def __init__(self, base: Loaded, upsampler: Loaded | None = None, *, compiled: bool = False) -> None:
-        self.base, self.upsampler = base, upsampler
+    def __init__(
+        self,
+        base: Loaded,
+        upsampler: Loaded | None = None,
+        *,
+        compiled: bool = False,
+        upsampler_steps: str = enlarge.STEPS,
+    ) -> None:
+        self.base, self.upsampler, self.upsampler_steps = base, upsampler, upsampler_steps
         self.told = compiler_told if compiled else nullcontext  # torch's compiler takes 1 s to import
         self.device = next(base.model.parameters()).device
         self._encoder: FrozenClip | None = None
@@ -187,7 +196,12 @@ class Drawer:
         with self.told():
             schedule = self.upsampler.schedule
             large = draw(
-                self.upsampler.model, captions, schedule=schedule, steps=enlarge.STEPS, seed=seeds, **options
+                self.upsampler.model,
+                captions,
+                schedule=schedule,
+                steps=self.upsampler_steps,
+                seed=seeds,
+                **options,
             ).cpu()
         return canvas.kept(large) if canvas else large
 
