@@ -26,7 +26,7 @@ def test_a_key_is_explained_by_its_name_its_section_and_its_meaning(capsys: pyte
     assert "may change on resume" in text
     assert told(capsys, "glide_ds.train.recompute") == text
     assert "fixed for the phase" in told(capsys, "train.seed")
-    assert told(capsys, "ema").count("\nema.") + 1 == 2
+    assert told(capsys, "ema").count("\nema.") + 1 == 3
     assert "train.gate_warmup" in told(capsys, "gate", "steps")
     assert "in DeepSpeed's part" in told(capsys, "optimizer.params.lr")
     assert "zero_optimization.overlap_comm\n    bool or null, default null" in told(capsys, "overlap_comm")

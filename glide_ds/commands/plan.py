@@ -316,7 +316,11 @@ def describe(plan: Plan, nodes: int) -> list[str]:
 
 def fitted_to(line: str) -> list[str]:
     """A line in as many as a terminal of 80 columns needs; what goes on stands below the text, not the label."""
-    return [line] if len(line) <= WIDTH else textwrap.wrap(line, WIDTH, subsequent_indent=" " * 10)
+    if len(line) <= WIDTH:
+        return [line]
+    wrapper = textwrap.TextWrapper(WIDTH, subsequent_indent=" " * 10)
+    wrapper.break_long_words = wrapper.break_on_hyphens = False  # names of files stay in one piece
+    return wrapper.wrap(line)
 
 
 def _memory_table(plan: Plan, chosen: str) -> Iterator[str]:
