@@ -82,6 +82,21 @@ def test_pages_are_short() -> None:
     assert long == ["config.md"]  # which a command makes
 
 
+def test_the_messages_that_are_explained_are_ours() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = [
+        text for row in re.findall(r"^\| (.*?) \|", page, re.MULTILINE) for text in re.findall("`(.*?)`", row)
+    ]
+    fixed = [
+        part.strip() for text in quoted for part in re.split(r"…|\bN\b|\bM\b", text) if len(part.strip()) > 5
+    ]
+    sources = "".join(
+        path.read_text(encoding="utf-8") for path in [*ROOT.glob("glide_ds/**/*.py"), *ROOT.glob("launch/*.py")]
+    )
+    assert len(fixed) > 10
+    assert [part for part in fixed if part not in sources] == []
+
+
 def test_the_container_recipes_copy_what_is_there_and_alike() -> None:
     docker = (ROOT / "launch" / "Dockerfile").read_text(encoding="utf-8")
     copied = {name for line in re.findall(r"^COPY (.*) \S+$", docker, re.MULTILINE) for name in line.split()}
