@@ -42,9 +42,7 @@ def run(args: argparse.Namespace) -> None:
     if held and held["trained_before"]:
         print(f"!! {args.out} had no held-out shards before: a model trained on it has seen these pictures")
     if held and not held["samples"]:
-        print(
-            f"!! a share of {held['share']} holds none of these pictures out: name another folder, and a larger share"
-        )
+        print(f"!! a share of {held['share']} holds none of these pictures out: give a larger one")
     elif held:
         print(
             f"held out: {held['samples']:,} pictures in {args.out / HELD_OUT}; validation.every=N measures on them"

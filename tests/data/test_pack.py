@@ -168,6 +168,9 @@ def test_what_was_trained_on_before_it_was_held_out_is_told(
 ) -> None:
     words = argparse.Namespace(input=folder, out=tmp_path / "out", per_shard=5, hold_out=None, workers=1)
     run(words)
+    words.hold_out = 1e-9
+    run(words)
+    assert "holds none of these pictures out: give a larger one" in capsys.readouterr().out
     words.hold_out = 0.4
     run(words)
     assert "a model trained on it has seen these pictures" in capsys.readouterr().out

@@ -126,6 +126,8 @@ def _share(out: Path, asked: float | None) -> tuple[float, bool]:
     """(the share to hold out, whether shards were packed here before there was one). Raises DataError."""
     note = out / HELD_OUT / SHARE
     before = float(note.read_text()) if note.exists() else None
+    if asked and not any(note.parent.glob("*.tar")):  # nothing was held out yet
+        before = None
     if asked is not None and not 0 <= asked < 1:
         raise DataError(
             f"--hold_out {asked} is no share", remedy="give a number from 0 to below 1, such as 0.02"
