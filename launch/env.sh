@@ -3,7 +3,7 @@
 # changed it ends within a fraction of a second.
 #
 #   bash launch/env.sh                  what training needs
-#   bash launch/env.sh --extras test    and what the tests need
+#   bash launch/env.sh --extras test    and what the tests need; several: --extras evaluate,report
 #
 # uv does the work and is fetched by pip where it is absent. Its own settings apply: UV_PYTHON=3.12 picks a
 # Python, UV_DEFAULT_INDEX a registry, UV_TORCH_BACKEND=cu128 the PyTorch build for an older GPU driver.
@@ -96,7 +96,8 @@ while [ $# -gt 0 ]; do
   case $1 in
     --extras)
       [ -n "${2:-}" ] || die "--extras needs names, such as: --extras test"
-      IFS=, read -ra wanted <<<"$2"
+      IFS=, read -ra named <<<"$2"
+      wanted+=("${named[@]}")
       shift 2
       ;;
     *) die "unknown argument '$1': use 'bash launch/env.sh [--extras test]'" ;;

@@ -124,7 +124,7 @@ def test_the_first_run_can_be_walked(tmp_path: Path) -> None:
         "train.steps=150 validation.every=50 log.samples_every=75", "train.steps=4 validation.every=2"
     )
     text = text.replace("runs/three\n", "runs/three train.steps=21 log.samples_every=0\n", 1)
-    text = text.replace("--count 24 --samples 24", "--count 20 --samples 20 --steps 3")
+    text = text.replace("--count 24 --samples 24 --steps 25", "--count 20 --samples 20 --steps 3")
     surroundings = {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),

@@ -175,6 +175,8 @@ def test_extras_are_added_and_stay(checkout):
     (checkout.path / "constraints.txt").write_text("changed")
     checkout.run()
     assert checkout.installs()[0].endswith("--editable .[test]")
+    checkout.run("--extras", "report", "--extras", "pack,remote")
+    assert checkout.installs()[0].endswith("--editable .[test,report,pack,remote]")
 
 
 def test_a_broken_venv_is_made_anew(checkout):
