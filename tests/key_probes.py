@@ -35,7 +35,7 @@ from glide_ds.model.clip import BUILTIN_WEIGHTS, FrozenClip, weights_hash
 from glide_ds.model.reduced import Reducible
 from glide_ds.model.tensor_files import read_state_file, write_state
 from glide_ds.training import run as run_module
-from glide_ds.training import setup
+from glide_ds.training import setup, trackers
 from glide_ds.training.checkpoint.start import find_start, load_start
 from glide_ds.training.faults.stopping import Stopper
 from glide_ds.training.faults.watchdog import Watch, hang_limit
@@ -362,6 +362,11 @@ def run_files(config: Config) -> Any:
     folders = sorted(str(path) for path in HERE.glob("*/tensorboard/*"))
     lines = read_lines(Path(config.run.dir) / "metrics.jsonl")
     return list(named), folders, [line["step"] for line in lines]
+
+
+def tracked(config: Config) -> dict[str, Any]:
+    """What Weights & Biases is told of the run, but for the configuration itself."""
+    return {key: value for key, value in trackers.arguments(config, "id").items() if key != "config"}
 
 
 def grid(config: Config) -> list[str]:

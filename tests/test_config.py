@@ -515,6 +515,8 @@ BESIDE = {
     "data.caption_file": ("data.shards=x.tar", 'data.captions={"file.caption": 1}'),
     "data.shuffle_buffer": ("data.reader=stream", "data.shards=x.tar"),
     "ema.snapshot_every": ("checkpoint.every=1",),
+    "log.wandb.name": ("log.wandb.project=x",),
+    "log.wandb.mode": ("log.wandb.project=x",),
     "train.scope": ("train.phase=base",),
     "train.min_snr_gamma": ("train.weighting=min-snr",),
     "validation.patience": ("validation.every=5",),

@@ -290,6 +290,11 @@ TABLE = [
         {**BASE_PHASE, "train.steps": 2, "train.profile_steps": "1:2"},
         slow=True,
     ),
+    *rows(
+        see.tracked,
+        {"log.wandb.project": "other", "log.wandb.name": "mine", "log.wandb.mode": "offline"},
+        {"log.wandb.project": "glide"},
+    ),
     *rows(see.saving, {"checkpoint.async_save": False}, BASE_PHASE),
     *rows(
         see.grid,

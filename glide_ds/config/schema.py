@@ -648,11 +648,34 @@ class ValidationConfig(Section):
             yield Conflict(("patience", "every"), fault)
 
 
+class WandbConfig(Section):
+    """Weights & Biases, beside the run's own files."""
+
+    project: str = free("", "the project there that shows the run; none: it is not shown there")
+    name: str = free("", "the run's name there; none: that of its directory")
+    mode: Literal["online", "offline"] = free(
+        "online", "offline: into RUN/wandb alone, written anew by each start, for `wandb sync`"
+    )
+
+    def conflicts(self) -> Iterator[Conflict]:
+        for key in ("name", "mode"):
+            if not self.project and getattr(self, key) != type(self).model_fields[key].default:
+                fault = Fault(
+                    f"log.wandb.{key} = {getattr(self, key)!r} without log.wandb.project",
+                    "it would do nothing",
+                    "set log.wandb.project, or remove it",
+                )
+                yield Conflict((key, "project"), fault)
+
+
 class LogConfig(Section):
     """What a person sees while the run goes on."""
 
     every: int = free(10, "steps between two lines of metrics.jsonl", ge=1)
     tensorboard: bool = free(True, "write RUN/tensorboard too")
+    wandb: WandbConfig = free(
+        WandbConfig(), "Weights & Biases, which bash launch/env.sh --extras wandb installs"
+    )
     samples_every: int = free(1000, "steps between two sample grids; 0 draws none", ge=0)
     sample_prompts: Texts = free((), "what the grids show; none: captions of the run's own data")
     sample_images: Texts = free(

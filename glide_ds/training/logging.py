@@ -1,4 +1,4 @@
-"""What a person sees while training: a progress line, metrics.jsonl, TensorBoard, sample grids, the trace.
+"""What a person sees while training: a progress line, metrics.jsonl, trackers, sample grids, the trace.
 
 Only rank 0 writes, except for the trace. Everything here is fed at log steps, so that reading a
 device tensor (a sync point) costs once per `log.every` steps.
@@ -24,6 +24,7 @@ from glide_ds.errors import DataError
 from glide_ds.files import write_file
 from glide_ds.inference.draw import Row, grid, rows_grid, write_picture
 from glide_ds.progress import Progress, duration
+from glide_ds.training.trackers import Wandb
 from glide_ds.types import Batch
 
 STARTS_FILE = "starts.jsonl"
@@ -175,13 +176,16 @@ class RunLog:
         self.folder = Path(config.run.dir)
         self.phase = config.train.phase
         self.progress = StepProgress(self.phase, done, config.train.steps, shown=rank == 0)
-        self.metrics = JsonLines(self.folder / "metrics.jsonl", self.phase, done) if rank == 0 else None
+        path = self.folder / "metrics.jsonl"
+        self.metrics = JsonLines(path, self.phase, done) if rank == 0 else None
         self.trace = None
         if config.data.trace:
             self.trace = JsonLines(self.folder / "trace" / f"rank{rank}.jsonl", self.phase, done)
         if rank == 0:
             _note_start(self.folder / STARTS_FILE, self.phase, done)
         self.done = done
+        tracked = rank == 0 and config.log.wandb.project
+        self.wandb = Wandb(config, _complete_lines(path), self.line) if tracked else None
         self.tensorboard_wanted = rank == 0 and config.log.tensorboard
 
     @functools.cached_property
@@ -212,6 +216,8 @@ class RunLog:
         """After every update; `metrics` (see loop.read_metrics) where they are shown, `recorded` where also kept."""
         if recorded and metrics and self.metrics:
             self.metrics.write(metrics)
+            if self.wandb:
+                self.wandb.line(finite(metrics))
         self.progress.step(step, metrics)
         if recorded and metrics and self.tensorboard:
             for name, value in _flat(metrics):
@@ -246,7 +252,7 @@ class RunLog:
 
     def close(self) -> None:
         self.progress.close()
-        for output in (self.metrics, self.trace, self.__dict__.get("tensorboard")):
+        for output in (self.metrics, self.trace, self.__dict__.get("tensorboard"), self.wandb):
             if output:
                 output.close()
 

@@ -17,7 +17,7 @@ from glide_ds.data.tars.patterns import pack_pictures
 from glide_ds.environment import ranks_here, read_environment
 from glide_ds.errors import ConfigError
 from glide_ds.model.glide import Glide
-from glide_ds.training import preview
+from glide_ds.training import preview, trackers
 from glide_ds.training.checkpoint.commit import committed
 from glide_ds.training.checkpoint.start import find_start, folder_of
 from glide_ds.training.faults.failures import explained
@@ -45,6 +45,7 @@ def main(paths: Sequence[str], overlay: str | None, sets: Sequence[str], dry_run
     for config in configs:
         config.batch_arithmetic(world_size)
         check_ranks(config, world_size)
+        trackers.check_installed(config)
         pack_folders(config)
     if dry_run:
         if rank == 0:
