@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import platform
 import uuid
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import nn
@@ -24,6 +25,7 @@ from glide_ds.files import user_path, write_file
 from glide_ds.model.tensor_files import StateFile
 from glide_ds.model.weights import load_state, load_weights
 from glide_ds.training.checkpoint.commit import Committed, Owner, committed, lookalikes, newest_good
+from glide_ds.training.faults.ranks import agreed
 from glide_ds.training.speed.meta import weight_bytes
 from glide_ds.training.zero.elastic import weights
 from glide_ds.training.zero.stored import model_state
@@ -31,6 +33,8 @@ from glide_ds.training.zero.stored import model_state
 RUN_FILE = "run.json"
 BUILTIN_DATA = "builtin:"
 NAMED_WEIGHTS = ("openai", "random", "builtin:tiny")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,19 +72,24 @@ def find_start(config: Config, planned: Collection[str] = (), *, verify: bool) -
     start is missing that real data needs, CheckpointError where there may be one and it can't be trusted.
     """
     phase = PHASES[config.train.phase]
+
+    def found(action: Callable[[], T]) -> T:
+        """An error that each rank raised by itself would be told as one rank's."""
+        return agreed(action) if verify else action()
+
     resumed, damaged = _newest(folder_of(config, phase.name), verify)
     if resumed:
-        before = _check_recorded(config, phase.name)
+        before = found(lambda: _check_recorded(config, phase.name))
         return Start(resumed, damaged=tuple(damaged), before=before)
     for name in phase.parents:
         parent, broken = _newest(folder_of(config, name), verify)
         damaged += broken
         if parent:
-            _check_recorded(config, name)
+            found(partial(_check_recorded, config, name))
             return Start(parent=parent, damaged=tuple(damaged))
         if name in planned:
             return Start(weights=f"{name}'s", damaged=tuple(damaged))
-    return Start(weights=_given_weights(config), damaged=tuple(damaged))
+    return Start(weights=found(lambda: _given_weights(config)), damaged=tuple(damaged))
 
 
 def _newest(folder: Path, verify: bool) -> tuple[Committed | None, list[str]]:
