@@ -18,6 +18,7 @@ SMALLEST = {
     "step.py": ["options", "--size", "tiny", "--rounds", "1", "--only", "+ AdamW8bit"],
     "optimizer.py": ["--size", "100000", "--rounds", "1"],
     "samplers.py": ["--captions", "2", "--variants", "1", "--parts", "parts"],
+    "stratified.py": ["--batches", "3", "--parts", "parts.pt"],
     "drawing.py": ["--pictures", "40", "--captions", "1"],
     "order.py": ["--shards", "100", "--per_shard", "100"],
     "convergence.py": ["base", "--variants", "AdamW", "--steps", "2", "--seeds", "0", "--samples", "8"],
