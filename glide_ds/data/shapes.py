@@ -11,7 +11,6 @@ import io
 import json
 import os
 import re
-import tarfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from glide_ds.data.tars.writing import writing_shard
 from glide_ds.errors import DataError
-from glide_ds.files import replacing
 
 # Indices below are for training, from here on held out: no training run ever draws them.
 HELD_OUT = 2**40
@@ -286,12 +285,9 @@ def write_shards(
 
 
 def _write_shard(path: Path, indices: range, size: int, seed: int) -> None:
-    with replacing(path) as partial, tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with writing_shard(path) as add:
         for index in indices:
-            for extension, content in _members(scene(index, seed), size):
-                member = tarfile.TarInfo(f"{index:09d}.{extension}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+            add(f"{index:09d}", dict(_members(scene(index, seed), size)))
 
 
 def _members(picture: Scene, size: int) -> Iterator[tuple[str, bytes]]:

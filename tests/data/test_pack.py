@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -246,11 +247,18 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         pack(tmp_path / "empty", tmp_path / "out")
 
 
-def test_parallel_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+def test_parallel_and_later_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     pack(folder, tmp_path / "a", per_shard=3, workers=1)
+    for path in folder.rglob("*.*"):
+        os.utime(path, (1e9, 1e9))
     pack(folder, tmp_path / "b", per_shard=3, workers=3)
     a, b = ({p.name: p.read_bytes() for p in (tmp_path / d).glob("*.tar")} for d in "ab")
     assert a == b
+    told = set()
+    for path in (tmp_path / "a").glob("*.tar"):
+        with tarfile.open(path) as tar:
+            told |= {(m.uid, m.gid, m.uname, m.gname, m.mtime, m.mode) for m in tar}
+    assert told == {(0, 0, "", "", 0, 0o644)}
 
 
 @pytest.mark.slow

@@ -144,6 +144,7 @@ def test_shards_hold_the_drawn_samples_and_repeat_byte_for_byte(tmp_path):
     for path in paths:
         with tarfile.open(path) as tar:
             files = {m.name: tar.extractfile(m).read() for m in tar}
+            assert {(m.uid, m.gid, m.uname, m.gname, m.mtime) for m in tar.getmembers()} == {(0, 0, "", "", 0)}
         for key in sorted({name.split(".")[0] for name in files}):
             picture, text = shapes.draw(int(key), 48, seed=5)
             assert files[f"{key}.txt"].decode() == text

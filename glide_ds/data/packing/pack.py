@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import os
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -30,10 +29,11 @@ from glide_ds.data.tally import Cause, Unusable
 from glide_ds.data.tars.catalog import CATALOGS, Place, look
 from glide_ds.data.tars.index import scan_shard, store_index
 from glide_ds.data.tars.storage import Storage
+from glide_ds.data.tars.writing import writing_shard
 from glide_ds.data.texts.captions import read_caption
 from glide_ds.data.workers import end_with
 from glide_ds.errors import DataError
-from glide_ds.files import check_place, replacing, write_file
+from glide_ds.files import check_place, write_file
 from glide_ds.progress import Progress
 
 SHEET, CELL = 8, 96  # the contact sheet has SHEET x SHEET pictures of CELL pixels
@@ -41,7 +41,7 @@ HELD_OUT = "held-out"  # a folder beside the shards that are trained on
 SHARE = ".hold_out"  # in it: the share that was asked for
 NOTE = ".packed.json"
 BEFORE = ".before.json"  # there while a run is under way
-PACKING = b"3"  # grows when the same input is packed otherwise
+PACKING = b"4"  # grows when the same input is packed otherwise
 EXTENSIONS = {b"\xff\xd8\xff": "jpg", b"\x89PN": "png", b"RIF": "webp", b"GIF": "gif"}
 
 
@@ -243,7 +243,7 @@ def _write_shard(root: Path, part: tuple[Path, Sequence[Pair]]) -> Packed:
         return earlier
     write_file(note, json.dumps(NOTHING._asdict()))  # a tar that is left without its end is known as ours
     lengths, skipped, contents = [], [], dict[str, str]()
-    with replacing(path) as partial, tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with writing_shard(path) as add:
         for number, pair in enumerate(pairs):
             try:
                 image, members = _members(root, pair)
@@ -252,10 +252,7 @@ def _write_shard(root: Path, part: tuple[Path, Sequence[Pair]]) -> Packed:
                 continue
             lengths.append(len(read_caption(members, 0.0)[0]))
             contents[_place(pair, _hash([image]), contents)] = _hash([image, *members.values()])
-            for extension, data in ({_extension(image): image} | members).items():
-                info = tarfile.TarInfo(f"{path.stem}{number:06d}.{extension}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+            add(f"{path.stem}{number:06d}", {_extension(image): image} | members)
     packed = Packed(digest, len(lengths), path.stat().st_size, lengths, skipped, contents)
     store_index(str(path), scan_shard(str(path)), Storage(), beside=True)
     write_file(note, json.dumps(packed._asdict()))
