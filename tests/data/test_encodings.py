@@ -75,6 +75,35 @@ def test_no_text_has_nuls(data: bytes) -> None:
         decode_text(data)
 
 
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        ("crème brûlée, café".encode()[:-1], "crème brûlée, caf"),  # cut within its last letter
+        ("日本語の写真、赤い犬".encode()[:-2], "日本語の写真、赤い"),
+        ("crème".encode() + b"\xff" + "brûlée, été".encode(), "crèmebrûlée, été"),
+        ("a dog \ud83d\udc36".encode("utf-8", "surrogatepass"), "a dog 🐶"),  # as Java and MySQL write it
+        ("a dog \ud83d, red".encode("utf-8", "surrogatepass"), "a dog , red"),
+        ("\ufeff\ufeffa dog".encode(), "a dog"),
+        ("赤い犬が走る".encode("iso2022_jp"), "赤い犬が走る"),
+        ("빨간 개".encode("iso2022_kr"), "빨간 개"),
+        ("赤い犬が芝生の上に座っている".encode("shift_jis"), "赤い犬が芝生の上に座っている"),
+        ("crème brûlée, café".encode("mac_roman"), None),
+        ("crème brûlée, café".encode("cp850"), None),
+        ("příliš žluťoučký kůň".encode("iso8859-2"), None),
+        ("красная собака сидит".encode("iso8859-5"), None),
+        ("빨간 개가 잔디 위에 앉아 있다".encode("johab"), None),
+        ("สุนัขสีแดงนั่งบนหญ้า".encode("cp874"), None),
+        (b"a red\xc0\x80dog", None),
+    ],
+)
+def test_other_letters_are_never_taken_for_those_that_were_written(data: bytes, text: str | None) -> None:
+    if text is not None:
+        assert decode_text(data)[0] == text
+        return
+    with pytest.raises(Unusable, match=Cause.BAD_TEXT):
+        decode_text(data)
+
+
 def test_a_bad_text_does_not_spoil_a_good_record(tmp_path: Path) -> None:
     good = json_bytes(caption="of the record")
     notes = ("text not readable, the record's caption taken",)

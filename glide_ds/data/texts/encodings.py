@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
+from contextlib import suppress
 
 from glide_ds.data.tally import Cause, Unusable
 
@@ -23,6 +24,19 @@ LETTERS = re.compile(
     r"[\u0370-\u06ff\u0900-\u097f\u0e00-\u0e7f\u2010-\u2027\u3000-\u30ff\u4e00-\u9fff\uac00-\ud7a3\uff00-\uff60]"
 )
 WIDE = ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
+ESCAPED = ("iso2022_jp_2", "iso2022_kr")  # seven bits, which UTF-8 reads as other letters
+# What nobody writes, and what other encodings look like: a capital in a word's midst, a sign between two letters.
+WRONG = re.compile(
+    r"[a-zß-öø-ÿ][À-ÖØ-ÞŠŽŸŒ]|[^\W\d_][‚„†‡ˆ‰‹›ƒ•˜]|[^\W\d_][¡-§©-¬®-±¶¸-¿][^\W\d_]|[а-я][А-Я]|[α-ω][Α-Ω]"
+)
+IDEOGRAPHS = re.compile(r"[\u3400-\u9fff\uac00-\ud7a3]")
+# By language, the codec and the lead bytes of the letters that its texts are made of.
+COMMON = {
+    "gb2312": range(0xB0, 0xD8),
+    "big5": range(0xA4, 0xC7),
+    "shift_jis": range(0x88, 0x98),
+    "euc_kr": range(0xB0, 0xC9),
+}
 ENOUGH = 0.8  # of a text's letters
 CLEAR = 0.05  # of charset-normalizer's mess, by which the likeliest must be less messy than the next,
 COHERENT = 0.3  # or of its measure of a language's letters, by which it must be ahead
@@ -30,8 +44,12 @@ COHERENT = 0.3  # or of its measure of a language's letters, by which it must be
 
 def decode_text(data: bytes) -> tuple[str, bool]:
     """(text, whether it was UTF-8). Raises Unusable where the bytes are no text in any encoding that they tell."""
+    if b"\x1b" in data:
+        for text in (text for encoding in ESCAPED for text in _tried(data, encoding)):
+            if _is_text(text) and not text.isascii():
+                return text, False
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig").lstrip("\ufeff")
     except UnicodeDecodeError:
         pass
     else:
@@ -53,18 +71,51 @@ def _candidates(data: bytes) -> list[str]:
     for bom, encoding in BOMS:
         if data.startswith(bom):
             return _tried(data, encoding)
+    if text := _nearly_utf8(data):
+        return [text]
     if b"\0" in data:
         texts = [text for encoding in WIDE for text in _tried(data, encoding) if _likely(text) >= ENOUGH]
         return sorted(texts, key=_likely, reverse=True)
-    wide = _tried(data, "utf-16-le")
-    if wide and len(CJK.findall(wide[0])) >= ENOUGH * len(wide[0]):
+    if wide := _wide(data, "utf-16-le"):
         return wide
-    if _is_western(data) and (western := [text for text in _tried(data, "cp1252") if _is_text(text)]):
+    if _is_western(data) and (
+        western := [text for text in _tried(data, "cp1252") if _is_text(text) and _plausible(text)]
+    ):
         return western
     if legacy := _legacy(data):
         return legacy
-    wide = _tried(data, "utf-16-be")
-    return wide if wide and len(CJK.findall(wide[0])) >= ENOUGH * len(wide[0]) else []
+    return _wide(data, "utf-16-be")
+
+
+def _nearly_utf8(data: bytes) -> str:
+    """UTF-8 that was cut within a letter, or has halves of letters as Java writes them; "" where it is not that."""
+    with suppress(UnicodeError):
+        halves = data.decode("utf-8-sig", "surrogatepass")
+        return "" if "\0" in halves else halves.encode("utf-16", "surrogatepass").decode("utf-16", "ignore")
+    text = data.decode("utf-8-sig", "replace")
+    lost = text.count("\ufffd")
+    whole = sum(not char.isascii() for char in text) - lost
+    return text.replace("\ufffd", "") if whole > lost and "\0" not in text else ""
+
+
+def _wide(data: bytes, encoding: str) -> list[str]:
+    """Chinese or Japanese in UTF-16 without a NUL to tell it by."""
+    wide = _tried(data, encoding)
+    return [text for text in wide if len(CJK.findall(text)) >= ENOUGH * len(text) and _plausible(text)]
+
+
+def _plausible(text: str) -> bool:
+    """Whether its letters are those that some language writes, in the places where it does."""
+    letters = IDEOGRAPHS.findall(text)
+    common = max(sum(_lead(letter, codec) in leads for letter in letters) for codec, leads in COMMON.items())
+    return common >= ENOUGH * len(letters) and not WRONG.search(text)
+
+
+def _lead(letter: str, codec: str) -> int:
+    try:
+        return letter.encode(codec)[0]
+    except UnicodeEncodeError:
+        return 0
 
 
 def _likely(text: str) -> float:
@@ -96,7 +147,9 @@ def _legacy(data: bytes) -> list[str]:
     found = [
         match
         for match in from_bytes(data, cp_isolation=LEGACY, threshold=0.3)
-        if _is_text(str(match)) and len(HALF_WIDTH_KANA.findall(str(match))) <= 0.1 * len(str(match))
+        if _is_text(str(match))
+        and _plausible(str(match))
+        and len(HALF_WIDTH_KANA.findall(str(match))) <= 0.1 * len(str(match))
     ]
     if not found:
         return []
