@@ -34,7 +34,8 @@ def check(members: Mapping[str, bytes], filters: FilterConfig) -> None:
         return
     record: Mapping[str, Any] = parse_json(members["json"])[0] if "json" in members else {}
     if filters.min_size or filters.max_aspect:
-        width, height = _number(record, WIDTHS, "size"), _number(record, HEIGHTS, "size")
+        # 0 and -1 are what a tool writes that does not know.
+        width, height = _number(record, WIDTHS, "size", least=1), _number(record, HEIGHTS, "size", least=1)
         _drop_if(min(width, height) < filters.min_size, "min_size", f"{width:g} x {height:g}")
         aspect = max(width, height) / max(1.0, min(width, height))
         _drop_if(bool(filters.max_aspect) and aspect > filters.max_aspect, "max_aspect", f"{aspect:.2f}")
@@ -42,7 +43,7 @@ def check(members: Mapping[str, bytes], filters: FilterConfig) -> None:
         value = _number(record, SIMILARITY, "min_similarity")
         _drop_if(value < filters.min_similarity, "min_similarity", f"{value:g}")
     if filters.max_punsafe is not None:
-        value = _number(record, UNSAFE, "max_punsafe")
+        value = _number(record, UNSAFE, "max_punsafe", least=0)
         _drop_if(value > filters.max_punsafe, "max_punsafe", f"{value:g}")
     for rule, names, allowed in (("nsfw", NSFW, filters.nsfw), ("language", LANGUAGE, filters.language)):
         if allowed:
@@ -57,7 +58,7 @@ def _value(record: Mapping[str, Any], names: tuple[str, ...], rule: str) -> Any:
     raise Filtered(f"{rule}: not recorded", f"none of {', '.join(names)}")
 
 
-def _number(record: Mapping[str, Any], names: tuple[str, ...], rule: str) -> float:
+def _number(record: Mapping[str, Any], names: tuple[str, ...], rule: str, least: float = -math.inf) -> float:
     value = _value(record, names, rule)
     number = math.nan
     if isinstance(value, int | float | str) and not isinstance(value, bool):
@@ -65,6 +66,8 @@ def _number(record: Mapping[str, Any], names: tuple[str, ...], rule: str) -> flo
             number = float(value)
     if not math.isfinite(number):
         raise Filtered(f"{rule}: not recorded", f"{_shown(value)} is no finite number")
+    if number < least:
+        raise Filtered(f"{rule}: not recorded", f"{number:g} is below {least:g}")
     return number
 
 

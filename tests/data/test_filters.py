@@ -78,6 +78,21 @@ def test_what_is_no_finite_number_is_not_recorded(rule: dict[str, Any], value: s
             check({"json": record}, FilterConfig(**rule))
 
 
+@pytest.mark.parametrize(
+    ("rule", "record"),
+    [
+        ({"max_punsafe": 0.5}, {"punsafe": -1}),
+        ({"max_aspect": 2.0}, {"width": 0, "height": 0}),
+        ({"max_aspect": 2.0}, {"width": 300, "height": -1}),
+        ({"min_size": 64}, {"width": -1, "height": -1}),
+    ],
+    ids=str,
+)
+def test_what_stands_for_unknown_is_not_recorded(rule: dict[str, Any], record: dict[str, Any]) -> None:
+    with pytest.raises(Filtered, match="not recorded"):
+        check({"json": json_bytes(**record)}, FilterConfig(**rule))
+
+
 @pytest.mark.parametrize("rule", ["nsfw", "language"])
 @pytest.mark.parametrize(
     "value", [*NO_NUMBERS[:4], NO_NUMBERS[-3], NO_NUMBERS[-1]], ids=lambda value: value[:12]
