@@ -17,6 +17,8 @@ from data_kit import sample, write_shards, write_tar
 
 from glide_ds.data.tars.patterns import expand
 from glide_ds.data.tars.shards import open_shards
+from glide_ds.data.tars.storage import Storage
+from glide_ds.data.tars.stream import members
 from glide_ds.errors import DataError
 
 
@@ -41,6 +43,24 @@ def test_home_and_variables(names: list[str], tmp_path: Path, monkeypatch: pytes
     monkeypatch.delenv("SHARDS")
     with pytest.raises(DataError, match=r"variable SHARDS, which is not set"):
         expand("$SHARDS/x.tar")
+    monkeypatch.setenv("SHARDS", "")
+    with pytest.raises(DataError, match=r"variable SHARDS, which is not set, or empty"):
+        expand("$SHARDS/x.tar")
+
+
+def test_one_shard_by_two_spellings_is_one(names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, name = os.path.split(names[0])
+    monkeypatch.chdir(folder)
+    for other in (name, f"./{name}", f"{folder}//{name}", f"{folder}/../{os.path.basename(folder)}/{name}"):
+        with pytest.raises(DataError, match=r"s-000\.tar more than once"):
+            expand([names[0], other])
+
+
+def test_a_comma_in_a_name_behind_a_variable(names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = os.path.dirname(names[0])
+    monkeypatch.setenv("SHARDS", folder)
+    os.rename(names[0], f"{folder}/a, b.tar")
+    assert expand("$SHARDS/a, b.tar") == [f"{folder}/a, b.tar"]
 
 
 def test_lists_in_one_text(names: list[str]) -> None:
@@ -150,6 +170,13 @@ NO_TARS = {
     "a page or message": b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>',
     "a page or message, no tar": b'{"error": "not found"}',
     "is empty: it has 0 bytes": b"",
+    "a page or message.*Too Many Requests": b"Too Many Requests\n",
+    "a page or message.*https://example": b"https://example.com/a.tar",
+    "a page or message, no tar; it begins '<!--": b"<!-- cached --><html>" + b"x" * 600,
+    "is a git-lfs pointer": b"\xef\xbb\xbfversion https://git-lfs.github.com/spec/v1\noid",
+    "is zstd-compressed": b"\x50\x2a\x4d\x18\x04\0\0\0" + bytes(600),
+    "is lzma-compressed": lzma.compress(b"x" * 100, format=lzma.FORMAT_ALONE),
+    "an HDF5 file": b"\x89HDF\r\n\x1a\n" + bytes(600),
     "a parquet file": b"PAR1" + bytes(600),
     "a JPEG picture.*prepare pack": sample(0)["jpg"],
     "no tar header": b"something else altogether" * 100,
@@ -162,6 +189,15 @@ def test_what_is_no_tar_is_named(tmp_path: Path, what: str, salvage: bool) -> No
     (tmp_path / "x.tar").write_bytes(NO_TARS[what])
     with pytest.raises(DataError, match=what if not (salvage and "header" in what) else "hold no sample"):
         open_shards(str(tmp_path / "x.tar"), salvage=salvage)
+
+
+@pytest.mark.parametrize(
+    "key", ["PAR1", "BZh91", "Rar!", "{[", "<html>", "PK\x03\x04", "GIF89a", "LZIP", "RIFF"]
+)
+def test_a_tar_is_one_whatever_its_first_member_is_called(tmp_path: Path, key: str) -> None:
+    path = write_tar(tmp_path / "x.tar", [(key, sample(0))])
+    assert open_shards(str(path)).key(0) == key
+    assert [name for name, _ in members(str(path), Storage())] == [f"{key}.jpg", f"{key}.txt"]
 
 
 def test_a_tar_that_is_not_sorted_by_key_is_named(tmp_path: Path) -> None:

@@ -38,9 +38,9 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
         raise faults[0]
     if not urls:
         raise DataError("data.shards is empty", remedy="name tar files, a brace pattern, or builtin:shapes")
-    places = [bare(url) for url in urls]
+    places = [bare(url) if is_remote(url) else os.path.abspath(local_path(url)) for url in urls]
     if len(set(places)) < len(urls):
-        doubled = [url for url, count in Counter(places).items() if count > 1]
+        doubled = [place for place, count in Counter(places).items() if count > 1]
         raise DataError(
             f"data.shards names {doubled[0]} more than once ({len(doubled)} such shards)",
             "its samples would be read twice an epoch",
@@ -102,7 +102,9 @@ def _parts(pattern: str) -> list[str]:
 
 def _at_commas(pattern: str) -> list[str]:
     """The parts at the commas outside of braces; one part where a file has that very name, or a store may."""
-    if "," not in pattern or (not is_remote(pattern) and os.path.exists(local_path(pattern))):
+    if "," not in pattern or (
+        not is_remote(pattern) and os.path.exists(os.path.expandvars(local_path(pattern)))
+    ):
         return [pattern]
     depth, parts = 0, [""]
     for char in pattern:
@@ -119,9 +121,9 @@ def _at_commas(pattern: str) -> list[str]:
 
 def _filled(part: str, pattern: str) -> str:
     for name in VARIABLE.findall(part):
-        if name.strip("{}") not in os.environ:
+        if not os.environ.get(name.strip("{}")):
             raise DataError(
-                f"data.shards {pattern!r} uses the variable {name.strip('{}')}, which is not set",
+                f"data.shards {pattern!r} uses the variable {name.strip('{}')}, which is not set, or empty",
                 remedy="export it, or write what it stands for",
             )
     return local_path(os.path.expandvars(part))

@@ -84,7 +84,7 @@ class _Scanner:
         size, damage = self.size, self.scan.damage
         while offset is not None and offset + BLOCK <= size:
             header = self.read(offset, BLOCK)
-            if _valid(header):
+            if is_header(header):
                 offset = self._entry(header, offset)
             elif header.strip(b"\0"):
                 offset = self._lost(offset, offset + BLOCK, "are no tar header and no member")
@@ -167,7 +167,7 @@ class _Scanner:
         if start + max(count, BLOCK) > self.size:
             return False
         following = self.read(start, BLOCK)
-        return not _valid(following) and bool(following.strip(b"\0"))
+        return not is_header(following) and bool(following.strip(b"\0"))
 
     def _after_sparse_map(self, header: bytes, start: int) -> int:
         extended = header[482]
@@ -201,7 +201,7 @@ class _Scanner:
 
     def _next_header(self, offset: int) -> int | None:
         self.long_name, self.long_link, self.pax = "", "", {}
-        return next((at for at, block in self._blocks(offset, _like_header) if _valid(block)), None)
+        return next((at for at, block in self._blocks(offset, _like_header) if is_header(block)), None)
 
     def _blocks(
         self, offset: int, wanted: Callable[[Blocks], NDArray[np.bool_]]
@@ -271,7 +271,10 @@ def _is_padding(offset: int, size: int) -> bool:
     )
 
 
-def _valid(header: bytes) -> bool:
+def is_header(header: bytes) -> bool:
+    """Whether a block is a member's header, by its checksum."""
+    if len(header) < BLOCK:
+        return False
     try:
         stated = _number(header[148:156])
         size = _number(header[124:136])

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glide_ds.data.tars.scan import BLOCK
-from glide_ds.data.tars.signatures import COMPRESSED, check_is_tar
+from glide_ds.data.tars.signatures import check_is_tar, compression
 from glide_ds.data.tars.storage import Storage, fault, is_remote, local_path
 from glide_ds.errors import DataError, GlideError
 from glide_ds.masking import masked
@@ -95,17 +95,20 @@ class _Raw(io.RawIOBase):
     """A stream whose faults are those of the surroundings, told from what its bytes are."""
 
     def __init__(self, source: _Source, url: str) -> None:
-        self._source, self._url, self._done = source, url, False
+        self._source, self._url, self._done, self._at_end = source, url, False, False
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
+        if self._at_end:  # a client of web servers complains where it is asked again and again
+            return 0
         try:
             data = self._source.read(len(buffer))
         except Exception as error:  # every backend of fsspec raises its own
             raise _fault(self._url, error) from error
         buffer[: len(data)] = data
+        self._at_end = not data
         return len(data)
 
     def finish(self) -> None:
@@ -152,13 +155,13 @@ def _opened(url: str, storage: Storage) -> _Source:
 def _unpacked(raw: io.BufferedReader, url: str) -> Any:
     """The tar's bytes. Raises DataError for what is none and for what can't be unpacked here."""
     start = raw.peek(BLOCK)[:BLOCK]
-    kind = next((name for mark, (name, _) in COMPRESSED.items() if start.startswith(mark)), "")
+    kind = compression(start)
     if not kind:
         check_is_tar(masked(url), start)
         return raw
     if kind == "gzip":
         return gzip.GzipFile(fileobj=raw)
-    if kind == "xz":
+    if kind in ("xz", "lzma"):
         return lzma.LZMAFile(raw)
     if kind == "bzip2":
         return bz2.BZ2File(raw)
