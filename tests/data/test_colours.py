@@ -137,3 +137,26 @@ def test_an_empty_alpha_of_a_bmp_is_no_alpha(header: int) -> None:
     assert opened(bmp(0, header, mask=0))[0, 0].tolist() == [200, 20, 10]
     assert opened(bmp(255, header))[0, 0].tolist() == [200, 20, 10]
     assert opened(bmp(128, header))[0, 0].tolist() == [227, 137, 132]
+
+
+@pytest.mark.parametrize("kind", ["u1", "u2"])
+def test_colours_in_planes_of_their_own_are_right_or_refused(kind: str) -> None:
+    """Pillow reads those of 16 bits as noise."""
+    values = np.full((3, SIDE, SIDE), 200, kind) * np.array([1, 0, 0], kind)[:, None, None]
+    size = values[0].nbytes
+    after = 8 + 2 + 12 * 11 + 4
+    lists = struct.pack("<3H", *3 * [8 * values.itemsize]) + struct.pack(
+        "<6I", *(after + 30 + n * size for n in range(3)), *3 * [size]
+    )
+    tags = [(256, 1, SIDE), (257, 1, SIDE), (258, 3, after), (259, 1, 1), (262, 1, 2), (273, 3, after + 6)]
+    tags += [(277, 1, 3), (278, 1, SIDE), (279, 3, after + 18), (284, 1, 2), (339, 1, 1)]
+    entries = b"".join(
+        struct.pack("<HHII", tag, 3 if tag == 258 else 4, count, value) for tag, count, value in tags
+    )
+    data = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + lists + values.tobytes()
+    if kind == "u1":
+        assert (opened(data) == (200, 0, 0)).all()
+        return
+    with pytest.raises(Unusable, match="plane") as refused:
+        opened(data)
+    assert refused.value.cause == Cause.UNKNOWN_FORMAT

@@ -107,12 +107,15 @@ def test_exif_that_cannot_be_read_says_upright(exif: bytes) -> None:
         [chunk(b"iCCP", b"profile\0\0" + zlib.compress(b"x" * 3_000_000))],
         [chunk(b"tEXt", b"Comment\0damaged")[:-1] + b"\0"],
         [chunk(b"zTXt", b"Comment\0\0no zlib")],
+        [chunk(b"pHYs", b"12")],
+        [chunk(b"pHYs", b"12"), chunk(b"tIME", b"")],
     ],
-    ids=["zTXt", "iTXt", "many", "tEXt", "profile", "damaged", "no zlib"],
+    ids=["zTXt", "iTXt", "many", "tEXt", "profile", "damaged", "no zlib", "pHYs", "tIME"],
 )
 def test_texts_of_a_png_do_not_spoil_it(chunks: list[bytes]) -> None:
-    png = encoded(PHOTO)
-    same(after_header(png, *chunks), png)
+    for pixels in (PHOTO, np.dstack([PHOTO, PHOTO[..., 0]])):
+        png = encoded(pixels)
+        same(after_header(png, *chunks), png)
 
 
 def xmp(orientation: int, form: str) -> bytes:

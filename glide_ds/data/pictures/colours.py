@@ -10,8 +10,8 @@ from PIL import Image
 
 from glide_ds.data.tally import Cause, Unusable
 
-BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
-WHITE_IS_ZERO, SIGNED = 0, 2  # their values
+BITS_PER_SAMPLE, PHOTOMETRIC, PLANES, SAMPLE_FORMAT = 258, 262, 284, 339  # tags of TIFF
+WHITE_IS_ZERO, APART, SIGNED = 0, 2, 2  # their values
 BYTE, WORD = 255.0, 65535.0
 LIGHTS = 16.0  # times white: no picture of bytes is as dark as that
 
@@ -32,6 +32,13 @@ def rgb(image: Image.Image, *, wide: bool = False) -> Image.Image:
         ground = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         return Image.alpha_composite(ground, layer).convert("RGB")
     return image.convert("RGB")
+
+
+def check_planes(image: Image.Image) -> None:
+    """Raises Unusable for a TIFF of more than 8 bits whose colours lie apart, which Pillow reads as noise."""
+    tags = getattr(image, "tag_v2", {})
+    if tags.get(PLANES) == APART and len(image.getbands()) > 1 and max(tags.get(BITS_PER_SAMPLE, (8,))) > 8:
+        raise Unusable(Cause.UNKNOWN_FORMAT, "a TIFF of 16 bits a colour, each colour in a plane of its own")
 
 
 def _narrow(image: Image.Image) -> Image.Image:

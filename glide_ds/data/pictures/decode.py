@@ -27,14 +27,14 @@ import simplejpeg
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from glide_ds.data.pictures.borders import content_box
-from glide_ds.data.pictures.colours import rgb
+from glide_ds.data.pictures.colours import check_planes, rgb
 from glide_ds.data.pictures.metadata import (
     END_OF_IMAGE,
     PNG_START,
+    bare_png,
     is_whole_jpeg,
     jpeg_orientation,
     orientation,
-    without_texts,
 )
 from glide_ds.data.pictures.resample import Box, Pixels, resize
 from glide_ds.data.tally import Cause, Unusable
@@ -199,7 +199,7 @@ def _open_any(data: bytes, options: DecodeOptions) -> Opened:
                 isinstance(error, Unusable) and error.cause != Cause.CORRUPT_IMAGE
             ):
                 raise
-            return _by_pillow(without_texts(data), options)
+            return _by_pillow(bare_png(data), options)
 
 
 def _by_pillow(data: bytes, options: DecodeOptions) -> Opened:
@@ -210,6 +210,7 @@ def _by_pillow(data: bytes, options: DecodeOptions) -> Opened:
         raise Unusable(cause, f"begins with {data[:8]!r}") from None
     with image:
         _check_size(*image.size, options)
+        check_planes(image)
         image.load()
         wide = data.startswith(PNG_START) and data[24] == 16
         pixels = np.array(rgb(image, wide=wide))

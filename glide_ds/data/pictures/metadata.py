@@ -13,7 +13,7 @@ ORIENTATION = 0x0112
 EXIF, XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 XMP_ORIENTATION = re.compile(rb"tiff:Orientation\s*(?:=\s*[\"']|>)\s*([1-8])\b")
 PNG_START = b"\x89PNG\r\n\x1a\n"
-TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf")
+TRANSPARENCY = b"tRNS"  # the one chunk that a PNG can do without and its picture can't
 MARKERS_ALONE = (0x01, *range(0xD0, 0xD8))  # segments without a length
 END_OF_IMAGE = b"\xff\xd9"
 READ_AHEAD = 16  # bytes that libjpeg may have taken of what it calls extraneous
@@ -66,8 +66,8 @@ def orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def without_texts(data: bytes) -> bytes:
-    """A PNG without its texts and profile, which may be damaged or larger than Pillow takes, and say nothing here.
+def bare_png(data: bytes) -> bytes:
+    """A PNG without its texts, profile and the like, which may be damaged or larger than Pillow takes.
 
     But for sound EXIF and XMP of a size that a person writes, which may hold the orientation.
     """
@@ -81,7 +81,8 @@ def without_texts(data: bytes) -> bytes:
         small = whole and size < 1 << 16
         xmp = kind == b"iTXt" and data[offset + 8 :].startswith(b"XML:com.adobe.xmp\0\0")
         exif = kind == b"eXIf"
-        if kind not in TEXTS or (small and (xmp or exif)):
+        needed = kind[0] < ord("a") or kind == TRANSPARENCY
+        if needed or (small and (xmp or exif)):
             kept.append(data[offset:end])
         offset = end
     kept.append(data[offset:])
