@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from data_kit import encoded, photo
 from PIL import Image
 
+from glide_ds.commands.prepare_pack import add_arguments, run
 from glide_ds.data.packing.pack import pack
 from glide_ds.data.tars.shards import open_shards
 from glide_ds.data.texts.captions import read_caption
@@ -152,6 +155,47 @@ def test_a_record_is_passed_over_for_its_own_fault(photos: Path) -> None:
     assert "gone.png: No such file" in told
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "passed"),
+    [
+        ("x.csv", "Image, Caption\na.png,a\n", 0),
+        ("x.csv", "image\tcaption\na.png\ta\n", 0),
+        ("x.csv", "IMAGE|TEXT\na.png|a\n", 0),
+        ("x.jsonl", '{"image": "a.png", "caption": "a", "n": ' + "9" * 5000 + "}", 0),
+        ("x.jsonl", '{"image": "a\\u0000.png", "caption": "b"}\n{"image": "a.png", "caption": "a"}', 1),
+        ("x.jsonl", '{"image": "\\ud800.png", "caption": "b"}\n{"image": "a.png", "caption": "a"}', 1),
+        (
+            "x.json",
+            '{"images": [{"id": "1", "file_name": "a.png"}], "annotations": [{"image_id": 1, "caption": "a"}]}',
+            0,
+        ),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_more_forms_of_lists(photos: Path, name: str, text: str, passed: int) -> None:
+    (photos / name).write_text(text)
+    captions, summary = packed(photos / name)
+    assert (captions, len(summary["skipped"])) == (["a"], passed)
+
+
+def test_pipes_and_names_of_any_bytes_are_passed_over(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "a.txt").write_text("of a")
+    os.mkfifo(photos / "pipe.png")  # who reads it waits for ever
+    (photos / "pipe.txt").write_text("of a pipe")
+    odd = os.fsencode(photos) + b"/\xff.png"
+    with open(odd, "wb") as file:
+        file.write(encoded(photo(1)))
+    arguments = argparse.ArgumentParser()
+    add_arguments(arguments)
+    run(arguments.parse_args([str(photos), "--out", str(tmp_path / "out"), "--workers", "1"]))
+    told = capsys.readouterr().out
+    assert "pipe.png: it is no regular file" in told
+    assert "\\udcff.png: no caption" in told
+    assert '"samples": 1' in told
+
+
 def test_captions_of_coco(photos: Path, tmp_path: Path) -> None:
     for number, name in enumerate("abcde"):
         picture(tmp_path / "coco" / "train2017" / f"{name}.png", number)
@@ -184,6 +228,11 @@ def test_parquet_of_bytes_paths_and_dicts(photos: Path, tmp_path: Path) -> None:
         parquet.write_table(table, photos / f"{name}.parquet", row_group_size=2)
         for per_shard in (2, 5):
             assert packed(photos / f"{name}.parquet", per_shard)[0] == captions, name
+    late = arrow.array([10**18] * 5, arrow.timestamp("us"))  # no year that Python has
+    parquet.write_table(
+        arrow.table({"IMAGE": columns["paths"], "TEXT": captions, "at": late}), photos / "l.parquet"
+    )
+    assert packed(photos / "l.parquet")[0] == captions
     gaps = arrow.table({"jpg": [data[0], None, data[2]], "caption": ["a", "b", None], "url": ["u"] * 3})
     (tmp_path / "set").mkdir()
     parquet.write_table(
@@ -206,6 +255,7 @@ def test_parquet_of_bytes_paths_and_dicts(photos: Path, tmp_path: Path) -> None:
         ("x.json", b"{", "is no JSON"),
         ("x.json", b"{}", "neither a list of records nor COCO"),
         ("x.json", b'{"annotations": [], "images": null}', "0 pictures"),
+        ("x.json", b'{"annotations": [], "images": 5}', "0 pictures"),
         ("x.json", b"[" * 9000, "is no JSON"),
         ("x.parquet", b"PAR1 and nothing", "can't be read as parquet"),
         ("x.parquet", b"", "can't be read as parquet"),

@@ -235,3 +235,18 @@ def test_a_store_of_one_caption_a_sample_is_refused_where_others_may_be_drawn(
     layout: dict[str, Any] = {"global_batch": 4, "micro_batch": 4, "rank": 0, "world_size": 1, "seed": 0}
     with pytest.raises(DataError, match=r"one embedding a sample.*--captions '\{\"txt\": 1\.0\}'"):
         build_source(config, image_size=16, context_length=8, clip=ClipConfig(model="builtin:tiny"), **layout)
+
+
+def test_side_files_of_older_writers(tmp_path: Path) -> None:
+    """Texts that parquet calls binary, and an integer of more digits than Python converts."""
+    arrow = pytest.importorskip("pyarrow", reason="parquet needs pyarrow")
+    from pyarrow import parquet
+
+    for kind in (arrow.binary(), arrow.large_binary()):
+        columns = {name: arrow.array([text], kind) for name, text in (("key", b"a/1"), ("c", "é".encode()))}
+        parquet.write_table(arrow.table(columns), tmp_path / "x.parquet")
+        captions = Captions({"file.c": 1.0}, str(tmp_path / "x.parquet"))
+        assert captions.read({}, 0.5, lambda: "a/1") == ("é", ())
+    (tmp_path / "x.jsonl").write_text('{"key": "a/1", "c": "of a", "n": ' + "9" * 5000 + "}")
+    captions = Captions({"file.c": 1.0}, str(tmp_path / "x.jsonl"))
+    assert captions.read({}, 0.5, lambda: "a/1") == ("of a", ())

@@ -8,9 +8,10 @@ with one record is that record's fault, told and passed over.
 from __future__ import annotations
 
 import csv
+import errno
 import io
-import json
 import os
+import stat
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 from glide_ds.data.pictures.decode import IMAGE_EXTENSIONS
 from glide_ds.data.tally import Unusable
 from glide_ds.data.tars.storage import reading
+from glide_ds.data.texts.captions import loads
 from glide_ds.data.texts.encodings import decode_text
 from glide_ds.errors import DataError
 
@@ -36,7 +38,7 @@ IMAGE_FIELDS = (
     "webp",
     "img",
 )
-TEXT_FIELDS = ("caption", "captions", "text", "TEXT", "prompt", "title", "description", "alt")
+TEXT_FIELDS = ("caption", "captions", "text", "prompt", "title", "description", "alt")
 BESIDE = (
     "txt",
     "text",
@@ -89,7 +91,8 @@ class Passed(NamedTuple):
     why: str
 
     def __str__(self) -> str:
-        return f"{self.what}: {self.why}"
+        # A file's name may be of bytes that are no text.
+        return f"{self.what}: {self.why}".encode("utf-8", "backslashreplace").decode()
 
 
 class Intake:
@@ -210,10 +213,11 @@ class Intake:
                 Passed(where, f"it is a {type(record).__name__}, no record with an image and a caption")
             )
             return
-        image = next((record[name] for name in IMAGE_FIELDS if record.get(name)), None)
+        by_name = {str(name).strip().lower(): value for name, value in record.items()}
+        image = next((by_name[name] for name in IMAGE_FIELDS if by_name.get(name)), None)
         if isinstance(image, dict):  # Hugging Face's image column
             image = image.get("bytes") or image.get("path")
-        captions = _captions(record)
+        captions = _captions(by_name)
         if not isinstance(image, str | bytes | Row) or not captions:
             self.passed.append(
                 Passed(
@@ -229,7 +233,7 @@ class Intake:
             rest = {
                 k: v
                 for k, v in record.items()
-                if k not in IMAGE_FIELDS and isinstance(v, str | int | float | bool)
+                if str(k).strip().lower() not in IMAGE_FIELDS and isinstance(v, str | int | float | bool)
             }
             yield Pair(image.removeprefix("file://") if isinstance(image, str) else image, captions, rest)
 
@@ -244,7 +248,7 @@ class Intake:
                 continue
             try:
                 text = line if isinstance(line, str) else decode_text(line)[0]
-                yield where, json.loads(text)
+                yield where, loads(text)
             except (ValueError, RecursionError) as error:
                 self.passed.append(Passed(where, f"is no JSON: {str(error)[:80]}"))
             except Unusable as error:
@@ -252,8 +256,8 @@ class Intake:
 
     def _table(self, file: Path, data: bytes, separator: str) -> Iterator[tuple[str, Any]]:
         text = _text(file, data)
-        if separator == "," and text.partition("\n")[0].count(";") > text.partition("\n")[0].count(","):
-            separator = ";"  # as spreadsheets write it where a comma ends the whole numbers
+        if separator == ",":  # a semicolon is what spreadsheets write where a comma ends the whole numbers
+            separator = max(",;\t|", key=text.partition("\n")[0].count)
         rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, restkey="")
         try:
             for record in rows:
@@ -266,7 +270,7 @@ class Intake:
 
     def _json(self, file: Path, data: bytes) -> Iterator[tuple[str, Any]]:
         try:
-            whole = json.loads(_text(file, data))
+            whole = loads(_text(file, data))
         except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{file} is no JSON: {str(error)[:80]}",
@@ -283,16 +287,17 @@ class Intake:
             )
 
     def _coco(self, file: Path, whole: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-        captions: dict[Any, list[Any]] = {}
+        captions: dict[str, list[Any]] = {}
         for note in whole["annotations"]:
             if isinstance(note, dict) and isinstance(note.get("image_id"), int | str):
-                captions.setdefault(note["image_id"], []).append(note.get("caption"))
-        images = [image for image in whole.get("images") or [] if isinstance(image, dict)]
+                captions.setdefault(str(note["image_id"]), []).append(note.get("caption"))
+        listed = whole.get("images")
+        images = [image for image in listed if isinstance(image, dict)] if isinstance(listed, list) else []
         names = [str(image.get("file_name")) for image in images]
         folder = _folder_of(file.parent, names[:20])
         for number, image in enumerate(images, 1):
             image_id, name = image.get("id"), image.get("file_name")
-            texts = captions.get(image_id, []) if isinstance(image_id, int | str) else []
+            texts = captions.get(str(image_id), []) if isinstance(image_id, int | str) else []
             where = str(folder / name) if isinstance(name, str) else None
             yield f"{file} image {number}", {"image": where, "captions": texts, "image_id": image_id}
 
@@ -307,21 +312,26 @@ class Intake:
                 held = [
                     field.name
                     for field in table.schema_arrow
-                    if field.name in IMAGE_FIELDS
+                    if field.name.strip().lower() in IMAGE_FIELDS
                     and (
                         types.is_binary(field.type)
                         or types.is_large_binary(field.type)
                         or types.is_struct(field.type)
                     )
                 ]
-                wanted = [field.name for field in table.schema_arrow if field.name not in held]
+                # Times are nothing that a record keeps, and may lie beyond what Python has.
+                wanted = [
+                    field.name
+                    for field in table.schema_arrow
+                    if field.name not in held and not types.is_temporal(field.type)
+                ]
                 number = 0
                 for batch in table.iter_batches(batch_size=1024, columns=wanted):
                     for record in batch.to_pylist() if wanted else [{} for _ in range(batch.num_rows)]:
                         places = {name: Row(str(file), number, name) for name in held}
                         yield from self._pair({**places, **record}, f"{file} row {number}")
                         number += 1
-        except (ArrowException, OSError, ValueError) as error:
+        except (ArrowException, OSError, ValueError, OverflowError) as error:
             raise DataError(
                 f"{file} can't be read as parquet: {str(error)[:200]}", remedy="fetch or write it again"
             ) from error
@@ -358,7 +368,7 @@ class Rows:
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
         if isinstance(value, str):
-            return (root / value).read_bytes()
+            return file_bytes(root / value)
         if not isinstance(value, bytes):
             raise OSError(f"row {row.number} of {row.file} has no picture")
         return value
@@ -372,6 +382,16 @@ class Rows:
             for group, _ in enumerate(groups):
                 for batch in table.iter_batches(batch_size=ROWS, columns=[row.column], row_groups=[group]):
                     yield from batch.column(0).to_pylist()
+
+
+def file_bytes(path: Path) -> bytes:
+    """What a regular file holds. Raises OSError; a pipe would never end, and not every string can be a name."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        return path.read_bytes()
+    except ValueError as error:
+        raise OSError(errno.EINVAL, f"no file is called that ({error})") from error
 
 
 def _captions(record: Mapping[str, Any]) -> tuple[str, ...]:

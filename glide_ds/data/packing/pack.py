@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
-from glide_ds.data.packing.intake import Intake, Pair, Passed, Row, Rows
+from glide_ds.data.packing.intake import Intake, Pair, Passed, Row, Rows, file_bytes
 from glide_ds.data.pictures.decode import DecodeOptions, decode
 from glide_ds.data.tally import Cause, Unusable
 from glide_ds.data.tars.catalog import CATALOGS, Place, look
@@ -357,13 +357,13 @@ def _write_catalog(out: Path, tars: Sequence[str]) -> None:
 
 def _read(root: Path, pair: Pair) -> tuple[bytes, dict[str, bytes]]:
     """The picture's bytes and those of the texts beside it, as they are. Raises OSError."""
-    return _image(root, pair), {kind: (root / text).read_bytes() for kind, text in pair.beside}
+    return _image(root, pair), {kind: file_bytes(root / text) for kind, text in pair.beside}
 
 
 def _image(root: Path, pair: Pair) -> bytes:
     if isinstance(pair.image, bytes):
         return pair.image
-    return ROWS.read(pair.image, root) if isinstance(pair.image, Row) else (root / pair.image).read_bytes()
+    return ROWS.read(pair.image, root) if isinstance(pair.image, Row) else file_bytes(root / pair.image)
 
 
 def _members(root: Path, pair: Pair) -> tuple[bytes, dict[str, bytes]]:

@@ -25,7 +25,7 @@ def parse_json(data: bytes) -> tuple[dict[str, Any], bool]:
     """(the record, whether it was UTF-8). Raises Unusable where it is no JSON object."""
     text, utf8 = decode_text(data)
     try:
-        record = _loads(text)
+        record = loads(text)
     except (ValueError, RecursionError) as error:
         raise Unusable(Cause.BAD_JSON, str(error)[:80]) from None
     if isinstance(record, list):  # COCO's annotations of an image
@@ -35,7 +35,8 @@ def parse_json(data: bytes) -> tuple[dict[str, Any], bool]:
     return record, utf8
 
 
-def _loads(text: str) -> Any:
+def loads(text: str | bytes) -> Any:
+    """JSON, with integers of any length. Raises ValueError, RecursionError."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from array import array
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,15 @@ import numpy as np
 
 from glide_ds.data.tally import Cause, Unusable
 from glide_ds.data.tars.storage import LocalFile, reading
-from glide_ds.data.texts.captions import choices_of, choose, parse_json, read_caption, read_captions, tidy
+from glide_ds.data.texts.captions import (
+    choices_of,
+    choose,
+    loads,
+    parse_json,
+    read_caption,
+    read_captions,
+    tidy,
+)
 from glide_ds.data.texts.encodings import decode_text
 from glide_ds.errors import DataError
 
@@ -193,7 +200,7 @@ def _index_lines(path: str) -> tuple[array[int], array[int]]:
 
 def _record(path: str, number: int, line: bytes) -> tuple[dict[str, Any], str | None]:
     try:
-        record = json.loads(line)
+        record = loads(line)
         if not isinstance(record, dict):
             raise ValueError(f"a {type(record).__name__}, no record")
     except (ValueError, RecursionError) as error:
@@ -206,7 +213,7 @@ def _record(path: str, number: int, line: bytes) -> tuple[dict[str, Any], str | 
 def _parquet(path: str, fields: Sequence[str]) -> tuple[Any, array[int]]:
     """(the table of those fields, hashes of its keys)."""
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import ArrowException, large_string, parquet, schema, string, types
     except ImportError as error:
         raise DataError(f"reading {path} needs pyarrow", remedy="pip install 'glide_ds[pack]'") from error
     try:
@@ -219,6 +226,12 @@ def _parquet(path: str, fields: Sequence[str]) -> tuple[Any, array[int]]:
                 f"name those it has in data.captions; a record's sample is told by its key, in the field {key}",
             )
         table = parquet.read_table(path, columns=[key, *fields])
+        binary = {types.is_binary: string(), types.is_large_binary: large_string()}  # texts of older writers
+        kinds = [
+            next((text for is_one, text in binary.items() if is_one(each.type)), each.type)
+            for each in table.schema
+        ]
+        table = table.cast(schema(list(zip(table.column_names, kinds, strict=True))))
         table.validate(full=True)  # else a text that is none would be met while training
     except (ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno:
