@@ -312,13 +312,18 @@ class DataConfig(Section):
         yield from self._among_captions()
         if self.reader == "stream":
             yield from self._against_streams()
-        elif self.shuffle_buffer != type(self).model_fields["shuffle_buffer"].default:
-            fault = Fault(
-                f"data.shuffle_buffer = {self.shuffle_buffer} with data.reader = 'indexed'",
-                "it would do nothing: an index orders all samples without a buffer",
-                "set data.reader=stream, or remove it",
-            )
-            yield Conflict(("reader", "shuffle_buffer"), fault)
+        if self.shuffle_buffer != type(self).model_fields["shuffle_buffer"].default:
+            given = f"data.shuffle_buffer = {self.shuffle_buffer}"
+            if self.reader != "stream":
+                fault = Fault(
+                    f"{given} with data.reader = 'indexed'",
+                    "it would do nothing: an index orders all samples without a buffer",
+                    "set data.reader=stream, or remove it",
+                )
+                yield Conflict(("reader", "shuffle_buffer"), fault)
+            elif not self.shuffle:
+                fault = Fault(f"{given} with data.shuffle = false", "it would do nothing", "remove one of them")
+                yield Conflict(("shuffle", "shuffle_buffer"), fault)
 
     def _among_captions(self) -> Iterator[Conflict]:
         fields, given = dict(self.captions), f"data.captions = {dict(self.captions)}"
@@ -340,6 +345,7 @@ class DataConfig(Section):
 
     def _against_streams(self) -> Iterator[Conflict]:
         """What needs samples that can be read by number."""
+        shards = (self.shards,) if isinstance(self.shards, str) else self.shards
         reasons = {
             "mix": (bool(self.mix), "sets mix in exact proportions by their samples' numbers"),
             "clip_store": (
@@ -351,7 +357,7 @@ class DataConfig(Section):
                 "an epoch's last batch can't be filled with samples that have gone by",
             ),
             "shards": (
-                isinstance(self.shards, str) and self.shards.startswith("builtin:"),
+                any(each.startswith("builtin:") for each in shards),
                 "built-in samples are drawn, not read",
             ),
         }

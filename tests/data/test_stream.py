@@ -6,7 +6,9 @@ import bz2
 import gzip
 import json
 import lzma
+import signal
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ import pytest
 import torch.distributed as dist
 from data_kit import encoded, photo, sample, take, write_tar
 from ranks import Ranks as Processes
-from ranks import Warm
+from ranks import Run, Warm
+from train_kit import metrics, trace
 
 from glide_ds.config import ClipConfig, DataConfig
 from glide_ds.data import build_source, open_shards
@@ -141,7 +144,17 @@ def test_parts_of_clips_pictures_go_with_their_rows(tmp_path: Path):
         assert len(batch.images) == len(batch.tokens) == len(batch.captions) == 3
 
 
-@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress, "zstd", bytes])
+@pytest.mark.parametrize(
+    "pack",
+    [
+        gzip.compress,
+        bz2.compress,
+        lzma.compress,
+        partial(lzma.compress, format=lzma.FORMAT_ALONE),
+        "zstd",
+        bytes,
+    ],
+)
 def test_what_tars_are_packed_with_is_seen_by_their_bytes(tmp_path: Path, pack: Any):
     tar = write_tar(tmp_path / "a.tar", [(f"{n:03d}", sample(n)) for n in range(3)]).read_bytes()
     if pack == "zstd":
@@ -302,3 +315,48 @@ def test_ranks_take_equal_steps_and_read_nothing_twice(warm: Warm, tmp_path: Pat
     errors = {each[4]["error"] for each in told}
     assert len(errors) == 1
     assert "damaged" in errors.pop()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_ranks_stopped_and_killed_read_on_as_if_they_had_not(warm: Warm, tmp_path: Path, workers: int):
+    """A run that goes on has an uninterrupted one's samples and losses; on one rank, whole epochs after its own."""
+    options: dict[str, Any] = {
+        "train_batch_size": 12,
+        "train_micro_batch_size_per_gpu": 3,
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 3}},
+        "data": {
+            "shards": gzipped(tmp_path / "shards", [12] * 5),
+            "reader": "stream",
+            "shuffle_buffer": 7,
+            "workers": workers,
+            "trace": True,
+        },
+        "checkpoint": {"every": 4},
+    }
+
+    def told(run: Run, ranks: int, key: str = "sample_ids") -> list[list[list[int]]]:
+        by_rank = [{line["step"]: line[key] for line in trace(run.folder, rank)} for rank in range(ranks)]
+        return [[rank[step] for rank in by_rank] for step in sorted(by_rank[0])]
+
+    straight, broken = (Run(warm, tmp_path / name, "base", **options) for name in ("straight", "broken"))
+    straight.train(2, 20)
+    assert straight.wait() == [0, 0], straight.said()
+    broken.train(2, 6)  # an epoch has 5 steps, or 4 where a share does not fill a step
+    assert broken.wait() == [0, 0], broken.said()
+    broken.train(2, 20)
+    broken.until(lambda: broken.updates() >= 10)
+    broken.kill()
+    assert set(broken.wait()) == {-signal.SIGKILL}
+    broken.train(2, 20)
+    assert broken.wait() == [0, 0], broken.said()
+    assert told(broken, 2) == told(straight, 2)
+    losses = [{line["step"]: line["loss"] for line in metrics(run.folder)} for run in (straight, broken)]
+    assert losses[0] == losses[1]
+    broken.train(1, 36)
+    assert broken.wait() == [0], broken.said()
+    steps = told(broken, 1)
+    assert len(steps) == 36
+    whole = [sample for (ids,) in steps[-15:] for sample in ids]
+    assert len(set(whole)) == 60
+    assert set(Counter(whole).values()) <= {2, 3, 4}  # two whole epochs, and parts of two others

@@ -42,6 +42,7 @@ KEEP_AFTER_EVICTION = 0.9  # of the bound
 
 LISTED = 8  # shards of a folder that are worth a listing
 UNLISTED = ("http://", "https://")
+IN_THE_EXTRA = ("http", "https", "s3", "s3a")  # `remote` of pyproject.toml
 
 FILES_OF_A_SHARD = 2  # its tar, and its embeddings where there is a store
 OTHER_FILES = 512  # open files that a process is left for everything else
@@ -280,10 +281,11 @@ class RemoteFiles:
 
     def stream(self, url: str) -> Any:
         """A file to be read from its beginning, once. Raises what its backend raises."""
-        whole = (
-            {"block_size": 0} if url.startswith(("http://", "https://", "hf://")) else {}
-        )  # no ranges asked for
-        return _retry(url, lambda: self._system(url).open(url, "rb", **whole))
+        # No ranges asked for.
+        whole = {"block_size": 0} if url.startswith(("http://", "https://", "hf://")) else {}
+        # Else the hub's client lists the whole folder for every file that it opens.
+        alone = {"expand_info": True} if url.startswith("hf://") else {}
+        return _retry(url, lambda: self._system(url, **alone).open(url, "rb", **whole))
 
     def list(self, url: str) -> list[str]:
         """The files that a pattern with `*`, `?` or `[]` names, or the tars below a folder. Raises OSError."""
@@ -325,20 +327,22 @@ class RemoteFiles:
 
         return _retry(url, fetch)
 
-    def _system(self, url: str) -> Any:
+    def _system(self, url: str, **more: bool) -> Any:
         protocol = url.split("://", 1)[0]
-        if protocol not in self._systems:
+        kind = f"{protocol} {more}" if more else protocol
+        if kind not in self._systems:
             import fsspec  # here, not on top: it costs local runs 60 ms
 
             try:
                 # Without listings kept, which would be old ones, and take a kilobyte for each file.
-                options = {"skip_instance_cache": True, "use_listings_cache": False}
-                self._systems[protocol] = fsspec.filesystem(protocol, **options)
+                options = {"skip_instance_cache": True, "use_listings_cache": False, **more}
+                self._systems[kind] = fsspec.filesystem(protocol, **options)
             except (ImportError, ValueError) as error:
+                extra = "pip install 'glide_ds[remote]'" if protocol in IN_THE_EXTRA else ""
                 raise DataError(
-                    f"{url} can't be read: {error}", remedy="install what fsspec needs for it"
+                    f"{url} can't be read: {error}", remedy=extra or "install what fsspec needs for it"
                 ) from error
-        return self._systems[protocol]
+        return self._systems[kind]
 
 
 def _stat(info: dict[str, Any]) -> Stat:
