@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -331,3 +332,31 @@ def test_torchrun_gives_each_rank_its_share(root: Path, tmp_path: Path) -> None:
     assert "rank 1: 2 shards to embed by text, 0 are done" in done.stdout
     prepare.run(arguments(str(tmp_path / "s"), "--out", str(tmp_path / "one"), "--model", "builtin:tiny"))
     assert_same_store(contents(tmp_path / "c"), contents(tmp_path / "one"))
+
+
+@pytest.mark.parametrize(("seconds", "kept"), [((9, 1, 2), 1), ((9, 2, 1), 3)])
+def test_the_encoder_keeps_the_threads_that_are_faster_beside_its_workers(
+    monkeypatch: pytest.MonkeyPatch, seconds: tuple[int, ...], kept: int
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    clock = iter(tick for last in seconds for tick in (0.0, float(last)))
+    monkeypatch.setattr(prepare, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    used: list[int] = []
+
+    def encode(inputs: torch.Tensor) -> torch.Tensor:
+        used.append(torch.get_num_threads())
+        return inputs
+
+    try:
+        threads = prepare.Threads(workers=2)
+        for _ in range(5):
+            threads.run(encode, torch.zeros(4, 2))
+        assert used == [1, 1, 3, kept, kept]
+        threads.give_back()
+        assert torch.get_num_threads() == 3
+        alone = prepare.Threads(workers=0)
+        alone.run(encode, torch.zeros(4, 2))
+        assert used[-1] == 3
+    finally:
+        torch.set_num_threads(before)
