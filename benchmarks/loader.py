@@ -1,6 +1,7 @@
 """The loader's costs per sample against their floors, in CPU time of one core, interleaved in one run.
 
     OMP_NUM_THREADS=1 python benchmarks/loader.py --out benchmarks/results/loader-cpu.json
+    OMP_NUM_THREADS=1 python benchmarks/loader.py --against /path/to/another/clone
 
 The floor is the raw read plus the JPEG's entropy decoding (libjpeg-turbo at 1/8, the least that decodes every
 coefficient). The set is synthetic: dead leaves over 1/f clouds, shorter side 256-471 px, 20 % with white or black
@@ -17,6 +18,8 @@ import argparse
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 import tempfile
 import time
@@ -34,7 +37,7 @@ import numpy as np
 import simplejpeg
 import torch
 import webdataset
-from machine import environment
+from machine import commit, environment
 from PIL import Image
 
 from glide_ds import tokenizer
@@ -246,8 +249,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0, help="of the pictures")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--against", type=Path, help="another clone: nothing but this one's times beside its")
+    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.serve:
+        serve(args.serve, args.samples, args.seed)
+        return
+    if args.against:
+        found = compare(args.against, args.samples, args.rounds, args.seed)
+        for name, times in found.items():
+            print(f"{name:42s} " + ", ".join(f"{what} {value:.3f}" for what, value in times.items()))
+        if args.out:
+            commits = {"now": commit(Path(__file__).parent), "before": commit(args.against)}
+            report = {"environment": environment("cpu"), "commits": commits, **found}
+            args.out.write_text(json.dumps(report, indent=1) + "\n")
+        return
     with tempfile.TemporaryDirectory() as folder:
         figures = benchmark(Path(folder), make_pictures(jpeg, 2 * args.seed, args.samples), args.rounds)
     fresh = make_pictures(jpeg, 2 * args.seed + 1, args.samples)
@@ -263,7 +280,53 @@ def main() -> None:
         args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def benchmark(folder: Path, pictures: list[Picture], rounds: int) -> dict[str, dict[str, float]]:
+def compare(tree: Path, samples: int, rounds: int, seed: int) -> dict[str, Any]:
+    """This clone's stages beside those of another: a round here, a round there, and the ratio within each pair."""
+    trees = {"now": Path(__file__).parents[1], "before": tree}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        servers: dict[str, Any] = {}
+        for name, path in trees.items():
+            command = [sys.executable, __file__, "--serve", f"{folder}/{name}"]
+            command += ["--samples", str(samples), "--seed", str(seed)]
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, "PYTHONPATH": str(path)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            servers[name] = stack.enter_context(process)
+        turns = [{name: ask(server) for name, server in servers.items()} for _ in range(rounds + 1)][1:]
+        for server in servers.values():
+            server.stdin.close()
+    found = {}
+    for stage in turns[0]["now"]:
+        times = {name: np.array([turn[name][stage] for turn in turns]) for name in trees}
+        found[stage] = {name: float(np.median(of_tree)) for name, of_tree in times.items()}
+        found[stage]["now / before"] = float(np.median(times["now"] / times["before"]))
+        found[stage]["now / before, fastest rounds"] = float(times["now"].min() / times["before"].min())
+    return found
+
+
+def ask(server: Any) -> dict[str, float]:
+    server.stdin.write("round\n")
+    server.stdin.flush()
+    return dict(json.loads(server.stdout.readline()))
+
+
+def serve(folder: Path, samples: int, seed: int) -> None:
+    """A round of all stages for every line that comes in: its CPU microseconds per sample, as JSON."""
+    folder.mkdir()
+    stages, _ = make_stages(folder, make_pictures(jpeg, 2 * seed, samples))
+    for _ in sys.stdin:
+        print(json.dumps({name: float(values[0]) for name, values in measure(stages, 1).items()}), flush=True)
+
+
+Stages = dict[str, tuple[int, Callable[[], Any]]]  # by name: samples, and what goes through them
+
+
+def make_stages(folder: Path, pictures: list[Picture]) -> tuple[Stages, int]:
+    """The stages, and how many batches the set has."""
     clean, spoilt = folder / "clean", folder / "spoilt"
     datas, samples = [data for data, _ in pictures], len(pictures)
     write_set(clean, datas)
@@ -289,7 +352,7 @@ def benchmark(folder: Path, pictures: list[Picture], rounds: int) -> dict[str, d
                     pass
 
     batches = [np.arange(n, n + BATCH) for n in range(0, samples - BATCH + 1, BATCH)]
-    stages: dict[str, tuple[int, Callable[[], Any]]] = {
+    return {
         "raw read": (samples, raw),
         "entropy decode": (samples, entropy),
         "decode + trim + resize": (samples, lambda: run_through(partial(decode, options=options), datas)),
@@ -302,10 +365,14 @@ def benchmark(folder: Path, pictures: list[Picture], rounds: int) -> dict[str, d
         "whole loader": (steps * BATCH, lambda: drain(loaders["clean"].batches(0), steps)),
         "whole loader, 1 % corrupt": (steps * BATCH, lambda: drain(loaders["spoilt"].batches(0), steps)),
         "webdataset's recipe": (steps * BATCH, lambda: drain(webdataset_recipe(urls), steps)),
-    }
+    }, steps
+
+
+def benchmark(folder: Path, pictures: list[Picture], rounds: int) -> dict[str, dict[str, float]]:
+    stages, steps = make_stages(folder, pictures)
     times = measure(stages, rounds)
     least = {name: float(values.min()) for name, values in times.items()}
-    speeds = np.array([worker_round(str(clean), steps) for _ in range(WORKER_ROUNDS)])
+    speeds = np.array([worker_round(str(folder / "clean"), steps) for _ in range(WORKER_ROUNDS)])
     one, two = speeds.max(axis=0).tolist()
     return {
         "median of the rounds": {

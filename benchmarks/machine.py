@@ -34,3 +34,9 @@ def environment(device: str) -> dict[str, Any]:
 def _named(argument: str) -> str:
     """A path of this machine says nothing on another: its name is enough."""
     return Path(argument).name if Path(argument).is_absolute() else argument
+
+
+def commit(tree: Path) -> str:
+    """What stands in a clone."""
+    command = ["git", "-C", str(tree), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 from loader import jpeg, make_pictures, write_set
-from machine import environment
+from machine import commit, environment
 
 SHAPE = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}
 PER_SHARD = 100
@@ -84,11 +84,6 @@ def seconds(tree: Path, words: list[str]) -> float:
             command, env={**os.environ, "PYTHONPATH": str(tree)}, capture_output=True, text=True, check=True
         )
     return float(told.stdout.split()[-1])
-
-
-def commit(tree: Path) -> str:
-    command = ["git", "-C", str(tree), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main() -> None:
