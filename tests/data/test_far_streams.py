@@ -106,6 +106,7 @@ def shards(request: pytest.FixtureRequest, server: Server, monkeypatch: pytest.M
         pytest.importorskip("aiohttp", reason="reading over HTTP needs aiohttp")
         return f"{server.url}/s-{{0..2}}.tar.gz"
     constants = pytest.importorskip("huggingface_hub.constants", reason="hf:// is read by huggingface_hub")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

@@ -34,7 +34,7 @@ def test_the_counts_are_of_all_that_is_damaged() -> None:
 
 @pytest.mark.slow
 def test_thousands_of_damaged_inputs(tmp_path: Path) -> None:
-    """benchmarks/results/fuzz-cpu.json has twenty thousand of another seed."""
+    """python tests/data/fuzz.py runs twenty thousand."""
     became = fuzz.fuzz([*fuzz.SHARES], 4000, seed=2)
     assert sum(fates.total() for fates in became.values()) == 4000
     fuzz.fuzz_samples(tmp_path, 300, seed=3, workers=2)
