@@ -127,15 +127,18 @@ verdict() {
   fi
 }
 
-# The newest committed checkpoints of all phases, as one line.
+# The checkpoints committed last of all phases, as one line: not those of the highest steps, which may be damaged, so
+# that the run went on before them.
 progress() {
-  local manifest newest=''
+  local manifest phase
   declare -A found=()
   for manifest in "$run_dir"/*/step-????????/manifest.json; do # in the order of their steps
-    newest=${manifest#"$run_dir"/}
-    if [ -e "$manifest" ]; then found[${newest%%/*}]=${newest%/manifest.json}; fi
+    phase=${manifest#"$run_dir"/} phase=${phase%%/*}
+    if [ -e "$manifest" ] && [ ! "$manifest" -ot "${found[$phase]:-}" ]; then found[$phase]=$manifest; fi
   done
-  echo "${found[*]:-no checkpoint}"
+  local steps=("${found[@]%/manifest.json}")
+  steps=("${steps[@]#"$run_dir"/}")
+  echo "${steps[*]:-no checkpoint}"
 }
 
 # End the job, or send it back to the queue.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -226,23 +227,34 @@ def test_a_copy_is_read_under_any_name_and_without_links(trained: Path, tmp_path
     assert find_checkpoint(Path(backup)).step == 5
 
 
-def test_no_checkpoint_and_a_damaged_one_are_told(trained: Path, tmp_path: Path):
+def test_no_checkpoint_is_told(trained: Path, tmp_path: Path):
     with pytest.raises(CheckpointError, match="no committed checkpoint"):
         find_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="of phase base"):
         find_checkpoint(trained / "run", "base")
+
+
+def test_the_newest_whole_one_is_taken_and_damaged_ones_are_told(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     run = copied(trained, tmp_path)
     model = run / "phase3" / "step-00000005" / MODEL_FILE
     data = bytearray(model.read_bytes())
     data[len(data) // 2] ^= 1
     model.write_bytes(data)
-    with pytest.raises(CheckpointError, match="does not match its hash"):
+    reasons = [rf"{MODEL_FILE} does not match its hash", r"manifest\.json is damaged"]
+    for reason in reasons:
+        for place in (run, run / "phase3"):
+            assert find_checkpoint(place).step == 4
+            said = capsys.readouterr().err
+            assert re.search(rf"step-00000005 is damaged \({reason}\): step-00000004 is taken", said)
+        with pytest.raises(CheckpointError, match=rf"step-00000005 is damaged \({reason}"):
+            find_checkpoint(model.parent)  # which a person named
+        (model.parent / MANIFEST).write_text("{")
+    (run / "phase3" / "step-00000004" / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match=r"step-00000005 is damaged \(.*\) and no older one is whole"):
         find_checkpoint(run)
-    assert find_checkpoint(run / "phase3" / "step-00000004").step == 4
-    (model.parent / MANIFEST).write_text("{")
-    for place in (run, run / "phase3", model.parent):
-        with pytest.raises(CheckpointError, match=r"step-00000005 is damaged \(manifest\.json is damaged"):
-            find_checkpoint(place)
+    assert capsys.readouterr().err == ""
 
 
 def test_another_ending_is_refused(checkpoint: Committed, tmp_path: Path):

@@ -138,6 +138,14 @@ def test_prune_removes_what_is_not_kept_and_says_so_first(run, capsys):
     assert not left.exists()
 
 
+def test_the_newest_whole_one_counts(run, capsys):
+    next((run / "base" / "step-00000004").glob("*.safetensors")).write_bytes(b"half")
+    (run / "metrics.jsonl").unlink()  # by which it is told how far training was
+    lines = told(capsys, run)
+    assert any(line.startswith("base: step 3 of 4") for line in lines)
+    assert [line.split(":")[0] for line in lines if "the newest" in line] == ["step-00000003"]
+
+
 def test_prune_leaves_the_others_where_one_that_is_kept_is_damaged(run, capsys):
     next((run / "base" / "step-00000004").glob("*.safetensors")).write_bytes(b"half")
     lines = told(capsys, run, "--prune")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,9 +121,10 @@ def _clip_of(about: dict[str, Any], source: Path, weights: str | None) -> ClipCo
 
 
 def find_checkpoint(place: Path, phase: str | None = None) -> Committed:
-    """The newest committed checkpoint below a run directory or phase folder, or the one in this folder.
+    """The newest checkpoint whose files verify below a run directory or phase folder, or the one in this folder.
 
-    Raises CheckpointError where there is none, or where its files don't match its manifest.
+    It is where training would go on; newer ones that are damaged are told on stderr. Raises CheckpointError where
+    there is none, or none whole in the last phase that has any.
     """
     if (place / MANIFEST).is_file():
         made = at(place.resolve())  # whatever the folder's name: a copy's, a link's
@@ -132,26 +134,29 @@ def find_checkpoint(place: Path, phase: str | None = None) -> Committed:
         folders = [place] if lookalikes(place) else [place / PHASES[name].folder for name in names]
         both = ((committed(folder), unreadable(folder)) for folder in folders)
         found, broken = next(filter(any, both), ([], []))
-        if found:  # a folder without a manifest was never committed
-            broken = [path for path in broken if (path / MANIFEST).exists()]
     if not found and not broken:
         wanted_phase = f" of phase {phase}" if phase else ""
         raise CheckpointError(
             f"{place} holds no committed checkpoint{wanted_phase}",
             remedy="give a run directory in which training has saved at least once",
         )
-    if problems := [no_manifest(broken[0])] if broken else verify(found[0]):
-        raise CheckpointError(
-            f"{broken[0] if broken else found[0].path} is damaged ({problems[0]})",
-            "its weights can't be trusted",
-            "export an earlier one by naming its folder",
-        )
-    if found[0].manifest["files"].keys() == set(found[0].manifest.get("stay", ())):
-        raise CheckpointError(
-            f"{found[0].path} holds averages alone, which a pruned checkpoint left behind",
-            remedy=f"name {found[0].path.parent.parent}, or a checkpoint in it, with --ema_length",
-        )
-    return found[0]
+    damaged = [f"{path} is damaged ({no_manifest(path)})" for path in broken]
+    for candidate in found:
+        if not (problems := verify(candidate)):
+            for text in damaged:
+                print(f"{text}: {candidate.path.name} is taken, as training would", file=sys.stderr, flush=True)
+            if candidate.manifest["files"].keys() == set(candidate.manifest.get("stay", ())):
+                raise CheckpointError(
+                    f"{candidate.path} holds averages alone, which a pruned checkpoint left behind",
+                    remedy=f"name {candidate.path.parent.parent}, or a checkpoint in it, with --ema_length",
+                )
+            return candidate
+        damaged.append(f"{candidate.path} is damaged ({problems[0]})")
+    raise CheckpointError(
+        f"{damaged[0]}{' and no older one is whole' * (len(damaged) > 1)}",
+        "its weights can't be trusted",
+        "copy it there again with all its files, or name the folder of another",
+    )
 
 
 def trained(checkpoint: Committed, *, ema: bool | float) -> Iterator[tuple[str, Tensor]]:

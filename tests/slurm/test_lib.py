@@ -44,7 +44,8 @@ class Ended:
             (self.run / "STOPPED.json").write_text(json.dumps({"reason": reason, "step": step}))
         made = self.run / "phase1" / f"step-{step:08d}"
         made.mkdir(parents=True, exist_ok=True)
-        (made / "manifest.json").touch()
+        if not (made / "manifest.json").exists():
+            (made / "manifest.json").touch()
         return self
 
     def conclude(self, asked: str = "", restarts: int = 0, most: int = 50) -> tuple[int, str, bool]:
@@ -115,6 +116,14 @@ def test_a_second_failure_at_the_same_place_is_the_last(ended: Ended):
     code, said, requeued = ended.left(75, 137, step=10).conclude(restarts=2)
     assert (code, requeued) == (1, False)
     assert "without a newer checkpoint than phase1/step-00000010" in said
+
+
+def test_one_that_fell_back_before_damaged_checkpoints_moves_by_what_it_saves(ended: Ended):
+    assert ended.left(75, 137, step=10).conclude()[2]
+    code, said, requeued = ended.left(75, 137, step=6).conclude(restarts=1)  # step 10 is damaged and stays
+    assert (code, requeued) == (0, True)
+    assert "at phase1/step-00000006: requeued" in said
+    assert not ended.left(75, 137, step=6).conclude(restarts=2)[2]
 
 
 def test_restarts_have_a_limit(ended: Ended):

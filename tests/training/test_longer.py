@@ -45,6 +45,13 @@ def test_a_longer_phase_tells_the_jump_and_how_to_keep_the_curve(
     assert "LEARNING RATE" not in shown(capsys, copy, 5)
 
 
+def test_another_end_of_the_curve_is_told_whatever_changed_it(copy: Path, capsys: pytest.CaptureFixture[str]):
+    """total_num_steps may change on resume, for it is how a curve is kept; by itself it never does so unsaid."""
+    said = shown(capsys, copy, 9, "scheduler.params.total_num_steps=20")
+    assert "its cosine ends at step 20 instead of 5, so from step 7 on" in said
+    assert "To keep the curve of before: --set scheduler.params.total_num_steps=5" in said
+
+
 def test_what_was_told_is_what_is_trained(copy: Path):
     before = {line["step"]: line["lr"] for line in metrics(copy)}
     scheduler = {"params": {"warmup_num_steps": 2, "cos_min_ratio": 0.1, "total_num_steps": 5}}

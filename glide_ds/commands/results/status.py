@@ -117,7 +117,8 @@ def steps_wanted(record: RunRecord, phase: str) -> int:
 def steps_done(record: RunRecord, phase: str) -> int:
     """Updates that a checkpoint holds or metrics.jsonl tells of."""
     lines = record.of_phase(phase)
-    newest = next(iter(committed(record.path / PHASES[phase].folder)), None)
+    found = committed(record.path / PHASES[phase].folder)
+    newest = next((made for made in found if not verify(made, hashes=False)), None)
     return max(lines[-1]["step"] if lines else 0, newest.step if newest else 0)
 
 
@@ -174,18 +175,22 @@ def _validation(found: Mapping[str, Any]) -> str:
 
 
 def checkpoint_lines(record: RunRecord, phase: str, hashes: bool) -> Iterator[str]:
-    """Its committed checkpoints, the newest first, then what looks like one and is none."""
+    """Its committed checkpoints, the newest first, then what looks like one and is none.
+
+    "the newest" is the one that training would go on from.
+    """
     folder = record.path / PHASES[phase].folder
     found = committed(folder)
+    damages = [verify(made, hashes=hashes) for made in found]
+    newest = next((made for made, damage in zip(found, damages, strict=True) if not damage), None)
     lowest = best(found)
     if not found:
         yield "no checkpoint yet"
-    for made in found:
+    for made, damage in zip(found, damages, strict=True):
         told = [size(folder_size(made.path)), f"{made.world_size} ranks"]
-        told += ["the newest"] * (made is found[0]) + ["the best"] * (made is lowest)
+        told += ["the newest"] * (made is newest) + ["the best"] * (made is lowest)
         loss = made.manifest.get("validation_loss")
         told += [f"validation loss {number(loss)}"] * (loss is not None)
-        damage = verify(made, hashes=hashes)
         yield f"{made.path.name}: {', '.join([*told, *(f'DAMAGED ({fault})' for fault in damage[:1])])}"
     if snapshots := committed(folder / AVERAGES):
         yield f"{AVERAGES} of {len(snapshots)} more checkpoints, {size(folder_size(folder / AVERAGES))}"
