@@ -7,6 +7,7 @@ import ipaddress
 import os
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +99,34 @@ def warm(warm_process: Warm) -> Iterator[Warm]:
     """What ranks are forked from; those of a test that failed end with it."""
     yield warm_process
     warm_process.ask("end")
+
+
+@pytest.fixture
+def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
+    """moto's S3, which s3fs finds by the environment; (method, path) of every request that reaches it."""
+    pytest.importorskip("s3fs", reason="S3 needs s3fs")
+    moto = pytest.importorskip("moto.server", reason="the S3 emulator is moto")
+    from werkzeug.serving import make_server
+
+    requests: list[tuple[str, str]] = []
+    emulator = moto.DomainDispatcherApplication(moto.create_backend_app)
+
+    def counted(environ: dict[str, Any], respond: Any) -> Any:
+        requests.append((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
+        return emulator(environ, respond)
+
+    server = make_server("127.0.0.1", 0, counted, threaded=True, request_handler=moto.MotoRequestHandler)
+    # Every so often it looks whether it shall end: half a second, if not told otherwise.
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    yield requests
+    server.shutdown()
+    thread.join()
+    server.server_close()
 
 
 @pytest.fixture(scope="session")

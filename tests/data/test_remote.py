@@ -234,39 +234,20 @@ def test_blocks_serve_ranges_across_their_edges(server: FlakyServer, tmp_path: P
 
 
 @pytest.fixture
-def s3(local: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
-    """s3://laion in moto's S3, with the local shards; (method, path) of every request that reaches it since."""
-    pytest.importorskip("s3fs", reason="S3 needs s3fs")
-    moto = pytest.importorskip("moto.server", reason="the S3 emulator is moto")
+def s3(
+    local: str, s3_server: list[tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[list[tuple[str, str]]]:
+    """s3://laion with the local shards; (method, path) of every request that reaches it since."""
     import s3fs
-    from werkzeug.serving import make_server
 
-    requests: list[tuple[str, str]] = []
-    emulator = moto.DomainDispatcherApplication(moto.create_backend_app)
-
-    def counted(environ: dict[str, Any], respond: Any) -> Any:
-        requests.append((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
-        return emulator(environ, respond)
-
-    server = make_server("127.0.0.1", 0, counted, threaded=True, request_handler=moto.MotoRequestHandler)
-    # Every so often it looks whether it shall end: half a second, if not told otherwise.
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("GLIDE_DS_CACHE", str(tmp_path / "user-cache"))
     bucket = s3fs.S3FileSystem(skip_instance_cache=True)
     bucket.mkdir("laion")
     for path in expand(local):
         bucket.pipe_file(f"laion/{Path(path).name}", Path(path).read_bytes())
-    requests.clear()
-    yield requests
+    s3_server.clear()
+    yield s3_server
     bucket.rm("laion", recursive=True)  # moto keeps its state for the whole process
-    server.shutdown()
-    thread.join()
-    server.server_close()
 
 
 @pytest.mark.slow
