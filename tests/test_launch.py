@@ -117,8 +117,8 @@ def test_the_full_size_block_without_a_process_group(root: Path, tmp_path: Path)
 
 @pytest.mark.slow
 def test_a_start_imports_no_compiler(root: Path, tmp_path: Path):
-    """Nor torchvision and timm, where CLIP reads texts: more than half of what a rank would import, on every GPU."""
-    sets = [*SMALL, f"run.dir={tmp_path}/run", "train.steps=1", "clip.source=text"]
+    """Nor torchvision and timm: more than half of what a rank would import, on every GPU."""
+    sets = [*SMALL, f"run.dir={tmp_path}/run", "train.steps=1", "clip.source=both"]
     started = [sys.executable, "-X", "importtime", "launch/train.py", "--ds_config", TINY[2], "--set", *sets]
     done = subprocess.run(started, cwd=root, env=environment(), capture_output=True, text=True, check=True)
     assert "committed" in done.stdout

@@ -18,7 +18,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ _OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 # What a text tower may say of itself to be OpenAI's: most of LAION's are too.
 _PLAIN = {"embed_dim", "quick_gelu", "text_cfg", "vision_cfg"}
 _PLAIN_TEXT = {"context_length", "vocab_size", "width", "heads", "layers"}
+_PLAIN_VISION = {"image_size", "layers", "width", "patch_size"}
 _SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 
 
@@ -127,7 +128,7 @@ class FrozenClip:
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         """int64 [B, T] of `tokenize` -> float32 [B, D] of unit length. Where `plain`, T may end with the longest."""
         self._has("text")
-        encode = getattr(self._model, "encode_text", self._model)  # a text tower is called itself
+        encode = self._model.encode_text
         if tokens.shape[1] < self._architecture["text_cfg"].get("context_length", 0):
             encode = self._encode_cut
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
@@ -135,7 +136,7 @@ class FrozenClip:
 
     def _encode_cut(self, tokens: Tensor) -> Tensor:
         """As open_clip's towers do, which take whole contexts only: no token sees a later one, and the end is read."""
-        tower, length = self._model, tokens.shape[1]
+        tower, length = getattr(self._model, "text", self._model), tokens.shape[1]
         x = tower.token_embedding(tokens) + tower.positional_embedding[:length]
         x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:length, :length]))
         ends = x[torch.arange(len(x), device=x.device), tokens.argmax(-1)]
@@ -423,15 +424,21 @@ class _Bare(TorchFunctionMode):
 
 
 def _is_plain(found: _Found) -> bool:
-    """Whether text is read as OpenAI's models read it, so that of open_clip two modules are enough."""
+    """Whether text is read as OpenAI's models read it, so that for it two modules of open_clip are enough."""
     architecture = found.architecture
     plain = architecture.keys() <= _PLAIN and architecture["text_cfg"].keys() == _PLAIN_TEXT
     return plain and "siglip" not in found.name.lower()
 
 
+def _has_plain_vision(found: _Found) -> bool:
+    """Whether pictures are read as OpenAI's ViT models read them."""
+    vision = found.architecture["vision_cfg"]
+    return vision.keys() - {"head_width"} == _PLAIN_VISION and isinstance(vision["layers"], int)
+
+
 def _load(found: _Found, source: str) -> Any:
-    if source == "text" and _is_plain(found):
-        return _load_text(found)
+    if _is_plain(found) and (source == "text" or _has_plain_vision(found)):
+        return _load_plain(found, source)
     from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict
 
@@ -444,18 +451,48 @@ def _load(found: _Found, source: str) -> Any:
     return _keep_tower(model, source).eval().requires_grad_(False)
 
 
-def _load_text(found: _Found) -> nn.Module:
+class _Towers(nn.Module):
+    """A plain model's towers, or one of them, called as open_clip.CLIP calls them."""
+
+    def __init__(self, text: nn.Module | None, visual: nn.Module | None) -> None:
+        super().__init__()
+        self.text, self.visual = text, visual
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        assert self.text
+        return cast(Tensor, self.text(tokens))
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        assert self.visual
+        return cast(Tensor, self.visual(images))
+
+
+def _load_plain(found: _Found, source: str) -> nn.Module:
     transformer, architecture = _part("transformer"), found.architecture
-    activation = transformer.QuickGELU if architecture["quick_gelu"] else nn.GELU
+    shared = {
+        "output_dim": architecture["embed_dim"],
+        "act_layer": transformer.QuickGELU if architecture["quick_gelu"] else nn.GELU,
+    }
+    text = visual = None
     with _Bare():
-        model: nn.Module = transformer.TextTransformer(
-            **architecture["text_cfg"], output_dim=architecture["embed_dim"], act_layer=activation
-        )
-    others = ("visual.", "logit_scale", "logit_bias")
-    state = {key: value for key, value in found.tensors.items() if not key.startswith(others)}
-    _check_fit(model.state_dict(), state, found)
-    model.load_state_dict(state)
-    return model.eval().requires_grad_(False)
+        if source != "image":
+            text = transformer.TextTransformer(**architecture["text_cfg"], **shared)
+        if source != "text":
+            vision = dict(architecture["vision_cfg"])
+            heads = vision["width"] // vision.pop("head_width", 64)
+            visual = transformer.VisionTransformer(**vision, heads=heads, mlp_ratio=4.0, **shared)
+    model = _Towers(text, visual).eval().requires_grad_(False)
+    named = {
+        key.removeprefix("text."): key for key in model.state_dict()
+    }  # in the files the text has no prefix
+    state = {
+        key: value
+        for key, value in found.tensors.items()
+        if not key.startswith("logit_") and (visual if key.startswith("visual.") else text)
+    }
+    _check_fit({key: model.state_dict()[name] for key, name in named.items()}, state, found)
+    model.load_state_dict({named[key]: value for key, value in state.items()})
+    return model
 
 
 def _build(architecture: Mapping[str, Any]) -> Any:

@@ -218,22 +218,30 @@ def test_only_the_wanted_tower_is_kept(description: str, weights: str) -> None:
         FrozenClip(description, weights, source="audio")
 
 
+@pytest.mark.parametrize("source", ["text", "image", "both"])
 @pytest.mark.parametrize("quick", [True, False])
-def test_the_text_tower_alone_leaves_open_clip_unimported(
-    tmp_path: Path, quick: bool, weights: str, monkeypatch: pytest.MonkeyPatch
+def test_a_plain_model_leaves_open_clip_unimported(
+    tmp_path: Path, quick: bool, source: str, weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """open_clip imports torchvision, timm and torch's compiler; the numbers are those of the whole model."""
+    """open_clip imports torchvision, timm and torch's compiler; the numbers are those of its own model."""
     (tmp_path / "mini.json").write_text(json.dumps({**MINI, "quick_gelu": quick}))
-    both = FrozenClip(str(tmp_path / "mini.json"), weights)
     large = ("open_clip", "torchvision", "timm")
+    with monkeypatch.context() as patch:
+        patch.setattr(clip_module, "_has_plain_vision", lambda _: False)
+        whole = FrozenClip(str(tmp_path / "mini.json"), weights)
+        assert isinstance(whole._model, theirs().CLIP)
     with monkeypatch.context() as patch:
         for name in [name for name in sys.modules if name.split(".")[0] in large]:
             patch.delitem(sys.modules, name)
         clip_module._part.cache_clear()
         clip_module._simple_tokenizer.cache_clear()
-        clip = FrozenClip(str(tmp_path / "mini.json"), weights, source="text")
+        clip = FrozenClip(str(tmp_path / "mini.json"), weights, source=source)
         assert not [name for name in sys.modules if name.split(".")[0] in large]
-    assert torch.equal(clip.encode_text(CAPTIONS), both.encode_text(CAPTIONS))
+    if source != "image":
+        assert torch.equal(clip.encode_text(CAPTIONS), whole.encode_text(CAPTIONS))
+    if source != "text":
+        images = torch.randint(256, (3, 20, 20, 3), generator=torch.Generator().manual_seed(0)).byte()
+        assert torch.equal(clip.encode_image(images), whole.encode_image(images))
 
 
 def test_nothing_of_it_trains(description: str, weights: str) -> None:
@@ -246,7 +254,7 @@ def test_nothing_of_it_trains(description: str, weights: str) -> None:
 
 
 def is_quick(clip: FrozenClip) -> bool:
-    found = any(isinstance(module, theirs().transformer.QuickGELU) for module in clip._model.modules())
+    found = any(type(module).__name__ == "QuickGELU" for module in clip._model.modules())
     assert found == clip.quick_gelu
     return found
 
