@@ -8,7 +8,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from train_kit import document, make_config, train_phase, write_config
+from train_kit import document, make_config, opened, write_config
 
 from glide_ds import cli
 from glide_ds.config.explain import json_schema, page
@@ -97,9 +97,9 @@ def test_two_files_and_two_runs_are_compared_key_by_key(
     assert "full: train.seed: 0 → 4" in lines
     assert "full: ema.decay: 0.0 → 0.5" in lines
     assert [line.split(": ")[1] for line in lines] == ["run.dir", "train.seed", "ema.decay"]
-    train_phase(make_config(tmp_path / "one", "base", train={"steps": 1}))
-    train_phase(make_config(tmp_path / "one", "adapter_only", train={"steps": 1}))
-    train_phase(make_config(tmp_path / "other", "base", train={"steps": 1, "seed": 4}))
+    for name, phase, seed in (("one", "base", 0), ("one", "adapter_only", 0), ("other", "base", 4)):
+        with opened(make_config(tmp_path / name, phase, train={"seed": seed})):
+            pass  # its configuration is in run.json
     runs = [str(tmp_path / name / "run") for name in ("one", "other")]
     assert cli.main(["config", "diff", *runs]) == 1
     lines = capsys.readouterr().out.splitlines()

@@ -33,7 +33,7 @@ TWO_SETS = {"data.mix.a.shards": "plain.tar", "data.mix.b.shards": "other.tar"}
 COSINE = {"train.steps": 10, "scheduler.params.warmup_num_steps": 3}
 REMOTE = {"data.shards": [f"{see.REMOTE}/plain.tar", f"{see.REMOTE}/other.tar"]}
 GRID = {"log.samples_every": 1, "log.sample_steps": 2, "log.samples": 2}
-VALIDATED = {"validation.every": 1, "validation.samples": 4, "train.steps": 100}
+VALIDATED = {"validation.every": 1, "validation.samples": 4, "train.steps": 100, "log.sample_steps": 1}
 STORM = {
     "train.steps": 7,
     "stability.window": 4,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from train_kit import ARCHITECTURE
+from train_kit import ARCHITECTURE, copy_run
 
 from glide_ds.commands import export as module
 from glide_ds.commands.export import add_arguments, assembled, compare, export
@@ -205,7 +205,7 @@ def test_weights_that_disagree_with_the_optimizers_are_found(checkpoint: Committ
 
 
 def copied(trained: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trained / "run", tmp_path / "run", symlinks=True))
+    return copy_run(trained / "run", tmp_path / "run")
 
 
 def test_a_checkpoint_is_found_by_run_phase_or_folder(trained: Path):
@@ -241,6 +241,7 @@ def test_the_newest_whole_one_is_taken_and_damaged_ones_are_told(
     model = run / "phase3" / "step-00000005" / MODEL_FILE
     data = bytearray(model.read_bytes())
     data[len(data) // 2] ^= 1
+    model.unlink()
     model.write_bytes(data)
     reasons = [rf"{MODEL_FILE} does not match its hash", r"manifest\.json is damaged"]
     for reason in reasons:

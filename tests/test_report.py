@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from train_kit import make_config, train_phase
+from train_kit import copy_run, make_config, train_phase
 
 from glide_ds import cli
 from glide_ds.commands.results.report import named, spread, thinned
@@ -39,7 +39,7 @@ def trained(group: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trained, tmp_path / "mine", symlinks=True))
+    return copy_run(trained, tmp_path / "mine")
 
 
 def page(*words: Any, out: Path) -> str:
@@ -100,7 +100,7 @@ def test_an_empty_run_and_one_that_never_logged_have_a_page(run, tmp_path):
 
 
 def test_two_runs_are_drawn_together_with_what_they_differ_in(run, tmp_path):
-    other = Path(shutil.copytree(run, tmp_path / "other", symlinks=True))
+    other = copy_run(run, tmp_path / "other")
     document = json.loads((other / "run.json").read_text())
     document["phases"]["full"]["glide_ds"]["train"]["weighting"] = "v"
     document["versions"]["torch"] = "1.0"

@@ -13,6 +13,7 @@ from train_kit import ARCHITECTURE
 from glide_ds.cli import main
 from glide_ds.commands.drawing.drawer import load
 from glide_ds.errors import DataError
+from glide_ds.inference import enlarge
 from glide_ds.inference.canvas import read_canvas
 from glide_ds.model import GlideConfig, create_model
 from glide_ds.model.tensor_files import write_sidecar, write_state
@@ -68,7 +69,10 @@ def test_known_pixels_stay_in_a_grid_in_files_and_beside_prompts_without_a_mask(
 
 
 @pytest.mark.parametrize("kind", ["upsample", "upsample-inpaint"])
-def test_enlarged_pictures_keep_what_is_known_at_their_own_side(tmp_path: Path, picture: Path, kind: str):
+def test_enlarged_pictures_keep_what_is_known_at_their_own_side(
+    tmp_path: Path, picture: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(enlarge, "STEPS", 2)
     upsampler = model_of(tmp_path, kind=kind, image_size=4 * SIDE)
     drawer = load(str(model_of(tmp_path, kind="base-inpaint")), str(upsampler), "cpu")
     given = (str(picture), str(tmp_path / "mask.png"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from train_kit import make_config, train_phase
+from train_kit import copy_run, make_config, train_phase
 
 from glide_ds import cli
 from glide_ds.training.checkpoint.commit import committed
@@ -39,7 +39,14 @@ def trained(group: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trained, tmp_path / "run", symlinks=True))
+    return copy_run(trained, tmp_path / "run")
+
+
+def replace(checkpoint: Path, data: bytes) -> None:
+    """One of its tensor files, which is the fixture's too."""
+    path = next(checkpoint.glob("*.safetensors"))
+    path.unlink()
+    path.write_bytes(data)
 
 
 def told(capsys: Any, *words: Any) -> list[str]:
@@ -73,7 +80,7 @@ def test_a_run_that_was_killed_tells_how_far_it_is_and_what_is_damaged(run, caps
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:2]) + lines[2][:40])  # torn within its third line
     (run / "base" / "step-00000003" / "manifest.json").write_text("{")
-    next((run / "base" / "step-00000002").glob("*.safetensors")).write_bytes(b"half")
+    replace(run / "base" / "step-00000002", b"half")
     found = told(capsys, run)
     assert "does not run, last heard of " in found[0]
     assert found[1].startswith("base: step 2 of 4, ")
@@ -86,6 +93,7 @@ def test_a_flipped_byte_is_found_only_by_the_hashes(run, capsys):
     path = next((run / "base" / "step-00000002").glob("*.safetensors"))
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
+    path.unlink()
     path.write_bytes(data)
     assert "DAMAGED" not in "".join(told(capsys, run))
     assert "does not match its hash" in "".join(told(capsys, run, "--verify"))
@@ -139,7 +147,7 @@ def test_prune_removes_what_is_not_kept_and_says_so_first(run, capsys):
 
 
 def test_the_newest_whole_one_counts(run, capsys):
-    next((run / "base" / "step-00000004").glob("*.safetensors")).write_bytes(b"half")
+    replace(run / "base" / "step-00000004", b"half")
     (run / "metrics.jsonl").unlink()  # by which it is told how far training was
     lines = told(capsys, run)
     assert any(line.startswith("base: step 3 of 4") for line in lines)
@@ -147,7 +155,7 @@ def test_the_newest_whole_one_counts(run, capsys):
 
 
 def test_prune_leaves_the_others_where_one_that_is_kept_is_damaged(run, capsys):
-    next((run / "base" / "step-00000004").glob("*.safetensors")).write_bytes(b"half")
+    replace(run / "base" / "step-00000004", b"half")
     lines = told(capsys, run, "--prune")
     assert "base: 3 are left alone, for step-00000004 is damaged" in "\n".join(lines)
     assert len(committed(run / "base")) == 4
@@ -180,7 +188,7 @@ def test_a_run_in_which_no_phase_was_started(tmp_path, capsys):
 
 def test_without_a_name_all_in_runs_are_shown(run, capsys, monkeypatch):
     for name in ("a", "b"):
-        shutil.copytree(run, run.parent / "runs" / name, symlinks=True)
+        copy_run(run, run.parent / "runs" / name)
     monkeypatch.chdir(run.parent)
     assert [line for line in told(capsys) if line.endswith(": done")] == ["runs/a: done", "runs/b: done"]
 

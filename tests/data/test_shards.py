@@ -202,8 +202,8 @@ def test_shards_that_are_read_in_turn_stay_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     """More than a process holds open unless it is told: a cache in turn over more than it holds never hits."""
-    count = 40
-    monkeypatch.setattr(shards_module, "OPEN_SHARDS", 32)
+    count = 10
+    monkeypatch.setattr(shards_module, "OPEN_SHARDS", 6)
     opens = tmp_path / "opens"
     opens.touch()
     whole = ShardSet._open

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import subprocess
-import sys
 import time
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -15,14 +15,11 @@ from glide_ds.errors import ConfigError
 from glide_ds.training.faults import lease
 from glide_ds.training.faults.lease import leased
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from glide_ds.training.faults import lease
-file = lease.take(Path(sys.argv[1]), 5)
-print("held", flush=True)
-time.sleep(600)
-"""
+
+def hold(folder: Path, held: Event) -> None:
+    with lease.take(folder, 5):
+        held.set()
+        time.sleep(600)
 
 
 @pytest.mark.usefixtures("group")
@@ -30,16 +27,18 @@ def test_a_directory_in_use_is_refused_until_its_holder_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(lease, "HERE_S", 0.3)
-    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    fork = multiprocessing.get_context("fork")
+    held = fork.Event()
+    other = fork.Process(target=hold, args=(tmp_path, held))
+    other.start()
     try:
-        assert other.stdout
-        assert other.stdout.readline() == "held\n"
+        assert held.wait(60)
         told = rf"in use by process {other.pid} on host .* since 20"
         with pytest.raises(ConfigError, match=told), leased(tmp_path, 0.3):
             pass
     finally:
         other.kill()
-        other.wait()
+        other.join()
     with leased(tmp_path, 0.3):
         assert str(os.getpid()) in (tmp_path / lease.LOCK_FILE).read_text()
     with leased(tmp_path, 0.3):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
-from train_kit import make_config, metrics, train_phase, write_config
+from train_kit import copy_run, make_config, metrics, train_phase, write_config
 
 from glide_ds.cli import main
 from glide_ds.training.checkpoint.commit import committed
@@ -17,7 +16,7 @@ WHOLE = {"lr_scale": {"gates": 3.0}}  # of the fixture's run, which has 5 steps
 
 @pytest.fixture
 def copy(trained: Path, tmp_path: Path) -> Path:
-    shutil.copytree(trained / "run", tmp_path / "run", symlinks=True)
+    copy_run(trained / "run", tmp_path / "run")
     return tmp_path
 
 

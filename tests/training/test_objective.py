@@ -376,9 +376,9 @@ def test_tokens_that_say_what_the_caption_would_are_aligned(tmp_path: Path, dial
     tokens, mask = encode([""] * B, 12)
     bare = replace(whole, tokens=tokens, mask=mask)
     trained = {n: p for n, p in model.named_parameters() if "clip" in n}
-    optimizer = torch.optim.Adam(trained.values(), lr=3e-3)
+    optimizer = torch.optim.Adam(trained.values(), lr=1e-2)
     missed = []
-    for _ in range(40):
+    for _ in range(12):
         seen: Seen = []
         embedding = made.embed(bare)
         torch.manual_seed(0)

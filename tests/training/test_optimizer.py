@@ -402,7 +402,7 @@ def regression_loss(model: torch.nn.Module, step: int, size: int = 64) -> Tensor
     return (model(x) - y).square().mean()
 
 
-def regress(make: Any, seed: int, steps: int = 300) -> float:
+def regress(make: Any, seed: int, steps: int = 150) -> float:
     """Loss on held-out samples after training on new ones."""
     torch.manual_seed(seed)
     model = student()
@@ -416,9 +416,9 @@ def regress(make: Any, seed: int, steps: int = 300) -> float:
 
 
 def test_trains_as_well_as_adamw():
-    ours, theirs = ([regress(make, seed) for seed in range(3)] for make in (AdamW8bit, torch.optim.AdamW))
+    ours, theirs = ([regress(make, seed) for seed in range(2)] for make in (AdamW8bit, torch.optim.AdamW))
     assert sum(ours) == pytest.approx(sum(theirs), rel=0.01)
-    assert sum(ours) < 3 * 0.8  # it learned: 1.6 is the variance
+    assert sum(ours) < 2 * 0.8  # it learned: 1.6 is the variance
 
 
 # --- DeepSpeed ZeRO-2, real processes ---
