@@ -3,9 +3,10 @@
     python benchmarks/clip.py runs/quickstart/export/model.pt --out benchmarks/results/clip-cpu.json
 
 Strength: held-out cases drawn from CLIP alone (caption emptied), by text and by picture, at each scale.
-Mixes: pairs of held-out pictures of one object each, in different colours, drawn from both at 0.5/0.5. A mix shows
-its pair where every colour of the pair is in the picture; chance is how often it shows the colours of another pair,
-and `one` how often a picture drawn from the first of the pair alone shows both.
+Mixes: pairs of held-out pictures of one object each, in different colours, drawn from both at 0.5/0.5: from their
+average, and composed (--clip_mix). A mix shows its pair where every colour of the pair is in the picture; chance is
+how often it shows the colours of another pair, and `one` how often a picture drawn from the first of the pair alone
+shows both.
 """
 
 from __future__ import annotations
@@ -32,8 +33,14 @@ from glide_ds.progress import Progress
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
 
-def drawn(loaded: Loaded, embedding: Tensor, scale: float, args: argparse.Namespace) -> Tensor:
-    """Pictures uint8 [B, S, S, 3] of CLIP embeddings [B, D] alone."""
+def drawn(
+    loaded: Loaded,
+    embedding: Tensor,
+    scale: float,
+    args: argparse.Namespace,
+    weights: tuple[float, ...] = (),
+) -> Tensor:
+    """Pictures uint8 [B, S, S, 3] of CLIP embeddings [B, D] alone, or of [B, N, D] composed."""
     parts = []
     for first in range(0, len(embedding), CHUNK):
         part = embedding[first : first + CHUNK]
@@ -43,6 +50,7 @@ def drawn(loaded: Loaded, embedding: Tensor, scale: float, args: argparse.Namesp
             schedule=loaded.schedule,
             clip_embedding=part,
             clip_scale=scale,
+            clip_weights=weights,
             guidance=args.guidance,
             steps=args.steps,
             seed=args.seed * 10_000 + first,
@@ -82,13 +90,16 @@ def share_showing(images: Tensor, colours: list[tuple[str, str]]) -> float:
 def measured_mixes(loaded: Loaded, clip: FrozenClip, args: argparse.Namespace) -> dict[str, float]:
     both, colours = pairs(clip, args.captions)
     mixes = drawn(loaded, both.mean(1), 1.0, args)
+    composed = drawn(loaded, both, 1.0, args, (1.0, 1.0))
     # Of pairs without a colour in common, so that what is right for one is by chance for the other.
     others = [
         next((o for o in colours[i + 1 :] + colours if not {*o} & {*c}), c) for i, c in enumerate(colours)
     ]
     return {
-        "both colours": share_showing(mixes, colours),
-        "chance": share_showing(mixes, others),
+        "averaged": share_showing(mixes, colours),
+        "averaged, chance": share_showing(mixes, others),
+        "composed": share_showing(composed, colours),
+        "composed, chance": share_showing(composed, others),
         "one": share_showing(drawn(loaded, both[:, 0], 1.0, args), colours),
     }
 

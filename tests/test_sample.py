@@ -124,6 +124,9 @@ def test_the_weights_of_prompts_are_shares_of_their_mean(
     assert np.array_equal(drawn("--image", f"{red}:0.5", f"{blue}:0.5"), half)
     assert not np.array_equal(half, alone)
     assert not np.array_equal(drawn("--image", f"{red}:0.9", f"{blue}:0.1"), half)
+    composed = drawn("--clip_mix", "compose", "--image", red, blue)
+    assert not np.array_equal(composed, half)
+    assert np.array_equal(drawn("--clip_mix", "compose", "--image", f"{red}:0.5", f"{blue}:0.5"), composed)
     mixed = drawn("--image", f"{red}:1", "--clip_prompt", "a ring: green:1")
     assert not np.array_equal(mixed, alone)
 

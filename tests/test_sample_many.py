@@ -265,6 +265,16 @@ def test_a_file_without_a_prompt_is_refused(tmp_path: Path, text: str):
         (["--prompt", "x", "--guidance_rescale", 0.5], "guidance_rescale without guidance"),
         (["--prompt", "x", "--guidance", 3, "--guidance_interval", 5, 1], "guidance_interval is 5 to 1"),
         ([], "there is nothing to draw"),
+        (["--clip_mix", "compose", "--image", "a.png"], "fewer than two CLIP prompts"),
+        (["--clip_mix", "compose", "--prompts", "FILE"], "fewer than two CLIP prompts"),
+        (
+            ["--clip_mix", "compose", "--clip_prompt", "a", "b", "--prompt", "c"],
+            "compose and --prompt don't go",
+        ),
+        (
+            ["--clip_mix", "compose", "--clip_prompt", "a", "b", "--clip_guidance", 2],
+            "compose and --clip_guidance",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_anything_is_written(

@@ -6,7 +6,7 @@ B samples, S image side, D CLIP width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -43,6 +43,19 @@ def guide_apart(output: Tensor, scale: float, clip_scale: float) -> Tensor:
     eps, variance = output.chunk(2, dim=1)
     both, caption, neither = eps.chunk(3)
     guided = neither + scale * (caption - neither) + clip_scale * (both - caption)
+    return torch.cat([guided, variance[: len(guided)]], dim=1)
+
+
+def compose(output: Tensor, scale: float, weights: Sequence[float]) -> Tensor:
+    """Several conditions at once, each pulling for itself: eps = u + scale * sum_k w_k (c_k - u).
+
+    Composable diffusion's conjunction (Liu et al. 2022, arXiv 2206.01714, equation 11). Rows come in a part of B for
+    each weight, and one without a condition (u). Returns [B, 6, S, S] with the variance channels of the first.
+    """
+    eps, variance = output.chunk(2, dim=1)
+    *conditional, neither = eps.chunk(len(weights) + 1)
+    pulls = (weight * (part - neither) for weight, part in zip(weights, conditional, strict=True))
+    guided = torch.stack([neither, *(scale * pull for pull in pulls)]).sum(0)
     return torch.cat([guided, variance[: len(guided)]], dim=1)
 
 
@@ -86,9 +99,10 @@ def rescaled(guided: Tensor, conditional: Tensor, share: float) -> Tensor:
 class ClipPrompt(NamedTuple):
     """What CLIP is to say, and how loudly."""
 
-    embedding: Tensor  # [B, D]
+    embedding: Tensor  # [B, D], or [B, N, D] where N are composed
     scale: float = 1.0
     guidance: float | None = None  # None: that of the caption, which takes two passes instead of three
+    weights: Sequence[float] = ()  # of the N
 
 
 def check_clip_strength(scale: float, guidance: float | None, *, given: bool) -> None:
@@ -118,10 +132,11 @@ def make_denoiser(
 ) -> Denoiser:
     """The model with everything but x_t and t fixed; the captions are encoded once, here.
 
-    Its passes are rows of one batch, by (caption kept, CLIP kept). Where nothing is said there is nothing to guide by.
+    Its passes are rows of one batch, by (caption kept, CLIP prompt kept). Where nothing is said there is nothing to
+    guide by.
     """
     said = clip is not None or bool(mask.any())
-    passes, combine = _passes(guidance.scale if said else 1.0, clip.guidance if clip else None)
+    passes, combine = _passes(guidance.scale if said else 1.0, clip)
     count, empty = len(tokens), torch.full_like(tokens, END_TOKEN)
     text = model.encode_text(
         torch.cat([tokens if caption else empty for caption, _ in passes]),
@@ -129,10 +144,12 @@ def make_denoiser(
     )
     given: dict[str, Any] = {name: _times(value, len(passes)) for name, value in conditions.items()}
     if clip is not None:
-        given |= {"clip_embedding": _times(clip.embedding, len(passes)), "clip_scale": clip.scale}
+        several = clip.embedding.unbind(1) if clip.weights else [clip.embedding]
+        given["clip_embedding"] = torch.cat([several[which or 0] for _, which in passes])
+        given["clip_scale"] = clip.scale
         if len(passes) > 1:
-            kept = torch.tensor([kept for _, kept in passes], device=tokens.device)
-            given["clip_drop"] = ~kept.repeat_interleave(count)
+            dropped = torch.tensor([which is None for _, which in passes], device=tokens.device)
+            given["clip_drop"] = dropped.repeat_interleave(count)
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         times = diffusion.model_timesteps(t).repeat(len(passes))
@@ -152,15 +169,19 @@ def make_denoiser(
 
 
 def _passes(
-    guidance: float, clip_guidance: float | None
-) -> tuple[list[tuple[bool, bool]], Callable[[Tensor], Tensor]]:
-    """(caption kept, CLIP kept) of each pass, and what makes one prediction of them."""
-    if clip_guidance is not None:
-        passes = [(True, True), (True, False), (False, False)]
-        return passes, partial(guide_apart, scale=guidance, clip_scale=clip_guidance)
+    guidance: float, clip: ClipPrompt | None
+) -> tuple[list[tuple[bool, int | None]], Callable[[Tensor], Tensor]]:
+    """(caption kept, which CLIP prompt is kept) of each pass, and what makes one prediction of them."""
+    if clip is not None and clip.weights:
+        several: list[tuple[bool, int | None]] = [(True, which) for which in range(len(clip.weights))]
+        return [*several, (False, None)], partial(compose, scale=guidance, weights=clip.weights)
+    if clip is not None and clip.guidance is not None:
+        return [(True, 0), (True, None), (False, None)], partial(
+            guide_apart, scale=guidance, clip_scale=clip.guidance
+        )
     if guidance == 1:
-        return [(True, True)], lambda output: output
-    return [(True, True), (False, False)], partial(guide, scale=guidance)
+        return [(True, 0)], lambda output: output
+    return [(True, 0), (False, None)], partial(guide, scale=guidance)
 
 
 def _times(x: Tensor | None, count: int) -> Tensor | None:

@@ -56,6 +56,7 @@ class Options(TypedDict, total=False):
     clip_embedding: Tensor | None
     clip_scale: float
     clip_guidance: float | None
+    clip_weights: Sequence[float]
     noise_scale: float
     low_res: Tensor | None
     inpaint_image: Tensor | None
@@ -74,6 +75,7 @@ def sample(
     clip_scale: float = 1.0,
     guidance: float = 3.0,
     clip_guidance: float | None = None,
+    clip_weights: Sequence[float] = (),
     guidance_rescale: float = 0.0,
     guidance_interval: tuple[float, float] | None = None,
     sampler: str = "ddpm",
@@ -90,7 +92,8 @@ def sample(
 
     clip_embedding [B, D] conditions on CLIP as well, clip_scale times as strongly as trained (0: not at all); the
     unconditional rows of guidance then drop caption and CLIP together. guidance 1 means none and halves the work.
-    clip_guidance gives CLIP a scale of its own beside the caption's, for half as much work again. guidance_rescale
+    clip_guidance gives CLIP a scale of its own beside the caption's, for half as much work again. With N clip_weights
+    the embedding is [B, N, D] and each of the N pulls for itself, in N + 1 passes (guidance.compose). guidance_rescale
     and guidance_interval: see guidance.Guidance.
 
     noise is x_T [B, 3, S, S], drawn if not given and multiplied by noise_scale (GLIDE's upsampler: 0.997). A
@@ -115,7 +118,9 @@ def sample(
     conditions: dict[str, Any] = {"low_res": None if low_res is None else _round_to_bytes(low_res)}
     conditions |= {"inpaint_image": inpaint_image, "inpaint_mask": inpaint_mask}
     with _evaluating(model):
-        clip = None if clip_embedding is None else ClipPrompt(clip_embedding, clip_scale, clip_guidance)
+        clip = None
+        if clip_embedding is not None:
+            clip = ClipPrompt(clip_embedding, clip_scale, clip_guidance, clip_weights)
         denoise = make_denoiser(model, diffusion, tokens, mask, clip, how, conditions)
         if inpaint_image is not None and inpaint_mask is not None:
             denoise = _keep_known(diffusion, denoise, inpaint_image, inpaint_mask)

@@ -94,11 +94,19 @@ def clip_prompt(clip: FrozenClip, images: Sequence[str], texts: Sequence[str], c
 
     Raises DataError for a file that is no picture, ConfigError for weights that don't match.
     """
+    each, weights = clip_prompts(clip, images, texts, cropping)
+    shares = torch.tensor(weights, device=clip.device)
+    return (shares[:, None] * each).sum(0, keepdim=True)
+
+
+def clip_prompts(
+    clip: FrozenClip, images: Sequence[str], texts: Sequence[str], cropping: Cropping
+) -> tuple[Tensor, list[float]]:
+    """What CLIP says of each of the same, [N, D], and the weights: 1 each where none is given."""
     pictures, words = weighted(images, files=True), weighted(texts)
     weights = check_weights([*pictures, *words])
     parts = [clip.encode_text([text for text, _ in words])] if words else []
     if pictures:
         read = [read_picture(path, clip.image_side, cropping) for path, _ in pictures]
         parts.insert(0, clip.encode_image(torch.stack(read)))
-    shares = torch.tensor(weights, device=clip.device)
-    return (shares[:, None] * torch.cat(parts)).sum(0, keepdim=True)
+    return torch.cat(parts), weights

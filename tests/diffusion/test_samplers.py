@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from glide_ds.diffusion import SAMPLERS, create_diffusion, sample
-from glide_ds.diffusion.guidance import guide, guide_apart
+from glide_ds.diffusion.guidance import compose, guide, guide_apart
 from glide_ds.errors import ConfigError, GlideError
 from glide_ds.model.text import TextEncoding
 from glide_ds.tokenizer import encode
@@ -95,6 +95,22 @@ def test_clip_can_have_a_guidance_scale_of_its_own() -> None:
     for call in model.calls:
         assert call["clip_drop"].tolist() == [False] * 2 + [True] * 4
         assert torch.equal(call["clip_embedding"], torch.cat([embedding] * 3))
+
+
+def test_composed_prompts_each_pull_for_themselves() -> None:
+    """eps = u + s (w1 (c1 - u) + w2 (c2 - u)), checked where every pass says something else."""
+    output = torch.randn(6, 6, 2, 2)
+    first, second, neither = output[:, :3].chunk(3)
+    guided = compose(output, 3.0, (1.4, 0.6))
+    expected = neither + 3 * (1.4 * (first - neither) + 0.6 * (second - neither))
+    torch.testing.assert_close(guided[:, :3], expected)
+    assert torch.equal(guided[:, 3:], output[:2, 3:])
+
+    model, embedding = Recorder(), torch.randn(2, 2, 24)
+    draw(model, captions=("", ""), clip_embedding=embedding, clip_weights=(1.4, 0.6))
+    for call in model.calls:
+        assert call["clip_drop"].tolist() == [False] * 4 + [True] * 2
+        assert torch.equal(call["clip_embedding"][:4], torch.cat([embedding[:, 0], embedding[:, 1]]))
 
 
 def test_a_clip_scale_of_zero_is_clip_off_and_any_other_reaches_the_model() -> None:

@@ -25,7 +25,7 @@ from glide_ds.data.pictures.decode import Cropping
 from glide_ds.diffusion.sampling import Options
 from glide_ds.errors import ConfigError, DataError
 from glide_ds.files import sha256, write_file
-from glide_ds.inference.prompts import clip_prompt
+from glide_ds.inference.prompts import clip_prompt, clip_prompts
 from glide_ds.inference.requests import Request
 from glide_ds.model.clip import FrozenClip
 from glide_ds.progress import Progress
@@ -129,9 +129,12 @@ def draw_task(
         for k in range(settings.n)
     ]
     asked = [requests[place] for place in task]
-    wanted = embeddings(drawer.encoder_for(asked), asked, drawer.base.pictures) if settings.clip else None
     guidance = requests[task[0]].guidance
     options: Options = {"sampler": settings.sampler, **settings.options}  # type: ignore[typeddict-item]
+    wanted = None
+    if settings.clip:
+        apart = bool(options["clip_weights"])
+        wanted = embeddings(drawer.encoder_for(asked), asked, drawer.base.pictures, apart=apart)
     options["guidance"] = settings.guidance if guidance is None else guidance
     drawn: list[Tensor] = []
     for first in range(0, len(rows), settings.batch):
@@ -163,8 +166,16 @@ def draw_task(
             yield Kept(large[i - first], request, i % settings.keep, seed, scores[i] if scores else None)
 
 
-def embeddings(encoder: FrozenClip, requests: Sequence[Request], cropping: Cropping) -> Tensor:
-    """What CLIP is shown for each request, [B, D]: its pictures and texts, else its prompt."""
+def embeddings(
+    encoder: FrozenClip, requests: Sequence[Request], cropping: Cropping, *, apart: bool = False
+) -> Tensor:
+    """What CLIP is shown for each request, [B, D]: its pictures and texts, else its prompt.
+
+    apart: each of a request's pictures and texts for itself, [B, N, D]; all requests have the same number.
+    """
+    if apart:
+        each = [clip_prompts(encoder, request.images, request.texts, cropping)[0] for request in requests]
+        return torch.stack(each)
     seen = encoder.encode_text([request.prompt for request in requests])
     for row, request in enumerate(requests):
         if request.images or request.texts:

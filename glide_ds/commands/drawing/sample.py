@@ -59,6 +59,12 @@ def _add_requests(parser: argparse.ArgumentParser) -> None:
         help="texts for CLIP to read instead of the captions",
     )
     parser.add_argument(
+        "--clip_mix",
+        choices=["average", "compose"],
+        default="average",
+        help="several pictures and texts: one between them, or each pulls for itself (one more pass for each)",
+    )
+    parser.add_argument(
         "--inpaint", metavar="FILE", help="a picture to fill in where --mask is white, by an inpainting model"
     )
     parser.add_argument("--mask", metavar="FILE", help="of its size, white where it is drawn anew")
@@ -216,7 +222,8 @@ def write_grid(args: argparse.Namespace, requests: list[Request], drawer: Drawer
     wanted = None
     if "on" in modes:
         encoder = drawer.encoder_for(requests)
-        wanted = embeddings(encoder, requests, drawer.base.pictures).repeat_interleave(args.n, 0)
+        apart = args.clip_mix == "compose"
+        wanted = embeddings(encoder, requests, drawer.base.pictures, apart=apart).repeat_interleave(args.n, 0)
     shown = [caption or " + ".join([*args.image, *args.clip_prompt]) for caption in captions]
     rows = []
     for mode in modes:
@@ -252,7 +259,14 @@ def options_of(args: argparse.Namespace) -> Options:
         "guidance_interval": tuple(args.guidance_interval) if args.guidance_interval else None,
         "clip_scale": args.clip_scale,
         "clip_guidance": args.clip_guidance,
+        "clip_weights": pulls(args) if args.clip_mix == "compose" else (),
     }
+
+
+def pulls(args: argparse.Namespace) -> tuple[float, ...]:
+    """How strongly each CLIP prompt pulls where they are composed: 1 on average."""
+    weights = check_weights([*weighted(args.image, files=True), *weighted(args.clip_prompt)])
+    return tuple(weight * len(weights) / sum(weights) for weight in weights)
 
 
 def ranker_of(args: argparse.Namespace, drawer: Drawer) -> FrozenClip | None:
@@ -295,6 +309,7 @@ def check_words(args: argparse.Namespace) -> None:
         print(
             f"!! --guidance {args.guidance:g} draws away from what is asked for: is {-args.guidance:g} meant?"
         )
+    composed = args.clip_mix == "compose"
     alone = [f"--{name}" for name in ("prompt", "image", "clip_prompt", "inpaint") if getattr(args, name)]
     for wrong, fact, remedy in (
         (args.prompts and alone, f"--prompts and {' '.join(alone)}", "write all of it in the file"),
@@ -306,9 +321,21 @@ def check_words(args: argparse.Namespace) -> None:
         (args.rerank_by and not args.rerank, "--rerank_by and no --rerank", "say how many to keep"),
         (args.out_dir and args.clip == "both", "--out_dir and --clip both", "draw on and off into two folders"),
         ((args.rerank or 0) > args.n, f"--rerank {args.rerank} of --n {args.n}", "draw more, or keep fewer"),
+        (composed and args.prompt, "--clip_mix compose and --prompt", "compose CLIP prompts alone"),
+        (
+            composed and args.clip_guidance is not None,
+            "--clip_mix compose and --clip_guidance",
+            "give --guidance",
+        ),
     ):
         if wrong:
             raise ConfigError(f"{fact} don't go together", remedy=remedy)
+    if composed and len(args.image) + len(args.clip_prompt) < 2:
+        raise ConfigError(
+            "--clip_mix compose with fewer than two CLIP prompts",
+            "there is nothing to compose",
+            "give two or more --image or --clip_prompt",
+        )
     if not (args.prompt or args.prompts or args.image or args.clip_prompt or args.inpaint):
         raise ConfigError(
             "there is nothing to draw", remedy="give --prompt, --prompts, --image, --clip_prompt or --inpaint"
