@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -101,32 +101,28 @@ def sample(
     makes a picture's independent of the others. low_res [B, 3, S/4, S/4] is rounded to 8-bit levels; a process that
     leaves out the noisiest steps begins at it, enlarged and noised (Chung et al. 2022, arXiv 2112.05146). Known pixels
     of inpaint_image (mask 1) stay as they are. eta is DDIM's. progress wraps the sequence of steps, as tqdm does.
-
     The model is put in eval mode meanwhile. Raises GlideError for a sampler or option that does not exist, and for a
     clip_scale below 0 or a clip_guidance without an embedding.
     """
     check_clip_strength(clip_scale, clip_guidance, given=clip_embedding is not None)
     how = Guidance(guidance, guidance_rescale, guidance_interval)
     check_guidance(how, clip_guidance)
-    if clip_scale == 0:
-        clip_embedding, clip_guidance = None, None
     step = make_step(sampler, diffusion, eta)
     device = tokens.device
     if noise is None:
         side = model.config.image_size
         noise = _draw((len(tokens), 3, side, side), device, generator)
-    conditions: dict[str, Any] = {"low_res": None if low_res is None else _round_to_bytes(low_res)}
-    conditions |= {"inpaint_image": inpaint_image, "inpaint_mask": inpaint_mask}
+    small = None if low_res is None else _round_to_bytes(low_res)
+    conditions = {"low_res": small, "inpaint_image": inpaint_image, "inpaint_mask": inpaint_mask}
     with _evaluating(model):
         clip = None
-        if clip_embedding is not None:
+        if clip_embedding is not None and clip_scale:
             clip = ClipPrompt(clip_embedding, clip_scale, clip_guidance, clip_weights)
         denoise = make_denoiser(model, diffusion, tokens, mask, clip, how, conditions)
         if inpaint_image is not None and inpaint_mask is not None:
             denoise = _keep_known(diffusion, denoise, inpaint_image, inpaint_mask)
         x, shape = noise * noise_scale, noise.shape
-        if low_res is not None:
-            x = _begun_at(low_res, diffusion, x)
+        x = x if low_res is None else _begun_at(low_res, diffusion, x)
         x = run_steps(diffusion, denoise, x, step, lambda _: _draw(shape, device, generator), progress)
     return x.clamp(-1, 1)
 
