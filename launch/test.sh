@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the tests, offline, in the project's own environment.
 #
-#   bash launch/test.sh            the fast suite, under a minute on two cores
+#   bash launch/test.sh            the fast suite, two to three minutes on two cores
 #   bash launch/test.sh --slow     only the slow tests: full-size models, whole launches
 #   bash launch/test.sh --all      both
 #   bash launch/test.sh --cluster  jobs on a Slurm cluster that the tests start: root, and .ci/run's Debian packages
